@@ -1,0 +1,57 @@
+"""Package definition. The tested versions of everything stand in constraints.txt."""
+
+from pathlib import Path
+
+from setuptools import setup
+
+setup(
+    name="fsr_fast",
+    version="0.1.0",
+    description="Fast, verified training of segmentation networks from image-level labels "
+    "(Progressive Feature Self-Reinforcement)",
+    long_description=Path("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=[
+        "fsr_fast",
+        "fsr_fast.models",
+        "fsr_fast.evaluation",
+        "fsr_fast.runtime",
+        "fsr_fast.reporting",
+        "fsr_fast.reference",
+        "fsr_fast.kernels",
+        "fsr_fast.dataloading",
+        "fsr_fast.configs",
+    ],
+    package_data={"fsr_fast.configs": ["*.yaml"]},
+    install_requires=[
+        "torch>=2.11",
+        "torchvision>=0.26",
+        "triton>=3.6; platform_system == 'Linux'",
+        "timm>=1.0.20",
+        "xformers>=0.0.35",
+        "nvidia-dali-cuda130>=2.0; platform_system == 'Linux'",
+        "pydensecrf2>=1.1",
+        "pydantic>=2.10",
+        "pydantic-settings>=2.7",
+        "pyyaml>=6.0",
+        "numpy>=1.26",
+        "pillow>=10.0",
+        "safetensors>=0.5",
+        "rich>=13.0",
+        "tensorboard>=2.18",
+        "matplotlib>=3.9",
+    ],
+    extras_require={
+        "dev": [
+            "pytest>=8.0",
+            "pytest-benchmark>=5.0",
+            "hypothesis>=6.100",
+            "ruff>=0.8",
+            "mypy>=1.13",
+            "types-PyYAML",
+        ],
+    },
+)
