@@ -1,0 +1,188 @@
+"""Uncertain-patch selection, one image, one class and one patch at a time (paper, Eq. 2-4)."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .checks import require_shape
+
+
+class PatchSelection(NamedTuple):
+    """Which patches are masked, in the three forms that the method reads."""
+
+    mask: Tensor
+    """(B, N) bool, True = masked."""
+    masked: Tensor
+    """(B, k) int64, the masked patches, ascending."""
+    kept: Tensor
+    """(B, N - k) int64, the others, ascending."""
+
+
+@torch.no_grad()
+def uncertain_mask(
+    features: Tensor, weight: Tensor, labels: Tensor, uniform: Tensor, *, k: int, low: float = 0.2, high: float = 0.7
+) -> PatchSelection:
+    """Masks the k patches of the highest soft mask, the patches of uncertain activation first.
+
+    Args:
+        features: (B, N, D) floating, patch features of the view that will be masked.
+        weight: (C, D) floating, the classifier's weight.
+        labels: (B, C), a class is present where it is > 0.
+        uniform: (B, N) floating in [0, 1), the random draw u of Eq. 3.
+        k: the number of patches to mask in each image, 0 <= k <= N.
+        low: β_l of Eq. 3, in [0, 1].
+        high: β_h of Eq. 3, in [0, 1].
+
+    Returns:
+        The selection over the N patches.
+
+    Raises:
+        ValueError: if a shape does not fit or k is out of range.
+
+    Source: paper, Eq. 2-4.
+    """
+    require_shape("features", features, "B", "N", "D")
+    B, N, D = features.shape
+    require_shape("weight", weight, "C", D)
+    C = weight.shape[0]
+    require_shape("labels", labels, B, C)
+    require_shape("uniform", uniform, B, N)
+    value = features.new_zeros(B, N)  # no class present: nothing is activated
+    for b in range(B):
+        for c in range(C):
+            if labels[b, c] <= 0:
+                continue
+            # Eq. 2: the class activation map of one class, min-max normalised over the patches
+            activation = torch.relu(features[b] @ weight[c])
+            activation = activation - activation.min()
+            activation = activation / (activation.max() + 1e-5)
+            value[b] = torch.maximum(value[b], activation)
+    return top_k_mask(soften(value, uniform, low, high), k=k)
+
+
+@torch.no_grad()
+def uncertain_mask_from_cam(
+    cam: Tensor,
+    labels: Tensor,
+    uniform: Tensor,
+    *,
+    grid: tuple[int, int],
+    k: int,
+    low: float = 0.2,
+    high: float = 0.7,
+    block: int = 1,
+) -> PatchSelection:
+    """Masks by a class activation map that is already normalised, at patch or block granularity.
+
+    Args:
+        cam: (B, C, h', w') floating in [0, 1], any resolution.
+        labels: (B, C), a class is present where it is > 0.
+        uniform: (B, (h / block) * (w / block)) floating in [0, 1), one draw a block.
+        grid: (h, w), the patch grid.
+        k: the number of blocks to mask in each image.
+        low: β_l of Eq. 3, in [0, 1].
+        high: β_h of Eq. 3, in [0, 1].
+        block: patches along a block's side; 1 = patch granularity.
+
+    Returns:
+        The selection over the N = h * w patches; k * block² of them are masked.
+
+    Raises:
+        ValueError: if a shape does not fit, the grid is not whole blocks or k is out of range.
+
+    Source: paper, Eq. 3-4; official code for blocks and nearest sampling.
+    """
+    require_shape("cam", cam, "B", "C", "h'", "w'")
+    B, C = cam.shape[:2]
+    require_shape("labels", labels, B, C)
+    rows, columns = block_grid(grid, block)
+    require_shape("uniform", uniform, B, rows * columns)
+    value = cam.new_zeros(B, *cam.shape[2:])
+    for b in range(B):
+        for c in range(C):
+            if labels[b, c] > 0:
+                value[b] = torch.maximum(value[b], cam[b, c])
+    sampled = F.interpolate(value[:, None], size=(rows, columns), mode="nearest").reshape(B, rows * columns)
+    return top_k_mask(soften(sampled, uniform, low, high), k=k, grid=grid, block=block)
+
+
+def soften(value: Tensor, uniform: Tensor, low: float, high: float) -> Tensor:
+    """Draws the soft mask M_s: u, plus 1 where the activation is uncertain.
+
+    Args:
+        value: (B, blocks) floating, v of Eq. 3.
+        uniform: (B, blocks) floating in [0, 1), u of Eq. 3.
+        low: β_l; strictly below an uncertain value.
+        high: β_h; strictly above an uncertain value.
+
+    Returns:
+        (B, blocks) of uniform's dtype, in [0, 2).
+
+    Source: paper, Eq. 3.
+    """
+    soft = uniform.clone()
+    for b in range(value.shape[0]):
+        for i in range(value.shape[1]):
+            if low < value[b, i] < high:
+                soft[b, i] += 1
+    return soft
+
+
+@torch.no_grad()
+def top_k_mask(soft: Tensor, *, k: int, grid: tuple[int, int] | None = None, block: int = 1) -> PatchSelection:
+    """Makes the hard mask M_b: exactly the k highest entries of the soft mask, the lower index first among equals.
+
+    Args:
+        soft: (B, blocks) floating, M_s.
+        k: the number of blocks to mask in each image, 0 <= k <= blocks.
+        grid: (h, w), the patch grid; needed where block > 1.
+        block: patches along a block's side.
+
+    Returns:
+        The selection over the N = blocks * block² patches.
+
+    Raises:
+        ValueError: if a shape does not fit, the grid is not whole blocks or k is out of range.
+
+    Source: paper, Eq. 4.
+    """
+    require_shape("soft", soft, "B", "blocks")
+    B, blocks = soft.shape
+    if not 0 <= k <= blocks:
+        raise ValueError(f"k is {k}, expected 0 <= k <= {blocks}, the number of blocks; lower the mask ratio")
+    if grid is None and block != 1:
+        raise ValueError(f"block is {block} without a grid; pass grid=(h, w) so that blocks can be cut into patches")
+    rows, columns = block_grid(grid or (1, blocks), block)
+    if rows * columns != blocks:
+        raise ValueError(f"soft has {blocks} blocks, expected {rows * columns} for grid {grid} and block {block}")
+    width = columns * block
+    mask = torch.zeros(B, blocks * block * block, dtype=torch.bool)
+    for b in range(B):
+        scores = soft[b].tolist()
+        for chosen in sorted(range(blocks), key=lambda i: (-scores[i], i))[:k]:
+            top, left = chosen // columns * block, chosen % columns * block
+            for y in range(top, top + block):
+                mask[b, y * width + left : y * width + left + block] = True
+    masked = torch.stack([torch.nonzero(row).flatten() for row in mask])
+    kept = torch.stack([torch.nonzero(~row).flatten() for row in mask])
+    return PatchSelection(mask.to(soft.device), masked.to(soft.device), kept.to(soft.device))
+
+
+def block_grid(grid: tuple[int, int], block: int) -> tuple[int, int]:
+    """Counts the blocks along both sides of a patch grid.
+
+    Args:
+        grid: (h, w), patches along the sides.
+        block: patches along a block's side.
+
+    Returns:
+        (h / block, w / block).
+
+    Raises:
+        ValueError: if the grid is not made of whole blocks.
+    """
+    if block < 1 or grid[0] % block or grid[1] % block:
+        raise ValueError(f"grid {grid} is not made of whole blocks of {block} patches; choose a block that divides it")
+    return grid[0] // block, grid[1] // block
