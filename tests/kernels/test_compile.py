@@ -1,0 +1,41 @@
+"""Every shipped kernel configuration compiles for every target and keeps its values in registers."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.kernels import compile_table
+
+ROOT = Path(__file__).parents[2]
+JOBS = compile_table.jobs(compile_table.modules())
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[tuple[str, str, str], dict[str, Any]]:
+    """Rows of the table, compiled in one process that never saw the interpreter."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.kernels.compile_table", "--json"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    print(compile_table.table(found))
+    return {(row["module"], row["case"], row["target"]): row for row in found}
+
+
+@pytest.mark.parametrize("job", JOBS, ids=lambda job: f"{job[0]}-{job[1]}-sm_{job[2]}")
+def test_configuration_fits_the_registers(job: tuple[str, str, int], compiled: dict) -> None:
+    module, case, target = job
+    row = compiled[module, case, f"sm_{target}"]
+    assert row["spill_bytes"] == 0 or row["spill_reason"], f"{row['spill_bytes']} bytes a thread are spilled"
+
+
+@pytest.mark.parametrize("job", JOBS, ids=lambda job: f"{job[0]}-{job[1]}-sm_{job[2]}")
+def test_configuration_fits_the_shared_memory(job: tuple[str, str, int], compiled: dict) -> None:
+    module, case, target = job
+    limit = {80: 163, 90: 227, 100: 227}[target] * 1024  # CUDA programming guide, memory a block may opt in to
+    assert compiled[module, case, f"sm_{target}"]["shared_bytes"] <= limit
