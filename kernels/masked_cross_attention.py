@@ -1,0 +1,147 @@
+"""The class token attends to the patches that are left: the aggregator's cross-attention without keys or values.
+
+With one query an image, the projections are absorbed. Per head, softmax(q · (W_k x̂_n)) = softmax((W_kᵀ q) · x̂_n), and
+Σ p_n (W_v x̂_n) = W_v (Σ p_n x̂_n). Both matrices then act on one vector an image and head instead of on N tokens. The
+key bias and the bias of the norm add the same constant to all logits of a head, which the softmax takes away (not so
+where the logits are multiplied by the mask).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_MODES = ("exclude", "multiply", "none")
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _check(class_token, tokens, mask, vectors, matrices, heads, mask_mode) -> None:
+    if tokens.ndim != 3 or class_token.shape != (tokens.shape[0], tokens.shape[2]):
+        raise ValueError(
+            f"masked_cross_attention: class_token must be (B,D) and tokens (B,N,D), got {tuple(class_token.shape)} "
+            f"and {tuple(tokens.shape)}"
+        )
+    B, N, D = tokens.shape
+    if B == 0 or N == 0:
+        raise ValueError(f"masked_cross_attention: tokens {tuple(tokens.shape)} is empty; give at least one patch")
+    if heads < 1 or D % heads:
+        raise ValueError(f"masked_cross_attention: heads must divide the width {D}, got {heads}")
+    if mask_mode not in _MODES:
+        raise ValueError(f"masked_cross_attention: mask_mode must be one of {_MODES}, got {mask_mode!r}")
+    if mask is not None and (mask.shape != (B, N) or mask.dtype != torch.bool):
+        raise ValueError(
+            f"masked_cross_attention: mask must be bool ({B},{N}), got {mask.dtype} {tuple(mask.shape)}; True = masked"
+        )
+    for shape, named in (((D,), vectors), ((D, D), matrices)):
+        for name, tensor in named.items():
+            if tensor is not None and tensor.shape != shape:
+                raise ValueError(f"masked_cross_attention: {name} must be {shape}, got {tuple(tensor.shape)}")
+    if not tokens.is_floating_point():
+        raise TypeError(f"masked_cross_attention: tokens must be floating point, got {tokens.dtype}")
+
+
+def _attend_torch(tokens, query, offset, mask, mask_mode, eps):
+    """softmax(query · x̂) and its average of x̂, where x̂ is the normalised token before the norm's weight and bias."""
+    normalised = F.layer_norm(tokens, tokens.shape[-1:], eps=eps)
+    logits = torch.matmul(query, normalised.transpose(1, 2))
+    logits = logits.to(_wide(logits.dtype))
+    if mask_mode == "exclude":
+        logits = logits.masked_fill(mask[:, None], -torch.inf)
+        logits = logits.masked_fill(mask.all(dim=1)[:, None, None], 0.0)  # an all-masked row must not give NaN
+        attention = logits.softmax(dim=-1).masked_fill(mask[:, None], 0.0)
+    elif mask_mode == "multiply":
+        attention = (logits + offset[..., None]).masked_fill(mask[:, None], 0.0).softmax(dim=-1)
+    else:
+        attention = logits.softmax(dim=-1)
+    average = torch.matmul(attention.to(query.dtype), normalised)
+    if mask_mode != "multiply" and offset is not None:
+        average = average + 0.0 * offset.sum()  # an offset that cancels has a gradient all the same: exactly zero
+    return average, attention.detach()
+
+
+def masked_cross_attention(
+    class_token: Tensor,
+    tokens: Tensor,
+    mask: Tensor | None,
+    *,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    q_weight: Tensor,
+    q_bias: Tensor | None,
+    k_weight: Tensor,
+    k_bias: Tensor | None,
+    v_weight: Tensor,
+    v_bias: Tensor | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    heads: int,
+    mask_mode: str = "exclude",
+    eps: float = 1e-6,
+    return_attention: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attend from the class token to the patch tokens; the residual is left to the caller.
+
+    Args:
+        class_token: (B,D), floating point, before the norm.
+        tokens: (B,N,D), floating point, patch tokens of the trunk before the norm.
+        mask: (B,N) bool, True = masked; None = no patch is masked.
+        norm_weight: (D,), weight of the LayerNorm shared by class token and patch tokens.
+        norm_bias: (D,), its bias.
+        q_weight: (D,D), query projection (output, input); rows are grouped by head.
+        q_bias: (D,) or None.
+        k_weight: (D,D), key projection.
+        k_bias: (D,) or None. Its gradient is exactly zero unless ``mask_mode`` is "multiply".
+        v_weight: (D,D), value projection.
+        v_bias: (D,) or None.
+        proj_weight: (D,D), output projection.
+        proj_bias: (D,) or None.
+        heads: number of heads, a divisor of D.
+        mask_mode: "exclude" (a masked patch has weight 0; if all are masked, the output is ``proj_bias``),
+            "multiply" (logits times 1 - mask) or "none" (mask ignored).
+        eps: of the LayerNorm, > 0.
+        return_attention: also return the weights.
+
+    Returns:
+        (B,D) in the dtype of ``tokens`` (under autocast: the autocast dtype); with ``return_attention`` also the
+        attention weights (B,heads,N), fp32 (fp64 for fp64 input), without gradient.
+
+    Raises:
+        ValueError: a shape, the number of heads or the mode is wrong.
+        TypeError: a tensor has the wrong dtype.
+
+    Source: Eq. 5-7.
+    """
+    vectors = {"norm_weight": norm_weight, "norm_bias": norm_bias, "q_bias": q_bias, "k_bias": k_bias}
+    vectors |= {"v_bias": v_bias, "proj_bias": proj_bias}
+    matrices = {"q_weight": q_weight, "k_weight": k_weight, "v_weight": v_weight, "proj_weight": proj_weight}
+    _check(class_token, tokens, mask, vectors, matrices, heads, mask_mode)
+    mask_mode = "none" if mask is None else mask_mode
+    D = tokens.shape[-1]
+    wide = _wide(tokens.dtype)
+    gain, shift = norm_weight.to(wide), norm_bias.to(wide)
+
+    class_normalised = F.layer_norm(class_token.to(wide), (D,), gain, shift, eps).to(q_weight.dtype)
+    q = F.linear(class_normalised, q_weight, q_bias).unflatten(-1, (heads, -1)) * (D // heads) ** -0.5
+    absorbed = torch.einsum("bhd,hde->bhe", q, k_weight.unflatten(0, (heads, -1)))
+    offset = k_bias
+    if mask_mode == "multiply":
+        offset = absorbed.to(wide) @ shift
+        if k_bias is not None:
+            offset = offset + (q * k_bias.unflatten(0, (heads, -1))).to(wide).sum(dim=-1)
+    dtype = torch.get_autocast_dtype(tokens.device.type)
+    dtype = dtype if torch.is_autocast_enabled(tokens.device.type) else tokens.dtype
+    average, attention = _attend_torch(tokens, (absorbed * gain).to(dtype), offset, mask, mask_mode, eps)
+
+    average = average * gain + shift
+    live = None
+    if mask_mode == "exclude":
+        live = (~mask.all(dim=1))[:, None, None].to(average.dtype)
+        average = average * live
+    heads_out = torch.einsum("bhe,hde->bhd", average.to(v_weight.dtype), v_weight.unflatten(0, (heads, -1)))
+    if v_bias is not None:
+        value_bias = v_bias.unflatten(0, (heads, -1))
+        heads_out = heads_out + (value_bias if live is None else value_bias * live)
+    output = F.linear(heads_out.flatten(1).to(proj_weight.dtype), proj_weight, proj_bias)
+    return (output, attention) if return_attention else output
