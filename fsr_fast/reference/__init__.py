@@ -1,6 +1,7 @@
 """The whole method once more, written literally in plain torch: slow, and the oracle that the fast code is held to."""
 
 from .attention import masked_cross_attention
+from .cam import MergedCams, cam_to_labels, class_activation_map, merge_cams, normalise_cam, present_classes
 from .losses import (
     affinity_loss,
     affinity_sums,
@@ -11,17 +12,38 @@ from .losses import (
     segmentation_sums,
 )
 from .masking import PatchSelection, top_k_mask, uncertain_mask, uncertain_mask_from_cam
+from .pseudo_labels import (
+    denormalise_images,
+    generate_pseudo_labels,
+    pixel_adaptive_refinement,
+    refine_pseudo_labels,
+)
+from .schedules import learning_rate_factor, loss_gate, teacher_momentum, teacher_temperature
 
 __all__ = [
+    "MergedCams",
     "PatchSelection",
     "affinity_loss",
     "affinity_sums",
+    "cam_to_labels",
+    "class_activation_map",
     "classification_loss",
+    "denormalise_images",
     "dense_energy",
     "distillation_loss",
+    "generate_pseudo_labels",
+    "learning_rate_factor",
+    "loss_gate",
     "masked_cross_attention",
+    "merge_cams",
+    "normalise_cam",
+    "pixel_adaptive_refinement",
+    "present_classes",
+    "refine_pseudo_labels",
     "segmentation_loss",
     "segmentation_sums",
+    "teacher_momentum",
+    "teacher_temperature",
     "top_k_mask",
     "uncertain_mask",
     "uncertain_mask_from_cam",

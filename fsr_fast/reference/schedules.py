@@ -1,0 +1,76 @@
+"""Everything that changes with the iteration; iterations count from 0."""
+
+import math
+
+
+def learning_rate_factor(step: int, *, total: int, warm_up: int = 1500, start: float = 0.1) -> float:
+    """Scales the base learning rate: linear warm-up, then half a cosine down to 0.
+
+    Args:
+        step: the iteration, 0 <= step <= total.
+        total: number of iterations.
+        warm_up: number of warm-up iterations, < total.
+        start: factor of the first iteration.
+
+    Returns:
+        The factor, in [0, 1].
+
+    Source: official code, optimiser.
+    """
+    if step < warm_up:
+        return 1 - (1 - step / warm_up) * (1 - start)
+    return 0.5 + 0.5 * math.cos(math.pi * (step - warm_up) / (total - warm_up))
+
+
+def teacher_momentum(step: int, *, total: int, start: float) -> float:
+    """Raises the teacher's momentum along half a cosine to 1.
+
+    Args:
+        step: the iteration, 0 <= step <= total.
+        total: number of iterations.
+        start: momentum of the first iteration, in [0, 1].
+
+    Returns:
+        The momentum, in [start, 1].
+
+    Source: paper, implementation details.
+    """
+    return 1 - (1 - start) * 0.5 * (1 + math.cos(math.pi * step / total))
+
+
+def teacher_temperature(
+    step: int, *, total: int, start: float = 0.04, end: float = 0.07, warm_up_fraction: float = 1 / 8
+) -> float:
+    """Raises the teacher's temperature linearly over the first part of training, then holds it.
+
+    Args:
+        step: the iteration, 0 <= step < total.
+        total: number of iterations.
+        start: temperature of the first iteration, > 0.
+        end: temperature of the last warm-up iteration and of all that follow, > 0.
+        warm_up_fraction: share of the iterations that warm up, rounded down to whole ones.
+
+    Returns:
+        The temperature, in [start, end].
+
+    Source: official code, distillation loss.
+    """
+    warm_up = int(total * warm_up_fraction)
+    if step >= warm_up:
+        return end
+    return start + (end - start) * step / max(warm_up - 1, 1)
+
+
+def loss_gate(step: int, *, start: int) -> float:
+    """Opens a loss that does not count at the beginning of training.
+
+    Args:
+        step: the iteration, >= 0.
+        start: number of iterations for which the loss weighs 0.
+
+    Returns:
+        0.0 or 1.0, to multiply the loss's weight with.
+
+    Source: official code, training script.
+    """
+    return 0.0 if step < start else 1.0
