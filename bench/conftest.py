@@ -1,0 +1,10 @@
+"""Fixtures of the benches: the GPU where there is one, else the CPU at a small size."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where to measure."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
