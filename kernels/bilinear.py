@@ -1,0 +1,21 @@
+"""Bilinear resizing (align_corners=False, no antialias), for operations that never store the resized tensor."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def resize_matrix(like: Tensor, length: int, pixels: int) -> Tensor:
+    """Writes the resize of one side as a matrix: each row is the part one low-resolution sample has in the result.
+
+    Args:
+        like: tensor on the device to use; float64 gives a float64 matrix, any other dtype a float32 one.
+        length: samples of the low-resolution side.
+        pixels: samples of the resized side.
+
+    Returns:
+        (length, pixels), weights in [0, 1]; columns sum to 1.
+    """
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    identity = torch.eye(length, dtype=dtype, device=like.device)
+    return F.interpolate(identity[None], size=pixels, mode="linear", align_corners=False)[0]
