@@ -12,6 +12,14 @@ from .losses import (
     segmentation_sums,
 )
 from .masking import PatchSelection, top_k_mask, uncertain_mask, uncertain_mask_from_cam
+from .network import (
+    MultiScaleCams,
+    NetworkOutput,
+    forward_network,
+    multi_scale_cams,
+    project,
+    prototype_logits,
+)
 from .pseudo_labels import (
     denormalise_images,
     generate_pseudo_labels,
@@ -22,6 +30,8 @@ from .schedules import learning_rate_factor, loss_gate, teacher_momentum, teache
 
 __all__ = [
     "MergedCams",
+    "MultiScaleCams",
+    "NetworkOutput",
     "PatchSelection",
     "affinity_loss",
     "affinity_sums",
@@ -31,14 +41,18 @@ __all__ = [
     "denormalise_images",
     "dense_energy",
     "distillation_loss",
+    "forward_network",
     "generate_pseudo_labels",
     "learning_rate_factor",
     "loss_gate",
     "masked_cross_attention",
     "merge_cams",
+    "multi_scale_cams",
     "normalise_cam",
     "pixel_adaptive_refinement",
     "present_classes",
+    "project",
+    "prototype_logits",
     "refine_pseudo_labels",
     "segmentation_loss",
     "segmentation_sums",

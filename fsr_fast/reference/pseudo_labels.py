@@ -17,7 +17,7 @@ DIRECTIONS = ((-1, -1), (-1, 0), (-1, 1), (0, -1), (0, 1), (1, -1), (1, 0), (1, 
 def pixel_adaptive_refinement(
     images: Tensor, maps: Tensor, *, iterations: int = 10, dilations: Sequence[int] = DILATIONS
 ) -> Tensor:
-    """Replaces every pixel of the maps, again and again, by a mean of its neighbours weighted by their colours' nearness.
+    """Replaces every pixel of the maps, again and again, by the mean of its neighbours, nearer colours weighing more.
 
     Args:
         images: (B, 3, h, w) floating, any range.

@@ -1,0 +1,186 @@
+"""Encoder and aggregator as functions of a flat state dict with the official checkpoint's keys (paper, Eq. 5-7).
+
+Weights go in as plain tensors, so autograd gives the gradient of every one of them.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .attention import masked_cross_attention
+from .checks import require_shape
+
+State = Mapping[str, Tensor]
+EPS = 1e-6  # of every LayerNorm
+
+
+def linear(state: State, name: str, vectors: Tensor) -> Tensor:
+    """Applies the linear layer of a name; its bias is optional."""
+    return F.linear(vectors, state[f"{name}.weight"], state.get(f"{name}.bias"))
+
+
+def layer_norm(state: State, name: str, tokens: Tensor) -> Tensor:
+    """Applies the LayerNorm of a name."""
+    return F.layer_norm(tokens, tokens.shape[-1:], state[f"{name}.weight"], state[f"{name}.bias"], EPS)
+
+
+def feed_forward(state: State, name: str, tokens: Tensor) -> Tensor:
+    """Applies a block's two-layer perceptron."""
+    return linear(state, f"{name}.fc2", F.gelu(linear(state, f"{name}.fc1", tokens)))
+
+
+def self_attention(state: State, name: str, tokens: Tensor, heads: int) -> Tensor:
+    """Lets patch tokens attend to each other, the N x N attention written out.
+
+    Args:
+        state: flat state dict.
+        name: of the attention, e.g. "encoder.blocks.0.attn".
+        tokens: (B, N, D) floating, normed.
+        heads: number of heads; divides D.
+
+    Returns:
+        (B, N, D), without the residual.
+    """
+    D = tokens.shape[2]
+    width = D // heads
+    query, key, value = linear(state, f"{name}.qkv", tokens).split(D, dim=2)
+    reads = []
+    for head in range(heads):
+        part = slice(head * width, (head + 1) * width)
+        logits = query[:, :, part] @ key[:, :, part].transpose(1, 2) / width**0.5  # (B, N, N)
+        reads.append(logits.softmax(dim=2) @ value[:, :, part])
+    return linear(state, f"{name}.proj", torch.cat(reads, dim=2))
+
+
+def position_embedding(stored: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Resizes the patch position embedding to another grid.
+
+    Args:
+        stored: (1, 1 + N, D), position of the class token (unused here), then of a square grid of patches.
+        grid: (h, w).
+
+    Returns:
+        (1, h * w, D).
+
+    Raises:
+        ValueError: if the stored grid is not square.
+
+    Source: official code, position embedding.
+    """
+    require_shape("stored", stored, 1, "1 + N", "D")
+    side = round((stored.shape[1] - 1) ** 0.5)
+    if side * side != stored.shape[1] - 1:
+        raise ValueError(f"the position embedding has {stored.shape[1] - 1} patches, expected a square grid of them")
+    if grid == (side, side):
+        return stored[:, 1:]
+    squared = stored[:, 1:].transpose(1, 2).reshape(1, -1, side, side)
+    return F.interpolate(squared, size=grid, mode="bicubic", align_corners=False).flatten(2).transpose(1, 2)
+
+
+def embed_patches(state: State, images: Tensor, patch_size: int, mask: Tensor | None) -> tuple[Tensor, tuple[int, int]]:
+    """Cuts images into patch tokens; masked patches become the mask token before their position is added.
+
+    Args:
+        state: flat state dict.
+        images: (B, 3, H, W) floating; what is left over of a whole number of patches is cut off.
+        patch_size: side of a patch, in pixels.
+        mask: (B, N) bool, True = masked, or None.
+
+    Returns:
+        (B, N, D) tokens and the patch grid (h, w).
+
+    Source: paper, masked image modelling; official code for the order.
+    """
+    weight, bias = state["encoder.patch_embed.proj.weight"], state["encoder.patch_embed.proj.bias"]
+    embedded = F.conv2d(images, weight, bias, stride=patch_size)  # (B, D, h, w)
+    grid = (embedded.shape[2], embedded.shape[3])
+    tokens = embedded.flatten(2).transpose(1, 2)
+    if mask is not None:
+        require_shape("mask", mask, *tokens.shape[:2])
+        tokens = torch.where(mask[:, :, None], state["encoder.mask_token"], tokens)
+    return tokens + position_embedding(state["encoder.pos_embed"], grid), grid
+
+
+def forward_trunk(state: State, tokens: Tensor, heads: int, keep: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Sends patch tokens through all blocks.
+
+    Args:
+        state: flat state dict.
+        tokens: (B, N, D) floating, embedded.
+        heads: number of heads.
+        keep: (depth, 2, B), factors of the two residual branches of every block: 1 / (1 - p) where the branch is kept,
+            0 where it is dropped; None keeps all.
+
+    Returns:
+        (B, N, D) output of the last block and (B, N, D) output of block depth - 2.
+
+    Raises:
+        ValueError: if the trunk has fewer than 3 blocks or keep does not fit.
+
+    Source: official code, encoder.
+    """
+    depth = count_blocks(state, "encoder.blocks.")
+    if depth < 3:
+        raise ValueError(f"the state has {depth} encoder blocks, expected at least 3, since block depth - 2 feeds aux")
+    if keep is None:
+        keep = tokens.new_ones(depth, 2, len(tokens))
+    require_shape("keep", keep, depth, 2, len(tokens))
+    aux = tokens
+    for i in range(depth):
+        name = f"encoder.blocks.{i}"
+        branch = self_attention(state, f"{name}.attn", layer_norm(state, f"{name}.norm1", tokens), heads)
+        tokens = tokens + keep[i, 0][:, None, None] * branch
+        branch = feed_forward(state, f"{name}.mlp", layer_norm(state, f"{name}.norm2", tokens))
+        tokens = tokens + keep[i, 1][:, None, None] * branch
+        if i + 1 == depth - 2:
+            aux = tokens
+    return tokens, aux
+
+
+def aggregate(state: State, tokens: Tensor, heads: int, mask: Tensor | None, mask_mode: str) -> Tensor:
+    """Gathers patch tokens in the class token.
+
+    Args:
+        state: flat state dict.
+        tokens: (B, N, D) floating, raw output of the trunk's last block.
+        heads: number of heads.
+        mask: (B, N) bool, True = masked, or None.
+        mask_mode: "exclude", "multiply" or "none", see masked_cross_attention.
+
+    Returns:
+        (B, D), before the final norm.
+
+    Source: paper, Eq. 5-7.
+    """
+    class_token = state["encoder.cls_token"][0].expand(len(tokens), -1)
+    for j in range(count_blocks(state, "encoder.cls_blocks.")):
+        name = f"encoder.cls_blocks.{j}"
+        weights: dict[str, Any] = {
+            f"{part}_{kind}": state.get(f"{name}.attn.{part}.{kind}")
+            for part in ("q", "k", "v", "proj")
+            for kind in ("weight", "bias")
+        }
+        update = masked_cross_attention(
+            class_token,
+            tokens,
+            mask,
+            norm_weight=state[f"{name}.norm1.weight"],
+            norm_bias=state[f"{name}.norm1.bias"],
+            heads=heads,
+            mask_mode=mask_mode,
+            eps=EPS,
+            **weights,
+        )
+        assert isinstance(update, Tensor)  # a pair only with return_attention
+        class_token = class_token + update
+        branch = feed_forward(state, f"{name}.mlp", layer_norm(state, f"{name}.norm2", class_token))
+        class_token = class_token + branch
+    return class_token
+
+
+def count_blocks(state: State, prefix: str) -> int:
+    """Counts the numbered blocks that a state dict holds under a prefix."""
+    return len({key[len(prefix) :].split(".")[0] for key in state if key.startswith(prefix)})
