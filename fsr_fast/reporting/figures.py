@@ -1,0 +1,246 @@
+"""Pictures: colours of the classes, overlays, CAM heat maps, and grids with titles and a legend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+IGNORE_INDEX = 255
+INK, PAPER, OUTLINE = (30, 30, 30), (255, 255, 255), (120, 120, 120)
+MARGIN = 12
+FONT_SIZE = 17
+
+
+@cache
+def voc_palette() -> np.ndarray:
+    """Give PASCAL VOC's colours.
+
+    Returns:
+        (256,3) uint8, RGB by label; 0 (background) is black, 255 (ignore) a light grey. Read-only.
+    """
+    labels = np.arange(256)
+    palette = np.zeros((256, 3), dtype=np.uint8)
+    for bit in range(8):  # bits 0, 1, 2 of every octal digit of the label go to red, green, blue, highest bit first
+        for channel in range(3):
+            palette[:, channel] |= (((labels >> (3 * bit + channel)) & 1) << (7 - bit)).astype(np.uint8)
+    palette.flags.writeable = False
+    return palette
+
+
+def colourise(mask: np.ndarray) -> np.ndarray:
+    """Paint labels in VOC's colours.
+
+    Args:
+        mask: (H,W) integer labels, 0 to 255.
+
+    Returns:
+        (H,W,3) uint8, RGB.
+
+    Raises:
+        TypeError: labels that are not integers.
+        ValueError: not two-dimensional, or labels outside 0 to 255.
+    """
+    return voc_palette()[_check_mask(mask)]
+
+
+def overlay(image: np.ndarray, mask: np.ndarray, opacity: float = 0.6) -> np.ndarray:
+    """Lay the colours of a mask over a picture; the background stays as it is.
+
+    Args:
+        image: (H,W,3) uint8, RGB.
+        mask: (H,W) integer labels.
+        opacity: 0 (picture alone) to 1 (colour alone).
+
+    Returns:
+        (H,W,3) uint8, RGB.
+
+    Raises:
+        TypeError: wrong dtype.
+        ValueError: wrong shape, or the mask is of another size than the picture.
+    """
+    _check_image(image)
+    colours = colourise(mask)
+    if colours.shape != image.shape:
+        raise ValueError(f"mask is {mask.shape} but the picture is {image.shape[:2]}; resize one")
+    return np.where((mask == 0)[..., None], image, _blend(image, colours, opacity))
+
+
+def heatmap(image: np.ndarray, cam: np.ndarray, opacity: float = 0.5) -> np.ndarray:
+    """Lay a class activation map over a picture, from blue (0) to red (1).
+
+    Args:
+        image: (H,W,3) uint8, RGB.
+        cam: (h,w) float, 0 to 1, any size; resized bilinearly to the picture. Values outside are clipped.
+        opacity: 0 (picture alone) to 1 (map alone).
+
+    Returns:
+        (H,W,3) uint8, RGB.
+
+    Raises:
+        TypeError: the picture is not uint8.
+        ValueError: wrong shape.
+    """
+    _check_image(image)
+    if cam.ndim != 2:
+        raise ValueError(f"cam is {cam.shape}; expected (h,w): choose a class, or take the maximum over them")
+    size = (image.shape[1], image.shape[0])
+    values = np.asarray(Image.fromarray(cam.astype(np.float32)).resize(size, Image.Resampling.BILINEAR))
+    colours = matplotlib.colormaps["turbo"](np.clip(values, 0, 1), bytes=True)[..., :3]
+    return _blend(image, colours, opacity)
+
+
+def save_palette_png(mask: np.ndarray, path: Path) -> None:
+    """Save labels as a PNG with VOC's palette: the pixel values are the labels.
+
+    Args:
+        mask: (H,W) integer labels, 0 to 255.
+        path: the file.
+
+    Raises:
+        TypeError: labels that are not integers.
+        ValueError: not two-dimensional, or labels outside 0 to 255.
+    """
+    picture = Image.fromarray(_check_mask(mask))
+    picture.putpalette(voc_palette().tobytes())
+    picture.save(path, format="PNG")
+
+
+def picture_grid(
+    rows: Sequence[Sequence[np.ndarray]], titles: Sequence[str], class_names: Sequence[str], *, cell: int = 224
+) -> Image.Image:
+    """Lay out pictures and label maps in a titled grid, with a legend of the labels that occur.
+
+    Args:
+        rows: one sequence a sample; each entry is a picture (H,W,3) uint8, scaled smoothly, or a label map
+            (H,W) of integers, painted in VOC's colours and scaled without smoothing. All entries of a row are
+            shown in the size of its first.
+        titles: one a column.
+        class_names: names of the foreground classes 1, 2, …, without the background.
+        cell: longer side of every picture in the grid, pixels; at least 160.
+
+    Returns:
+        The picture, RGB.
+
+    Raises:
+        TypeError: an entry of another dtype.
+        ValueError: no row, a row of another length than `titles`, an entry of another shape, a cell that is too small.
+    """
+    if cell < 160:
+        raise ValueError(f"cell: {cell} pixels cannot be read; give 160 or more")
+    if not rows:
+        raise ValueError("rows: empty; give at least one sample")
+    for number, row in enumerate(rows):
+        if len(row) != len(titles):
+            raise ValueError(f"rows[{number}] has {len(row)} pictures for {len(titles)} titles")
+
+    font = _font()
+    line = FONT_SIZE + 9
+    cells = [[_resized(entry, _fit(row[0], cell)) for entry in row] for row in rows]
+    width = MARGIN + len(titles) * (cell + MARGIN)
+    labels = sorted({int(label) for row in rows for entry in row if entry.ndim == 2 for label in np.unique(entry)})
+    legend = _legend_lines(labels, class_names, width - 2 * MARGIN, font)
+    height = (
+        MARGIN + line + sum(row[0].height + MARGIN for row in cells) + len(legend) * line + (MARGIN if legend else 0)
+    )
+
+    grid = Image.new("RGB", (width, height), PAPER)
+    draw = ImageDraw.Draw(grid)
+    for column, title in enumerate(titles):
+        centre = MARGIN + column * (cell + MARGIN) + cell // 2
+        draw.text((centre, MARGIN + line // 2), _shortened(title, cell, font), INK, font, anchor="mm")
+    top = MARGIN + line
+    for row_cells in cells:
+        for column, picture in enumerate(row_cells):
+            grid.paste(picture, (MARGIN + column * (cell + MARGIN) + (cell - picture.width) // 2, top))
+        top += row_cells[0].height + MARGIN
+    for entries in legend:
+        for left, label, name in entries:
+            _draw_entry(draw, (MARGIN + left, top), label, name, font)
+        top += line
+    return grid
+
+
+def _legend_lines(
+    labels: Sequence[int], class_names: Sequence[str], width: int, font: ImageFont.FreeTypeFont
+) -> list[list[tuple[int, int, str]]]:
+    lines: list[list[tuple[int, int, str]]] = []
+    left = width
+    for label in labels:
+        name = _name(label, class_names)
+        needed = FONT_SIZE + 8 + round(font.getlength(name)) + 22
+        if left + needed > width or not lines:
+            lines.append([])
+            left = 0
+        lines[-1].append((left, label, name))
+        left += needed
+    return lines
+
+
+def _draw_entry(
+    draw: ImageDraw.ImageDraw, corner: tuple[int, int], label: int, name: str, font: ImageFont.FreeTypeFont
+) -> None:
+    left, top = corner
+    red, green, blue = (int(value) for value in voc_palette()[label])
+    draw.rectangle((left, top, left + FONT_SIZE, top + FONT_SIZE), (red, green, blue), OUTLINE)
+    draw.text((left + FONT_SIZE + 8, top + FONT_SIZE // 2 + 1), name, INK, font, anchor="lm")
+
+
+def _name(label: int, class_names: Sequence[str]) -> str:
+    special = {0: "background", IGNORE_INDEX: "ignored"}
+    if label in special:
+        return special[label]
+    return class_names[label - 1] if label <= len(class_names) else f"label {label}"
+
+
+def _shortened(title: str, width: int, font: ImageFont.FreeTypeFont) -> str:
+    if font.getlength(title) <= width:
+        return title
+    while title and font.getlength(title + "…") > width:
+        title = title[:-1]
+    return title + "…"
+
+
+def _fit(entry: np.ndarray, cell: int) -> tuple[int, int]:
+    height, width = entry.shape[:2]
+    return max(round(cell * width / max(height, width)), 1), max(round(cell * height / max(height, width)), 1)
+
+
+def _resized(entry: np.ndarray, size: tuple[int, int]) -> Image.Image:
+    if entry.ndim == 2:
+        return Image.fromarray(colourise(entry)).resize(size, Image.Resampling.NEAREST)
+    return Image.fromarray(_check_image(entry)).resize(size, Image.Resampling.BICUBIC)
+
+
+@cache
+def _font() -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), FONT_SIZE)
+
+
+def _blend(image: np.ndarray, colours: np.ndarray, opacity: float) -> np.ndarray:
+    if not 0 <= opacity <= 1:
+        raise ValueError(f"opacity: {opacity}; expected 0 to 1")
+    mixed = image.astype(np.float32) * (1 - opacity) + colours.astype(np.float32) * opacity
+    return np.rint(mixed).astype(np.uint8)
+
+
+def _check_image(image: np.ndarray) -> np.ndarray:
+    if image.dtype != np.uint8:
+        raise TypeError(f"picture is {image.dtype}; expected uint8, 0 to 255")
+    if image.ndim != 3 or image.shape[2] != 3:
+        raise ValueError(f"picture is {image.shape}; expected (H,W,3)")
+    return image
+
+
+def _check_mask(mask: np.ndarray) -> np.ndarray:
+    if not np.issubdtype(mask.dtype, np.integer):
+        raise TypeError(f"mask is {mask.dtype}; expected integer labels")
+    if mask.ndim != 2:
+        raise ValueError(f"mask is {mask.shape}; expected (H,W)")
+    if mask.size and (mask.min() < 0 or mask.max() > 255):
+        raise ValueError(f"mask holds labels from {mask.min()} to {mask.max()}; expected 0 to 255")
+    return mask.astype(np.uint8)

@@ -1,0 +1,193 @@
+"""Progress on the terminal: a live bar, or plain lines where the output goes to a file or a CI log."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import contextmanager
+from datetime import timedelta
+from types import TracebackType
+from typing import Self, TypeVar
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import track as rich_track
+from rich.table import Column
+from torch import Tensor
+
+Item = TypeVar("Item")
+
+
+def on_main_process() -> bool:
+    """Tell whether this process is rank 0, or the only one."""
+    grouped = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return not grouped or torch.distributed.get_rank() == 0
+
+
+def is_quiet() -> bool:
+    """Tell whether to print plain lines: stdout is no (capable) terminal, or the environment variable CI is set."""
+    return not sys.stdout.isatty() or os.environ.get("TERM") == "dumb" or bool(os.environ.get("CI"))
+
+
+class TrainingProgress:
+    """Progress and rates of a training; shown by rank 0 alone.
+
+    Use as a context manager around the loop: `step` after every iteration, `report` at every log interval.
+
+    Args:
+        iterations: length of the training.
+        start: iterations that are done already, when resuming.
+        device: device of the training; its peak memory is shown, on the CPU that of the process.
+        clock: seconds; replaced in tests.
+    """
+
+    def __init__(
+        self,
+        iterations: int,
+        *,
+        start: int = 0,
+        device: torch.device | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._total, self._done = iterations, start
+        self._device = device or torch.device("cpu")
+        self._clock = clock
+        self._shown = on_main_process()
+        self._bar: Progress | None = None
+        if self._shown and not is_quiet():
+            self._bar = Progress(
+                BarColumn(bar_width=None, table_column=Column(ratio=1)),  # what the others leave
+                MofNCompleteColumn(table_column=Column(no_wrap=True)),
+                TextColumn("{task.fields[rates]}"),
+                expand=True,
+                refresh_per_second=4,
+            )
+            self._task = self._bar.add_task("training", total=iterations, completed=start, rates="")
+        self._open_window()
+
+    def __enter__(self) -> Self:
+        if self._bar:
+            self._bar.start()
+        self._open_window()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def step(self, *, images: int, data_seconds: float) -> None:
+        """Count one iteration. Never waits for the device.
+
+        Args:
+            images: images of the iteration, over all processes.
+            data_seconds: time that the iteration waited for its data.
+        """
+        self._done += 1
+        self._steps += 1
+        self._images += images
+        self._data_seconds += data_seconds
+        if self._bar:
+            self._bar.update(self._task, completed=self._done)
+
+    def report(self, loss: float | Tensor) -> dict[str, float]:
+        """Show the loss and the rates since the last report.
+
+        Args:
+            loss: scalar; reading it from a GPU waits for the device.
+
+        Returns:
+            `images_per_second`, `data_wait` (share, 0 to 1), `memory_gib` (peak), `seconds_left`.
+        """
+        loss = float(loss)  # before the clock is read: work that is still queued belongs to this window
+        seconds = max(self._clock() - self._opened, 1e-9)
+        rates = {
+            "images_per_second": self._images / seconds,
+            "data_wait": self._data_seconds / seconds,
+            "memory_gib": _peak_memory(self._device) / 2**30,
+            "seconds_left": (self._total - self._done) * seconds / max(self._steps, 1),
+        }
+        text = (
+            f"loss {loss:.4f}  {rates['images_per_second']:.1f} images/s  data wait {rates['data_wait']:.0%}  "
+            f"{rates['memory_gib']:.1f} GiB  {timedelta(seconds=round(rates['seconds_left']))} left"
+        )
+        if self._bar:
+            self._bar.update(self._task, rates=text)
+        elif self._shown:
+            print(f"iteration {self._done:>{len(str(self._total))}}/{self._total}  {text}", flush=True)
+        self._open_window()
+        return rates
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Take the bar away and stop the clock, for an evaluation or a checkpoint within the training."""
+        if self._bar:
+            self._bar.stop()
+        began = self._clock()
+        try:
+            yield
+        finally:
+            self._opened += self._clock() - began
+            if self._bar:
+                self._bar.start()
+
+    def _open_window(self) -> None:
+        self._opened = self._clock()
+        self._steps = self._images = 0
+        self._data_seconds = 0.0
+
+
+def track(
+    iterable: Iterable[Item],
+    description: str,
+    total: int | None = None,
+    *,
+    interval: float = 30.0,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Iterator[Item]:
+    """Show the progress of a loop, on rank 0 alone.
+
+    Args:
+        iterable: what to loop over.
+        description: what the loop does, e.g. `evaluating`.
+        total: number of items; none: the length of `iterable` where it has one.
+        interval: seconds between two lines where there is no terminal; the last item always gives one.
+        clock: seconds; replaced in tests.
+
+    Returns:
+        An iterator over the same items.
+    """
+    if total is None and isinstance(iterable, Sized):
+        total = len(iterable)
+    if not on_main_process():
+        return iter(iterable)
+    if not is_quiet():
+        return iter(rich_track(iterable, description, total=total, transient=True))
+    return _lines(iterable, description, total, interval, clock)
+
+
+def _lines(
+    iterable: Iterable[Item], description: str, total: int | None, interval: float, clock: Callable[[], float]
+) -> Iterator[Item]:
+    began = printed = clock()
+    done = 0
+    of = f"/{total}" if total is not None else ""
+    for item in iterable:
+        yield item
+        done += 1
+        now = clock()
+        if now - printed >= interval and done != total:
+            print(f"{description} {done}{of}", flush=True)
+            printed = now
+    print(f"{description} {done}{of}  {timedelta(seconds=round(clock() - began))}", flush=True)
+
+
+def _peak_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
