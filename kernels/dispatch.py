@@ -94,6 +94,27 @@ def use_triton(tensor: Tensor) -> bool:
     return True
 
 
+def require_shape(name: str, tensor: Tensor, shape: Iterable[int | str]) -> None:
+    """Refuse a tensor whose shape is not the expected one.
+
+    Args:
+        name: the argument as the operation calls it.
+        tensor: its value.
+        shape: one entry a dimension: the exact size, or a letter of the legend where any size will do.
+
+    Raises:
+        ValueError: the number of dimensions or an exact size differs.
+    """
+    expected = tuple(shape)
+    fits = tensor.dim() == len(expected) and all(
+        isinstance(size, str) or size == actual for size, actual in zip(expected, tensor.shape, strict=True)
+    )
+    if not fits:
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)}; expected ({', '.join(map(str, expected))}), to fit the others"
+        )
+
+
 def require_dtype(name: str, tensor: Tensor, dtypes: Iterable[torch.dtype]) -> None:
     """Refuse a tensor of a dtype that the operation does not take.
 
