@@ -1,0 +1,18 @@
+"""Fast, verified training of segmentation networks from image-level labels (Progressive Feature Self-Reinforcement)."""
+
+from typing import Any
+
+__all__ = ["load_network", "segment"]
+
+
+def __getattr__(name: str) -> Any:
+    # Loaded at first use, so that importing a part of the package does not import all of it.
+    if name == "load_network":
+        from fsr_fast.models import load_network
+
+        return load_network
+    if name == "segment":
+        from fsr_fast.evaluation.inference import segment
+
+        return segment
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -40,7 +40,9 @@ class RunConfig(Section):
     output: Path = Path("runs/voc_vit_b")
     """Run folder: configuration, metrics, pictures and checkpoints. A folder that holds the same run is resumed."""
     seed: int = Field(0, ge=0, lt=2**31)
-    """Seed of every random draw; each rank derives its own stream from it."""
+    """Seed of every random draw; the draws of a run depend on nothing else."""
+    seed_per_rank: bool = True
+    """Each process draws its own stream; `false`: the same draws on all of them (official code)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes CUDA where there is a GPU."""
     amp: Literal["off", "bf16"] = "bf16"
@@ -73,7 +75,7 @@ class DataConfig(Section):
     subset: tuple[str, ...] | None = None
     """Train on these classes alone: labels are restricted to them, pixels of all others become 255 (ignored)."""
     labels: Literal["auto", "xml", "csv", "masks"] = "auto"
-    """Source of the image labels: Annotations/*.xml, labels.csv or the training masks; `auto`: the first that exists."""
+    """Source of the image labels: Annotations/*.xml, labels.csv or the training masks; `auto`: the first one."""
     image_size: int = Field(448, ge=32, le=4096)
     """Side of the square training views, in pixels; a multiple of the patch size."""
     workers: int = Field(4, ge=0, le=256)

@@ -1,0 +1,1 @@
+"""Inference at several scales, scores, dense CRF."""

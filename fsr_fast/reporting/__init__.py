@@ -1,1 +1,1 @@
-"""What a run shows and leaves behind: progress, record, tables, pictures."""
+"""Progress, the record of a run, pictures."""

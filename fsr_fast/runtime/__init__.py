@@ -1,0 +1,1 @@
+"""Processes, checkpoints, random streams, precision."""

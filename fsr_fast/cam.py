@@ -1,0 +1,164 @@
+"""Class activation maps: multi-scale passes and the labels that are read off them."""
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fsr_fast.kernels import MergedCams, merge_cams
+from fsr_fast.models.encoder import Encoder, Features
+from fsr_fast.models.network import Network, activate
+
+
+class ScalePass(NamedTuple):
+    """Features of images at one scale and of their mirror images."""
+
+    plain: Features
+    mirrored: Features
+
+
+def multi_scale_passes(
+    encoder: Encoder,
+    images: Tensor,
+    scales: Sequence[float],
+    *,
+    first: Features | None = None,
+    keep: Sequence[Tensor] | None = None,
+    aux_only: bool = False,
+) -> list[ScalePass]:
+    """Pass images and their mirror images through the trunk at every scale.
+
+    Args:
+        encoder: the trunk.
+        images: (B, 3, H, W), normalised.
+        scales: the first is 1.0.
+        first: features of the images at scale 1.0, where they are known already.
+        keep: stochastic depth of each scale's pass, (depth, 2, 2B): images first, then mirror images.
+        aux_only: stop after the auxiliary block.
+
+    Returns:
+        One pair of features a scale. Source: paper, implementation details.
+    """
+    passes = []
+    for index, scale in enumerate(scales):
+        size = scaled_size((images.shape[-2], images.shape[-1]), scale, encoder.patch_size)
+        scaled = resize_images(images, size)
+        if index == 0 and first is not None:
+            passes.append(ScalePass(first, encoder(scaled.flip(-1), aux_only=aux_only)))
+            continue
+        both = encoder(torch.cat([scaled, scaled.flip(-1)]), keep=keep[index] if keep else None, aux_only=aux_only)
+        passes.append(ScalePass(*split_batch(both)))
+    return passes
+
+
+def split_batch(features: Features) -> tuple[Features, Features]:
+    """Split the features of 2B images into those of the first and of the second B."""
+    tokens, aux = features.tokens.chunk(2), features.aux.chunk(2)
+    return Features(tokens[0], aux[0], features.grid), Features(tokens[1], aux[1], features.grid)
+
+
+def merge_passes(
+    network: Network,
+    passes: Sequence[ScalePass],
+    labels: Tensor,
+    *,
+    classifier: Literal["top", "aux"],
+    slots: int,
+    size: tuple[int, int],
+    output_size: tuple[int, int] | None = None,
+) -> MergedCams:
+    """Turn the passes of all scales into normalised CAMs of the present classes.
+
+    Args:
+        network: whose classifier reads the features.
+        passes: as `multi_scale_passes` gives them.
+        labels: (B, C), 0 or 1.
+        classifier: which of the two classifiers, on which of the two feature maps.
+        slots: M, at least the largest number of classes that an image has.
+        size: H and W at which the maps are added and normalised.
+        output_size: size to which they are resized after that; none: `size`.
+
+    Returns:
+        Values (B, M, *output_size), float32 in 0…1. Source: paper, CAM; official code for the merging.
+    """
+
+    def activations(features: Features) -> Tensor:
+        if classifier == "aux":
+            return activate(features.aux, network.aux_classifier, features.grid)
+        return activate(network.encoder.norm(features.tokens), network.top_classifier, features.grid)
+
+    plain = [activations(scale_pass.plain) for scale_pass in passes]
+    mirrored = [activations(scale_pass.mirrored) for scale_pass in passes]
+    return merge_cams(plain, mirrored, labels, slots=slots, size=size, output_size=output_size)
+
+
+def normalise_cam(activation: Tensor) -> Tensor:
+    """ReLU and min-max per image and class.
+
+    Args:
+        activation: (B, C, h, w), class activations before ReLU.
+
+    Returns:
+        (B, C, h, w), float32 in 0…1. Source: paper, Eq. 2.
+    """
+    cam = F.relu(activation.float())
+    cam = cam - cam.amin((2, 3), keepdim=True)
+    return cam / (cam.amax((2, 3), keepdim=True) + 1e-5)
+
+
+def scaled_size(size: tuple[int, int], scale: float, patch_size: int) -> tuple[int, int]:
+    """Size of an image at a scale, rounded to whole patches.
+
+    Args:
+        size: height and width in pixels.
+        scale: factor.
+        patch_size: pixels.
+
+    Returns:
+        Height and width in pixels, multiples of the patch size and at least one patch.
+    """
+    height, width = (max(1, round(side * scale / patch_size)) * patch_size for side in size)
+    return height, width
+
+
+def resize_images(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize images (B, 3, H, W) bilinearly to (B, 3, *size). Source: official code, CAM inference."""
+    if images.shape[-2:] == size:
+        return images
+    return F.interpolate(images, size=size, mode="bilinear", align_corners=False)
+
+
+def merged_labels(cams: MergedCams, *, high: float, low: float, ignore_index: int = 255) -> Tensor:
+    """Label every pixel by its strongest class where the activation is certain.
+
+    Args:
+        cams: normalised CAMs of the present classes, values (B, M, h, w).
+        high: activation above which the class counts.
+        low: activation up to which the pixel is background; between the two it is ignored.
+        ignore_index: label of ignored pixels.
+
+    Returns:
+        (B, h, w), int64: 0 background, class + 1, or `ignore_index`. Source: paper, affinity loss; official code.
+    """
+    value, slot = cams.values.max(1)
+    label = torch.gather(cams.classes, 1, slot.flatten(1)).view_as(slot) + 1
+    label = torch.where(value > high, label, ignore_index)
+    return torch.where(value <= low, 0, label)
+
+
+def dense_cams(cams: MergedCams, classes: int) -> Tensor:
+    """Spread the CAMs of the present classes over all classes.
+
+    Args:
+        cams: values (B, M, H, W).
+        classes: C.
+
+    Returns:
+        (B, C, H, W), 0 for absent classes.
+    """
+    batch, _, height, width = cams.values.shape
+    dense = cams.values.new_zeros(batch, classes, height, width)
+    index = cams.classes.view(batch, -1, 1, 1).expand_as(cams.values)
+    return dense.scatter_add(1, index, cams.values)

@@ -1,0 +1,17 @@
+"""What all entry points share."""
+
+import sys
+from collections.abc import Callable, Sequence
+
+from fsr_fast.errors import UserError
+
+
+def run_command(command: Callable[[Sequence[str]], None]) -> None:
+    """Run an entry point on the command line; the user's mistakes end it with one paragraph and exit code 2."""
+    try:
+        command(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,93 @@
+"""Evaluate a trained network: `python -m fsr_fast.evaluate --checkpoint RUN_OR_FILE`."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich import print as rich_print
+
+from fsr_fast.cli import run_command
+from fsr_fast.config import build_config
+from fsr_fast.dataloading.datasets import build_datasets
+from fsr_fast.errors import UserError
+from fsr_fast.evaluation.evaluator import evaluate_network
+from fsr_fast.models.build import restore_network
+from fsr_fast.reporting.pictures import evaluation_grid
+from fsr_fast.reporting.tables import score_table
+from fsr_fast.reporting.tracking import write_json
+from fsr_fast.runtime.checkpoint import read_checkpoint
+from fsr_fast.runtime.distributed import start_process, stop_process
+
+PICTURES = 8
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Evaluate as the arguments say."""
+    options = _parser().parse_args(arguments)
+    checkpoint = read_checkpoint(options.checkpoint)
+    config = build_config(_with_options(checkpoint["config"], options), str(options.checkpoint))
+    network = restore_network(checkpoint, str(options.checkpoint))
+    _, dataset = build_datasets(config.data)
+    if dataset.classes != network.classes:
+        raise UserError(f"data: its classes {dataset.classes} are not those of the checkpoint, {network.classes}")
+    folder = options.output or _default_folder(options.checkpoint)
+    process = start_process(config.run.device)
+    try:
+        evaluation = evaluate_network(network.to(process.device), dataset, config, process, examples=PICTURES)
+        if not process.is_main:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        picture = folder / "evaluation.png"
+        evaluation_grid(evaluation.examples, network.classes).save(picture)
+        settings = {
+            "checkpoint": str(options.checkpoint),
+            "iteration": checkpoint["iteration"],
+            "list": config.data.val_list,
+        }
+        path = write_json(folder / "metrics.json", {**settings, "images": len(dataset), "results": evaluation.results})
+        rich_print(score_table(evaluation.results))
+        print(f"metrics: {path}\npicture: {picture}")
+    finally:
+        stop_process()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m fsr_fast.evaluate", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--checkpoint", type=Path, required=True, help="run folder or checkpoint file")
+    parser.add_argument("--root", type=Path, help="folder of the data set, if not that of the training")
+    parser.add_argument("--list", help="name of the list, if not the validation list of the training")
+    parser.add_argument("--scales", type=float, nargs="+", help="scales of the segmentation")
+    parser.add_argument("--no-flip", action="store_true", help="leave the mirror images of the segmentation out")
+    parser.add_argument("--threshold", type=float, help="background score of the pseudo labels")
+    parser.add_argument("--crf", action="store_true", help="also report the segmentation after the dense CRF")
+    parser.add_argument("--limit", type=int, help="evaluate only the first images")
+    parser.add_argument("--device", help="auto, cpu or cuda")
+    parser.add_argument("--output", type=Path, help="folder for metrics.json; by default that of the run")
+    return parser
+
+
+def _with_options(config: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+    given = {
+        "data": {"root": options.root, "val_list": options.list},
+        "run": {"device": options.device},
+        "evaluate": {
+            "scales": options.scales,
+            "flip": False if options.no_flip else None,
+            "threshold": options.threshold,
+            "crf": options.crf or None,
+            "limit": options.limit,
+        },
+    }
+    return {
+        name: section | {key: value for key, value in given.get(name, {}).items() if value is not None}
+        for name, section in config.items()
+    }
+
+
+def _default_folder(checkpoint: Path) -> Path:
+    return checkpoint if checkpoint.is_dir() else checkpoint.parent
+
+
+if __name__ == "__main__":
+    run_command(main)

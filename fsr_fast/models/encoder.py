@@ -1,0 +1,194 @@
+"""Encoder F: the patch tokens of a plain vision transformer, with the aggregator's class token."""
+
+from typing import NamedTuple
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+from fsr_fast.config import ModelConfig
+from fsr_fast.errors import UserError, nearest
+from fsr_fast.models.aggregator import AggregatorBlock, pool_unmasked
+from fsr_fast.models.attention import attend
+
+
+class Features(NamedTuple):
+    """What one pass through the trunk gives."""
+
+    tokens: Tensor
+    """(B, N, D), output of the last block, before the final norm."""
+    aux: Tensor
+    """(B, N, D), output of the auxiliary block."""
+    grid: tuple[int, int]
+    """Rows h and columns w of patches, N = h·w."""
+
+
+class Encoder(nn.Module):
+    """Plain vision transformer over patch tokens alone, followed by the aggregator (paper, Eq. 5-7).
+
+    Names of parameters are timm's for the trunk; `cls_token` and `cls_blocks` belong to the aggregator.
+
+    Args:
+        vit: the transformer, as `create_vit` gives it.
+        config: aggregation, mask mode, stochastic depth, auxiliary block.
+        image_size: side of the training views in pixels; the position embedding is stored for its grid.
+
+    Raises:
+        UserError: the image size does not fit the patches, or there is no such auxiliary block.
+    """
+
+    def __init__(self, vit: VisionTransformer, config: ModelConfig, image_size: int) -> None:
+        super().__init__()
+        self.patch_size: int = vit.patch_embed.patch_size[0]
+        self.depth = len(vit.blocks)
+        self.width: int = vit.embed_dim
+        if image_size % self.patch_size:
+            raise UserError(f"data.image_size: {image_size} is not a multiple of the patch size {self.patch_size}")
+        if not -self.depth <= config.aux_block < self.depth:
+            raise UserError(f"model.aux_block: {config.aux_block}; {config.backbone} has {self.depth} blocks")
+        self.aux_block = config.aux_block % self.depth
+        self.aggregation = config.aggregation
+        self.mask_mode = config.mask_mode
+        self.grid = (image_size // self.patch_size,) * 2
+
+        self.patch_embed = nn.ModuleDict({"proj": vit.patch_embed.proj})
+        self.pos_embed = nn.Parameter(
+            resize_position_embedding(vit.pos_embed.detach(), vit.patch_embed.grid_size, self.grid)
+        )
+        self.mask_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, self.width), std=0.02))
+        self.blocks = vit.blocks
+        if config.aggregation == "mca":
+            self.cls_token = nn.Parameter(vit.cls_token.detach().clone())
+            heads, epsilon = vit.blocks[0].attn.num_heads, vit.norm.eps
+            blocks = (
+                AggregatorBlock(self.width, heads, config.mask_mode, epsilon) for _ in range(config.aggregator_blocks)
+            )
+            self.cls_blocks = nn.ModuleList(blocks)
+        self.norm = vit.norm
+        self.register_buffer("drop_rates", torch.linspace(0, config.stochastic_depth, self.depth), persistent=False)
+        self.drop_rates: Tensor
+
+    def draw_keep(self, batch: int, generator: torch.Generator) -> Tensor:
+        """Draw stochastic depth for a batch.
+
+        Args:
+            batch: number of images B.
+            generator: on the CPU.
+
+        Returns:
+            (depth, 2, B), float32: factor of each branch, 0 or 1/(1 - drop rate).
+        """
+        keep = 1 - self.drop_rates.cpu().view(-1, 1, 1)
+        draw = torch.rand(self.depth, 2, batch, generator=generator)
+        return ((draw < keep) / keep).float()
+
+    def forward(
+        self, images: Tensor, mask: Tensor | None = None, keep: Tensor | None = None, *, aux_only: bool = False
+    ) -> Features:
+        """Pass images through the trunk.
+
+        Args:
+            images: (B, 3, H, W), normalised; H and W multiples of the patch size.
+            mask: (B, N), bool; the mask token replaces the embeddings of these patches.
+            keep: (depth, 2, B), factors of the branches (stochastic depth); none: every branch counts.
+            aux_only: stop after the auxiliary block; `tokens` are then its output, too.
+
+        Returns:
+            Features of the last and of the auxiliary block.
+        """
+        embedded = self.patch_embed["proj"](images)
+        grid = embedded.shape[-2:]
+        tokens = embedded.flatten(2).transpose(1, 2)
+        if mask is not None:
+            tokens = torch.where(mask.unsqueeze(-1), self.mask_token.to(tokens.dtype), tokens)
+        tokens = tokens + resize_position_embedding(self.pos_embed, self.grid, grid)[:, 1:]
+        aux = tokens
+        for index, block in enumerate(self.blocks[: self.aux_block + 1] if aux_only else self.blocks):
+            tokens = _run_block(block, tokens, None if keep is None else keep[index])
+            if index == self.aux_block:
+                aux = tokens
+        return Features(tokens, aux, (grid[0], grid[1]))
+
+    def aggregate(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Gather the class token of each image from its patches.
+
+        Args:
+            tokens: (B, N, D), output of the last block.
+            mask: (B, N), bool, masked patches; none: no patch is masked.
+
+        Returns:
+            (B, D), after the final norm. Source: paper, Eq. 5-7; Table 4 for GAP and GMP.
+        """
+        if self.aggregation != "mca":
+            return pool_unmasked(self.norm(tokens), mask, self.aggregation)
+        class_token = self.cls_token[:, 0].expand(len(tokens), -1)
+        for block in self.cls_blocks:
+            class_token = block(class_token, tokens, mask)
+        return self.norm(class_token)
+
+
+def create_vit(config: ModelConfig) -> VisionTransformer:
+    """Build timm's transformer by name, without pretrained weights.
+
+    Raises:
+        UserError: unknown name, or a transformer that is not plain.
+    """
+    names = timm.list_models(module="vision_transformer")
+    if config.backbone not in names:
+        raise UserError(
+            f"model.backbone: {config.backbone!r} is no vision transformer of timm{nearest(config.backbone, names)}"
+        )
+    try:
+        vit = timm.create_model(config.backbone, num_classes=0, global_pool="token", **config.backbone_options)
+    except (TypeError, AssertionError, AttributeError, KeyError) as error:
+        raise UserError(
+            f"model.backbone_options: {config.backbone} does not take {config.backbone_options}: {error}"
+        ) from None
+    obstacle = _not_plain(vit)
+    if obstacle:
+        raise UserError(f"model.backbone: {config.backbone} is not a plain vision transformer: {obstacle}")
+    return vit
+
+
+def resize_position_embedding(embedding: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """Resize the patch part of a position embedding bicubically.
+
+    Args:
+        embedding: (1, 1 + grid rows · columns, D); the first entry belongs to the class token and is kept.
+        grid: rows and columns that it was made for.
+        size: rows and columns that are wanted.
+
+    Returns:
+        (1, 1 + size rows · columns, D).
+    """
+    if tuple(grid) == tuple(size):
+        return embedding
+    patches = embedding[:, 1:].transpose(1, 2).unflatten(2, grid)
+    patches = F.interpolate(patches.float(), size=tuple(size), mode="bicubic", align_corners=False)
+    return torch.cat([embedding[:, :1], patches.flatten(2).transpose(1, 2).to(embedding.dtype)], dim=1)
+
+
+def _run_block(block: Block, tokens: Tensor, keep: Tensor | None) -> Tensor:
+    attention = block.attn
+    query, key, value = attention.qkv(block.norm1(tokens)).unflatten(-1, (3, attention.num_heads, -1)).unbind(2)
+    mixed = attention.proj(attend(attention.q_norm(query), attention.k_norm(key), value))
+    tokens = _add(tokens, block.ls1(mixed), None if keep is None else keep[0])
+    return _add(tokens, block.ls2(block.mlp(block.norm2(tokens))), None if keep is None else keep[1])
+
+
+def _add(tokens: Tensor, branch: Tensor, keep: Tensor | None) -> Tensor:
+    return tokens + branch if keep is None else torch.addcmul(tokens, branch, keep.to(branch.dtype).view(-1, 1, 1))
+
+
+def _not_plain(vit: nn.Module) -> str | None:
+    if not isinstance(vit, VisionTransformer) or not all(type(block) is Block for block in vit.blocks):
+        return "its blocks are of another kind"
+    if vit.cls_token is None or vit.num_prefix_tokens != 1 or vit.pos_embed is None or vit.no_embed_class:
+        return "it needs one class token with a position embedding, and no register tokens"
+    if not isinstance(vit.norm_pre, nn.Identity) or not isinstance(vit.norm, nn.LayerNorm):
+        return "it needs a final LayerNorm and no norm before the blocks"
+    if vit.blocks[0].attn.gate is not None or not isinstance(vit.blocks[0].attn.norm, nn.Identity):
+        return "its attention is gated or scaled"
+    return None

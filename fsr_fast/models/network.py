@@ -1,0 +1,118 @@
+"""The whole network: encoder with aggregator, classifiers, decoder, projector."""
+
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from fsr_fast.config import ModelConfig
+from fsr_fast.models.decoder import Decoder
+from fsr_fast.models.encoder import Encoder
+from fsr_fast.models.projector import Projector
+
+
+class NetworkOutput(NamedTuple):
+    """All that the network says of a batch of images."""
+
+    class_logits: Tensor
+    """(B, C), image-level logits of the classifier on the top feature map."""
+    aux_class_logits: Tensor
+    """(B, C), the same on the auxiliary feature map."""
+    seg_logits: Tensor
+    """(B, C+1, h, w), decoder, background first."""
+    patch_features: Tensor
+    """(B, D, h, w), top feature map."""
+    aux_features: Tensor
+    """(B, D, h, w), auxiliary feature map."""
+    class_token: Tensor
+    """(B, D), from the aggregator, no patch masked."""
+    cam: Tensor
+    """(B, C, h, w), ≥ 0, class activation map of the classifier, not normalised."""
+    aux_cam: Tensor
+    """(B, C, h, w), the same of the auxiliary classifier."""
+
+
+class Network(nn.Module):
+    """Student of the method; its parameters carry the names of the official checkpoints.
+
+    Args:
+        config: sizes and switches.
+        vit: the transformer whose blocks and weights the encoder takes over.
+        classes: names of the C foreground classes.
+        image_size: side of the training views, in pixels.
+        mean: of the input's three channels, for images in 0…1.
+        deviation: standard deviation, likewise.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        vit: VisionTransformer,
+        classes: tuple[str, ...],
+        image_size: int,
+        mean: tuple[float, ...],
+        deviation: tuple[float, ...],
+    ) -> None:
+        super().__init__()
+        self.classes = classes
+        self.image_size = image_size
+        self.mean = mean
+        self.deviation = deviation
+        self.encoder = Encoder(vit, config, image_size)
+        width = self.encoder.width
+        self.decoder = Decoder(width, config.decoder_width, len(classes) + 1)
+        self.projector = Projector(width, config.projector_hidden, config.bottleneck, config.prototypes)
+        self.top_classifier = nn.Conv2d(width, len(classes), 1, bias=False)
+        self.aux_classifier = nn.Conv2d(width, len(classes), 1, bias=False)
+
+    def forward(self, images: Tensor) -> NetworkOutput:
+        """Run every part once, without masks.
+
+        Args:
+            images: (B, 3, H, W), normalised; H and W multiples of the patch size.
+        """
+        tokens, aux, grid = self.encoder(images)
+        top = self.encoder.norm(tokens)
+        return NetworkOutput(
+            class_logits=classify(top, self.top_classifier),
+            aux_class_logits=classify(aux, self.aux_classifier),
+            seg_logits=self.decoder(to_map(top, grid)),
+            patch_features=to_map(top, grid),
+            aux_features=to_map(aux, grid),
+            class_token=self.encoder.aggregate(tokens),
+            cam=F.relu(activate(top, self.top_classifier, grid)),
+            aux_cam=F.relu(activate(aux, self.aux_classifier, grid)),
+        )
+
+
+def classify(tokens: Tensor, classifier: nn.Conv2d) -> Tensor:
+    """Image-level logits: the classifier on the maximum of each feature over the patches.
+
+    Args:
+        tokens: (B, N, D).
+        classifier: 1×1 projection D → C.
+
+    Returns:
+        (B, C).
+    """
+    return F.linear(tokens.amax(1), classifier.weight.flatten(1))
+
+
+def activate(tokens: Tensor, classifier: nn.Conv2d, grid: tuple[int, int]) -> Tensor:
+    """Class activations before ReLU.
+
+    Args:
+        tokens: (B, N, D).
+        classifier: 1×1 projection D → C.
+        grid: h and w.
+
+    Returns:
+        (B, C, h, w).
+    """
+    return F.linear(tokens, classifier.weight.flatten(1)).transpose(1, 2).unflatten(2, grid)
+
+
+def to_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Lay tokens (B, N, D) out as a feature map (B, D, h, w)."""
+    return tokens.transpose(1, 2).unflatten(2, grid)

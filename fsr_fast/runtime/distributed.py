@@ -1,0 +1,67 @@
+"""Processes: one per GPU, or gloo processes on the CPU."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fsr_fast.errors import UserError
+
+
+@dataclass(frozen=True)
+class Process:
+    """This process among all."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes the run folder."""
+        return self.rank == 0
+
+
+def start_process(device: str) -> Process:
+    """Join the process group that torchrun describes, or be the only process.
+
+    Args:
+        device: `auto`, `cpu` or `cuda`.
+
+    Raises:
+        UserError: CUDA is asked for where there is none.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("run.device: 'cuda', but torch sees no CUDA GPU; give --run.device cpu or check the driver")
+    cuda = device != "cpu" and torch.cuda.is_available()
+    rank, size, local_rank = (int(os.environ.get(key, start)) for key, start in _VARIABLES)
+    target = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(target)
+    if size > 1:
+        dist.init_process_group("nccl" if cuda else "gloo")
+    return Process(rank, size, target)
+
+
+def stop_process() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def world_size() -> int:
+    """Number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def sum_over_ranks(value: Tensor) -> Tensor:
+    """Add a tensor up over all processes, without gradient."""
+    if dist.is_initialized():
+        value = value.clone()
+        dist.all_reduce(value)
+    return value
+
+
+_VARIABLES = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))

@@ -1,0 +1,15 @@
+"""Random streams: one seed, one stream a purpose and process."""
+
+import hashlib
+
+import torch
+
+
+def stream(seed: int, *purpose: int | str) -> torch.Generator:
+    """Give the generator of a purpose, e.g. `stream(seed, "step", rank, iteration)`.
+
+    Streams of different purposes are independent; the same purpose always gives the same stream.
+    """
+    text = ":".join(str(part) for part in (seed, *purpose))
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)

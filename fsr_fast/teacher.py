@@ -1,0 +1,50 @@
+"""The teacher: no gradient, weights that follow the student's."""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from fsr_fast.config import TeacherConfig
+from fsr_fast.models import Network
+from fsr_fast.models.projector import Projector
+
+
+class Teacher(nn.Module):
+    """Exponential moving average of the student.
+
+    At momentum 0 the teacher's encoder and aggregator *are* the student's and no copy exists; only the projector
+    is averaged. Otherwise the whole network is. Source: paper, implementation details; official code.
+
+    Args:
+        student: copied at its present weights.
+        config: momenta.
+    """
+
+    def __init__(self, student: Network, config: TeacherConfig) -> None:
+        super().__init__()
+        self.network: Network | None = copy.deepcopy(student) if config.encoder_momentum else None
+        self.own_projector: Projector | None = None if self.network else copy.deepcopy(student.projector)
+        self.requires_grad_(False)
+
+    @property
+    def projector(self) -> Projector:
+        """The teacher's projector."""
+        projector = self.own_projector if self.network is None else self.network.projector
+        assert projector is not None
+        return projector
+
+    @torch.no_grad()
+    def follow(self, student: Network, encoder_momentum: float, projector_momentum: float) -> None:
+        """Move the weights towards the student's: θ ← m·θ + (1 - m)·θ_student."""
+        projector = list(student.projector.parameters())
+        _lerp(list(self.projector.parameters()), projector, 1 - projector_momentum)
+        if self.network is not None:
+            averaged = {id(parameter) for parameter in projector}
+            pairs = zip(self.network.parameters(), student.parameters(), strict=True)
+            rest = [(own, other) for own, other in pairs if id(other) not in averaged]
+            _lerp([own for own, _ in rest], [other for _, other in rest], 1 - encoder_momentum)
+
+
+def _lerp(own: list[Tensor], other: list[Tensor], weight: float) -> None:
+    torch._foreach_lerp_(own, other, weight)

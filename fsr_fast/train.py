@@ -1,0 +1,29 @@
+"""Train from image-level labels: `torchrun -m fsr_fast.train [--config F.yaml] [--section.key value]`."""
+
+from collections.abc import Sequence
+
+from fsr_fast.cli import run_command
+from fsr_fast.config import dump_config, load_config
+from fsr_fast.runtime.distributed import start_process, stop_process
+from fsr_fast.trainer import Trainer
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Train as the arguments say."""
+    config, print_only = load_config(arguments)
+    if print_only:
+        print(dump_config(config), end="")
+        return
+    process = start_process(config.run.device)
+    try:
+        trainer = Trainer(config, process)
+        try:
+            trainer.run()
+        finally:
+            trainer.close()
+    finally:
+        stop_process()
+
+
+if __name__ == "__main__":
+    run_command(main)
