@@ -48,7 +48,7 @@ def test_permuting_the_draw_permutes_the_mask(order, k):
 
 
 def test_without_uncertain_patches_every_patch_is_equally_likely():
-    draws, N, k = 2000, 10, 3
+    draws, N, k = 1000, 10, 3
     uniform = torch.rand(draws, N, generator=torch.Generator().manual_seed(0))
     selection = uncertain_mask(torch.zeros(draws, N, 1), torch.ones(1, 1), torch.ones(draws, 1), uniform, k=k)
     frequency = selection.mask.double().mean(dim=0)
@@ -64,6 +64,13 @@ def test_uncertain_patches_come_first_and_the_draw_orders_the_rest():
         uncertain_mask(features, torch.ones(1, 1), torch.ones(1, 1), uniform, k=k).masked.tolist() for k in range(5)
     ]
     assert masked == [[[]], [[1]], [[1, 3]], [[0, 1, 3]], [[0, 1, 2, 3]]]
+
+
+def test_activation_is_measured_from_its_minimum():
+    # 5 7 9 -> 0 .5 1; unshifted they would be .56 .78 1, the first one uncertain
+    features = torch.tensor([[[5.0], [7.0], [9.0]]])
+    selection = uncertain_mask(features, torch.ones(1, 1), torch.ones(1, 1), torch.tensor([[0.9, 0.0, 0.5]]), k=1)
+    assert selection.masked.tolist() == [[1]]
 
 
 def test_both_thresholds_are_strict():
