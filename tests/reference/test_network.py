@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fsr_fast.reference import forward_network, merge_cams, multi_scale_cams, project, prototype_logits
+from fsr_fast.reference.network import decode
 
 D, HEADS, DEPTH, PATCH, C, K = 12, 3, 4, 4, 3, 10
 
@@ -161,6 +162,47 @@ def test_the_aggregator_reads_by_its_mask_mode():
     assert not torch.allclose(exclude[0], multiply[0])
     assert not torch.allclose(exclude[0], none[0])
     torch.testing.assert_close(exclude[1], none[1], rtol=1e-10, atol=1e-10)  # image 1 has no masked patch
+
+
+def test_the_class_token_goes_through_pre_norm_cross_attention_blocks_and_the_final_norm():
+    def norm(name: str, tokens: Tensor) -> Tensor:
+        return F.layer_norm(tokens, (D,), STATE[f"{name}.weight"], STATE[f"{name}.bias"], 1e-6)
+
+    output = forward_network(STATE, draw_images(), heads=HEADS, patch_size=PATCH, mask=MASK)
+    attention = nn.MultiheadAttention(D, HEADS, batch_first=True, dtype=torch.float64)
+    token = STATE["encoder.cls_token"].expand(2, 1, D)
+    for j in range(2):
+        name = f"encoder.cls_blocks.{j}"
+        block = {kind: [STATE[f"{name}.attn.{part}.{kind}"] for part in "qkv"] for kind in ("weight", "bias")}
+        attention.load_state_dict(
+            {
+                "in_proj_weight": torch.cat(block["weight"]).detach(),
+                "in_proj_bias": torch.cat(block["bias"]).detach(),
+                "out_proj.weight": STATE[f"{name}.attn.proj.weight"].detach(),
+                "out_proj.bias": STATE[f"{name}.attn.proj.bias"].detach(),
+            }
+        )
+        tokens = norm(f"{name}.norm1", output.trunk_tokens)
+        token = token + attention(norm(f"{name}.norm1", token), tokens, tokens, key_padding_mask=MASK)[0]
+        hidden = F.gelu(
+            norm(f"{name}.norm2", token) @ STATE[f"{name}.mlp.fc1.weight"].T + STATE[f"{name}.mlp.fc1.bias"]
+        )
+        token = token + hidden @ STATE[f"{name}.mlp.fc2.weight"].T + STATE[f"{name}.mlp.fc2.bias"]
+    torch.testing.assert_close(output.class_token, norm("encoder.norm", token)[:, 0], rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(output.patch_tokens, norm("encoder.norm", output.trunk_tokens), rtol=1e-10, atol=1e-10)
+
+
+def test_the_decoder_reads_every_fifth_pixel_twice_over():
+    ones = {f"decoder.{name}.weight": torch.ones(1, 1, size, size) for name, size in DECODER}
+    features = torch.zeros(1, 1, 25, 25)
+    features[0, 0, 12, 12] = 1.0
+    reach = torch.zeros(25)
+    reach[2:23:5] = torch.tensor([1.0, 2.0, 3.0, 2.0, 1.0])  # [1 1 1] convolved with itself, 5 pixels apart
+    torch.testing.assert_close(decode(ones, features)[0, 0], reach[:, None] * reach[None, :])
+    assert torch.count_nonzero(decode(ones, -features)) == 0  # rectified
+
+
+DECODER = (("conv6", 3), ("conv7", 3), ("conv8", 1))
 
 
 def test_classifier_projects_the_maximum_of_every_feature():
