@@ -199,7 +199,8 @@ def test_the_decoder_reads_every_fifth_pixel_twice_over():
     reach = torch.zeros(25)
     reach[2:23:5] = torch.tensor([1.0, 2.0, 3.0, 2.0, 1.0])  # [1 1 1] convolved with itself, 5 pixels apart
     torch.testing.assert_close(decode(ones, features)[0, 0], reach[:, None] * reach[None, :])
-    assert torch.count_nonzero(decode(ones, -features)) == 0  # rectified
+    assert torch.count_nonzero(decode(ones, -features)) == 0  # rectified once
+    assert torch.count_nonzero(decode(ones | {"decoder.conv7.weight": -torch.ones(1, 1, 3, 3)}, features)) == 0  # twice
 
 
 DECODER = (("conv6", 3), ("conv7", 3), ("conv8", 1))
