@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from fsr_fast.config import Config
+from fsr_fast.dataloading.batch import Batch
 from fsr_fast.dataloading.datasets import build_datasets
-from fsr_fast.dataloading.torch_pipeline import Batch, build_train_loader
+from fsr_fast.dataloading.torch_pipeline import build_train_loader
 from fsr_fast.errors import UserError
 from fsr_fast.evaluation.evaluator import Evaluation, evaluate_network
 from fsr_fast.models import build_network

@@ -9,8 +9,9 @@ import torch
 
 from fsr_fast.cam import merged_labels
 from fsr_fast.config import Config
+from fsr_fast.dataloading.batch import EvaluationSample
 from fsr_fast.dataloading.datasets import SegmentationDataset
-from fsr_fast.dataloading.torch_pipeline import EvaluationSample, evaluation_samples
+from fsr_fast.dataloading.torch_pipeline import evaluation_samples
 from fsr_fast.errors import UserError
 from fsr_fast.evaluation.crf import dense_crf
 from fsr_fast.evaluation.inference import infer
@@ -75,10 +76,10 @@ def evaluate_network(
         dataset,
         mean=network.mean,
         std=network.deviation,
-        count=count,
         rank=process.rank,
         world_size=process.world_size,
         workers=config.data.workers,
+        limit=config.evaluate.limit,
     )
     share = len(range(process.rank, count, process.world_size))
     was_training = network.training

@@ -1,0 +1,37 @@
+# `make train`: set-up in .venv and the demonstration. `make test`: set-up and all tests.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: train test lint types bench clean
+
+train: .venv/runtime
+	$(BIN)/python -m fsr_fast.train
+
+test: .venv/development
+	$(BIN)/python -m pytest tests
+
+bench: .venv/development
+	$(BIN)/python -m pytest bench
+
+lint: .venv/development
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: .venv/development
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache
+
+.venv/bin/uv:
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet uv
+
+# uv installs in parallel what pip installs one by one; the versions are those of constraints.txt for both.
+.venv/runtime: .venv/bin/uv constraints.txt setup.py
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e .
+	touch $@
+
+.venv/development: .venv/bin/uv constraints.txt setup.py
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e ".[dev]"
+	touch $@
