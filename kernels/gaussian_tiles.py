@@ -29,8 +29,9 @@ from .dispatch import (
 _CUTOFF = {torch.float32: 24.0, torch.float64: 50.0}  # pairs whose weight is below exp(-cutoff) may be skipped
 _KEY_BITS = 30  # of the Z-order key, an int32
 _CPU_TILE = 128
-_CPU_COLUMNS = 32  # tiles that one matrix product takes: 128 x 4096 weights stay in the cache
-_QUERIES, _KEYS = 128, 64  # pixels a Triton program filters, and pixels it takes in at a time
+_CPU_SINGLE = 640  # pixels up to which one tile of everything is the faster way
+_CPU_COLUMNS = 16  # tiles that one matrix product takes: 128 x 2048 weights stay in the cache
+_QUERIES = 128  # pixels that a Triton program filters
 _LIST_BLOCK = 1024
 
 
@@ -96,12 +97,13 @@ def gaussian_filter_op(features: Tensor, values: Tensor) -> Tensor:
     if use_triton(features):
         return _filter_on_gpu(features, values)
     P = features.shape[2]
-    order = _tile_order(features, _CPU_TILE)
-    sorted_features = _take(features, order).unflatten(2, (-1, _CPU_TILE))
+    tile = P if P <= _CPU_SINGLE else _CPU_TILE
+    order = _tile_order(features, tile)
     sorted_values = _take(values, order)
     sorted_values[:, :, P:] = 0
-    filtered = torch.zeros_like(sorted_values).unflatten(2, (-1, _CPU_TILE))
-    for image in zip(sorted_features, sorted_values.unflatten(2, (-1, _CPU_TILE)), filtered, strict=True):
+    tiles = (_take(features, order), sorted_values, torch.zeros_like(sorted_values))
+    tiled_features, tiled_values, filtered = (channels.unflatten(2, (-1, tile)) for channels in tiles)
+    for image in zip(tiled_features, tiled_values, filtered, strict=True):
         _filter_tiles(*image)
     result = values.new_empty(values.shape)
     return result.scatter_(2, order[:, None, :P].expand_as(values), filtered.flatten(2)[:, :, :P])
@@ -131,27 +133,29 @@ def _take(channels: Tensor, order: Tensor) -> Tensor:
 def _filter_tiles(features: Tensor, values: Tensor, filtered: Tensor) -> None:
     """Adds to filtered (V, T, n) the filter of values (V, T, n) at features (F, T, n) of one image.
 
-    Weights are symmetric: each pair of tiles is computed once and serves both. Distances come out of one matrix
-    product, -½ |a - b|² = [a, -½ |a|², 1] · [b, 1, -½ |b|²], with the tile's centre as origin lest digits are lost.
+    Weights are symmetric: each pair of tiles is computed once and serves both. Exponents come out of one matrix
+    product, -½ |a - b|² = [a, -½ |a|², 1] · [b, 1, -½ |b|²], in float64 since the terms cancel.
     """
     V, T, n = values.shape
     cutoff = _CUTOFF[features.dtype]
-    lowest = math.log(torch.finfo(features.dtype).tiny)  # denormal weights would slow the products down many times
+    lowest = math.log(torch.finfo(features.dtype).tiny) / 2  # denormal numbers would slow the products down many times
     low, high = features.amin(dim=2), features.amax(dim=2)  # (F, T)
+    points = features.double()
+    norms = -0.5 * points.square().sum(dim=0, keepdim=True)
+    left = torch.cat([points, norms, torch.ones_like(norms)]).movedim(0, 2).contiguous()  # (T, n, F + 2)
+    right = torch.cat([points, torch.ones_like(norms), norms])  # (F + 2, T, n)
+
+    def weigh(tile: int, others: Tensor | slice) -> Tensor:
+        exponents = left[tile] @ right[:, others].flatten(1)
+        return exponents.to(features.dtype).clamp_(min=lowest).exp_()  # (n, n * others)
+
     for tile in range(T):
+        value = values[:, tile]
+        total = value @ weigh(tile, slice(tile, tile + 1))
         gap = torch.maximum(low[:, tile, None] - high, low - high[:, tile, None])[:, tile + 1 :].clamp_(min=0)
         near = (gap.square().sum(dim=0) < 2 * cutoff).nonzero().flatten() + (tile + 1)
-        centre = (low[:, tile] + high[:, tile])[:, None] / 2
-        here = features[:, tile] - centre
-        norm = -0.5 * here.square().sum(dim=0, keepdim=True)
-        left = torch.cat([here, norm, torch.ones_like(norm)]).T
-        weights = (left @ torch.cat([here, torch.ones_like(norm), norm])).clamp_(min=lowest).exp_()
-        value = values[:, tile]
-        total = value @ weights
         for others in near.split(_CPU_COLUMNS):
-            there = features[:, others].flatten(1) - centre
-            norm = -0.5 * there.square().sum(dim=0, keepdim=True)
-            weights = (left @ torch.cat([there, torch.ones_like(norm), norm])).clamp_(min=lowest).exp_()
+            weights = weigh(tile, others)
             total.addmm_(values[:, others].flatten(1), weights.T)
             filtered.index_add_(1, others, (value @ weights).view(V, -1, n))
         filtered[:, tile] += total
@@ -164,10 +168,11 @@ def _filter_on_gpu(features: Tensor, values: Tensor) -> Tensor:
     if axes not in (2, 5):
         raise ValueError(f"features has {axes} channels; expected 2 (place) or 5 (colour and place)")
     order = _tile_order(features, _QUERIES)
+    block_v, block_keys, warps, stages = _filter_config(V)
     # exp(-½ x²) = 2^(-y²) for y = x * sqrt(½ log2 e)
     scaled = _take(features, order) * math.sqrt(0.5 * math.log2(math.e))
     sorted_values = _take(values, order)
-    queries, keys = scaled.unflatten(2, (-1, _QUERIES)), scaled.unflatten(2, (-1, _KEYS))
+    queries, keys = scaled.unflatten(2, (-1, _QUERIES)), scaled.unflatten(2, (-1, block_keys))
     Q, T = queries.shape[2], keys.shape[2]
     near = torch.empty(B, Q, T, dtype=torch.int32, device=features.device)
     count = torch.empty(B, Q, dtype=torch.int32, device=features.device)
@@ -175,21 +180,21 @@ def _filter_on_gpu(features: Tensor, values: Tensor) -> Tensor:
     if output.numel() == 0:
         return output
     boxes = (queries.amin(dim=3), queries.amax(dim=3), keys.amin(dim=3), keys.amax(dim=3))
-    block, warps, stages = _filter_config(V)
     with device_guard(features):
         limit = _CUTOFF[torch.float32] * math.log2(math.e)
         _list_near_tiles[(Q, B)](*boxes, near, count, Q, T, limit, F=axes, BLOCK=_LIST_BLOCK, num_warps=4)
-        _filter[(Q, triton.cdiv(V, block), B)](
+        _filter[(Q, triton.cdiv(V, block_v), B)](
             scaled, sorted_values, order, near, count, output, P, order.shape[1], V, Q, T,
-            F=axes, QUERIES=_QUERIES, KEYS=_KEYS, BLOCK_V=block, num_warps=warps, num_stages=stages,
+            F=axes, QUERIES=_QUERIES, KEYS=block_keys, BLOCK_V=block_v, num_warps=warps, num_stages=stages,
         )  # fmt: skip
     return output
 
 
-def _filter_config(V: int) -> tuple[int, int, int]:
-    """(values a program takes, warps, stages) for V values."""
-    block = min(128, max(16, next_power_of_2(V)))
-    return block, 8, 2
+def _filter_config(V: int) -> tuple[int, int, int, int]:
+    """(values that a program takes, pixels it takes in at a time, warps, stages) for V values."""
+    if V > 64:
+        return 128, 32, 8, 2
+    return max(16, next_power_of_2(V)), 64, 8, 2
 
 
 @triton.jit
@@ -271,13 +276,13 @@ def compile_cases() -> Iterator[CompileCase]:
             main=axes == 5,
         )
     for axes, V in ((5, 21), (5, 81), (2, 21)):
-        block, warps, stages = _filter_config(V)
+        block_v, block_keys, warps, stages = _filter_config(V)
         yield CompileCase(
             f"filter F={axes} V={V}",
             _filter,
             {"features": "*fp32", "values": "*fp32", "order": "*i64", "near": "*i32", "count": "*i32"}
-            | {"output": "*fp32", "P": "i32", "padded": "i32:16", "V": "i32", "Q": "i32", "T": "i32:16"},
-            {"F": axes, "QUERIES": _QUERIES, "KEYS": _KEYS, "BLOCK_V": block},
+            | {"output": "*fp32", "P": "i32", "padded": "i32:16", "V": "i32", "Q": "i32", "T": "i32"},
+            {"F": axes, "QUERIES": _QUERIES, "KEYS": block_keys, "BLOCK_V": block_v},
             num_warps=warps,
             num_stages=stages,
             main=axes == 5,
