@@ -19,7 +19,7 @@ def denormalise(images: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
     Returns:
         (B, 3, H, W), float32 in 0…255, whole numbers, rounded down.
     """
-    grey = (images.float() * deviation.view(3, 1, 1) + mean.view(3, 1, 1)) * 255
+    grey = images * (deviation.view(3, 1, 1) * 255) + mean.view(3, 1, 1) * 255
     return grey.clamp(0, 255).floor()
 
 
