@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .dispatch import tl, triton
+
 
 def resize_matrix(like: Tensor, length: int, pixels: int) -> Tensor:
     """Writes the resize of one side as a matrix: each row is the part one low-resolution sample has in the result.
@@ -19,3 +21,12 @@ def resize_matrix(like: Tensor, length: int, pixels: int) -> Tensor:
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     identity = torch.eye(length, dtype=dtype, device=like.device)
     return F.interpolate(identity[None], size=pixels, mode="linear", align_corners=False)[0]
+
+
+@triton.jit
+def samples(position, pixels, length):
+    """Lower and upper sample of resized pixels and the weight of the upper one."""
+    ratio = tl.div_rn(tl.cast(length, tl.float32), tl.cast(pixels, tl.float32))
+    source = tl.maximum((position.to(tl.float32) + 0.5) * ratio - 0.5, 0.0)
+    lower = tl.minimum(source.to(tl.int32), length - 1)
+    return lower, tl.minimum(lower + 1, length - 1), source - lower
