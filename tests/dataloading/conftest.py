@@ -1,0 +1,61 @@
+"""Small data sets to read."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fsr_fast.config import DataConfig
+from fsr_fast.dataloading.synthetic import generate
+
+CLASSES = ("ant", "bee", "cat", "dog")
+SHOWN = {  # what the images of `folder` show, as mask values
+    "one": (1, 2),
+    "two": (3,),
+    "three": (4, 1),
+    "four": (2,),
+    "five": (2, 4),
+    "six": (3, 1),
+}
+
+
+@pytest.fixture(scope="session")
+def creatures(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
+    """The embedded data set, with few images."""
+    root = tmp_path_factory.mktemp("creatures") / "set"
+    generate(root, train=22, val=7, processes=1)
+    return DataConfig(dataset="synthetic", root=root, image_size=32, workers=0)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Six images of four classes in VOC layout, with masks, XML and CSV: four to train on, two to validate on."""
+    root = tmp_path / "animals"
+    for name in ("JPEGImages", "SegmentationClassAug", "ImageSets/Segmentation", "Annotations"):
+        (root / name).mkdir(parents=True)
+    random = np.random.default_rng(0)
+    rows = ["image,labels"]
+    for name, shown in SHOWN.items():
+        pixels = random.integers(0, 256, (20, 30, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(root / "JPEGImages" / f"{name}.jpg")
+        mask = np.zeros((20, 30), np.uint8)
+        mask[:, :3] = 255
+        for column, value in enumerate(shown):
+            mask[5:15, 5 + 10 * column : 13 + 10 * column] = value
+        write_mask(root / "SegmentationClassAug" / f"{name}.png", mask)
+        names = [CLASSES[value - 1] for value in shown]
+        objects = "".join(f"<object><name>{n}</name><part><name>head</name></part></object>" for n in names)
+        (root / "Annotations" / f"{name}.xml").write_text(f"<annotation>{objects}</annotation>")
+        rows.append(f"{name},{' '.join(names)}")
+    (root / "labels.csv").write_text("\n".join(rows) + "\n")
+    (root / "ImageSets/Segmentation/train_aug.txt").write_text("one\ntwo\nthree\nfour\n")
+    (root / "ImageSets/Segmentation/val.txt").write_text("five\nsix\n\n")
+    return root
+
+
+def write_mask(path: Path, mask: np.ndarray) -> None:
+    """Write a palette PNG whose colours say nothing about the values."""
+    image = Image.fromarray(mask, mode="P")
+    image.putpalette([255 - value // 3 for value in range(768)])
+    image.save(path)
