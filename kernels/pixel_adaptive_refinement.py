@@ -18,14 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import FEATURE_DTYPES, require_dtype, require_same_device
+from .dispatch import FEATURE_DTYPES, require_dtype, require_same_device, use_triton
+from .pixel_adaptive_kernels import ROUNDING, label_pixels, refine_maps
+from .pixel_affinity import COLOUR_SCALE, EPSILON, PLACE_WEIGHT, compute_affinity, neighbour_offsets, place_weights
 
 DILATIONS = (1, 2, 4, 8, 12, 24)
-_DIRECTIONS = ((-1, -1), (-1, 0), (-1, 1), (0, -1), (0, 1), (1, -1), (1, 0), (1, 1))
-_COLOUR_SCALE = 0.3 * math.sqrt(3)  # mean over 3 channels of (Δ / σ / 0.3)² = Σ (Δ / (σ · 0.3 · √3))²
-_PLACE_SCALE = 0.3
-_PLACE_WEIGHT = 0.01
-_EPSILON = 1e-8
 
 
 def pixel_adaptive_refinement(
@@ -139,6 +136,14 @@ def _check_pixels(images: Tensor, name: str, maps: Tensor, iterations: int, dila
 def pixel_adaptive_refinement_op(images: Tensor, maps: Tensor, iterations: int, dilations: list[int]) -> Tensor:
     """Refines checked maps; arguments as in :func:`pixel_adaptive_refinement`."""
     dtype = _working_dtype(images, maps)
+    if maps.numel() == 0:
+        return maps.new_empty(maps.shape, dtype=dtype)
+    if use_triton(images):
+        _require_single_precision(images, maps)
+        B, M, h, w = maps.shape
+        live = torch.ones(B, M, dtype=torch.bool, device=maps.device)
+        planes = maps.to(torch.float32, memory_format=torch.contiguous_format, copy=True).flatten(2)
+        return refine_maps(compute_affinity(images, dilations), planes, live, w, iterations, dilations).view(B, M, h, w)
     affinity = _affinity_planes(_to_planes(images, dtype), dilations)
     refined = _refine_planes(affinity, _to_planes(maps, dtype), iterations, dilations)
     return refined.permute(3, 0, 1, 2).contiguous()
@@ -162,6 +167,9 @@ def refine_pseudo_labels_op(
     ignore_index: int,
 ) -> Tensor:
     """Labels checked maps; arguments as in :func:`refine_pseudo_labels`, `backgrounds` = [high, low]."""
+    if use_triton(images):
+        _require_single_precision(images, cams)
+        return label_pixels(images, cams, classes, live, backgrounds, size, iterations, dilations, ignore_index)
     dtype = _working_dtype(images, cams)
     used = live.any(dim=0).nonzero().flatten()  # slots that are dead in every image cost nothing
     if len(used) == 0:
@@ -174,7 +182,7 @@ def refine_pseudo_labels_op(
     foreground = scores.softmax(dim=1)[:, 1:].reshape(-1, *maps.shape[1:])
     affinity = _affinity_planes(_to_planes(images, dtype), dilations)
     refined = _refine_planes(affinity, foreground, iterations, dilations)
-    total = (1 + _PLACE_WEIGHT) ** iterations
+    total = (1 + PLACE_WEIGHT) ** iterations
     high, low = _label_planes(refined.unflatten(0, (2, len(used))), classes[:, used], total, size)
     return torch.where((high == 0) & (low != 0), ignore_index, high)
 
@@ -188,35 +196,9 @@ def _working_dtype(images: Tensor, maps: Tensor) -> torch.dtype:
     return torch.promote_types(torch.promote_types(images.dtype, maps.dtype), torch.float32)
 
 
-def neighbour_offsets(dilations: Sequence[int]) -> list[tuple[int, int]]:
-    """Gives the places of the neighbours.
-
-    Args:
-        dilations: distances of the 8 neighbours, in pixels.
-
-    Returns:
-        (dy, dx) in pixels of each neighbour, dilation by dilation.
-    """
-    return [(dilation * dy, dilation * dx) for dilation in dilations for dy, dx in _DIRECTIONS]
-
-
-def place_weights(dilations: Sequence[int]) -> list[float]:
-    """Gives what a neighbour's place adds to its affinity: 0.01 of a softmax, the same at every pixel.
-
-    Args:
-        dilations: distances of the 8 neighbours, in pixels.
-
-    Returns:
-        One weight a neighbour, in the order of :func:`neighbour_offsets`; they sum to 0.01.
-
-    Source: official code, pixel-adaptive refinement, position term.
-    """
-    distances = [math.hypot(dy, dx) for dy, dx in neighbour_offsets(dilations)]
-    mean = math.fsum(distances) / len(distances)
-    deviation = math.sqrt(math.fsum((distance - mean) ** 2 for distance in distances) / (len(distances) - 1))
-    logits = [-((distance / (deviation + _EPSILON) / _PLACE_SCALE) ** 2) for distance in distances]
-    weights = [math.exp(logit - max(logits)) for logit in logits]
-    return [_PLACE_WEIGHT * weight / math.fsum(weights) for weight in weights]
+def _require_single_precision(images: Tensor, maps: Tensor) -> None:
+    require_dtype("images", images, FEATURE_DTYPES)
+    require_dtype("maps", maps, FEATURE_DTYPES)
 
 
 # The torch path works on planes (P, h, w, B): with the batch innermost a shifted view is one run of w * B numbers, so
@@ -266,7 +248,7 @@ def _affinity_planes(colours: Tensor, dilations: Sequence[int]) -> Tensor:
     for view in views:
         torch.sub(view, mean, out=difference)
         variance.addcmul_(difference, difference)
-    scale = (variance.div_(len(views) - 1).sqrt_().add_(_EPSILON).mul_(_COLOUR_SCALE)).reciprocal_()
+    scale = (variance.div_(len(views) - 1).sqrt_().add_(EPSILON).mul_(COLOUR_SCALE)).reciprocal_()
     logits = colours.new_empty(len(views), *colours.shape[1:])
     for view, logit in zip(views, logits, strict=True):
         torch.sub(view, colours, out=difference).mul_(scale)
@@ -297,7 +279,7 @@ def _label_planes(foreground: Tensor, classes: Tensor, total: float, size: Seque
     so a class must win by more than that.
     """
     _, M, h, w, B = foreground.shape
-    rounding = 64 * torch.finfo(foreground.dtype).eps * total
+    rounding = ROUNDING * torch.finfo(foreground.dtype).eps * total
     best = label = background = foreground.new_empty(0)
     for slot in range(M):
         channel = foreground[:, slot].permute(0, 3, 1, 2).reshape(1, 2 * B, h, w)
