@@ -13,7 +13,13 @@ from typing import Annotated, Any, Literal, NoReturn, Self, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic_settings import BaseSettings, CliSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import (
+    BaseSettings,
+    CliSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
 
 from fsr_fast.errors import UserError, nearest
 
@@ -31,7 +37,7 @@ CONFIG_FOLDER = Path(__file__).parent / "configs"
 class Section(BaseModel):
     """One section of the configuration: unknown keys are refused, values are fixed after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class RunConfig(Section):
@@ -371,14 +377,23 @@ def build_config(values: dict[str, Any], origin: str, source: CliSettingsSource[
     except ValidationError as error:
         given = source.env_vars if source else {}
         raise UserError("\n".join(_explain(item, origin, given) for item in error.errors())) from None
+    except SettingsError as error:  # a section that is given as a whole, and is no mapping
+        section = str(error).partition('"')[2].partition('"')[0]
+        raise UserError(f"command line: --{section}: expected a mapping; give --{section}.key value") from None
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Read a recipe. Its key `base` names another one, in the same folder, over whose values it is laid.
 
+    Args:
+        path: the file.
+        above: recipes that are laid over this one.
+
     Raises:
-        UserError: the file is missing or is not a YAML mapping of sections.
+        UserError: the file is missing, is not a YAML mapping of sections, or is laid over itself.
     """
+    if path in above:
+        raise UserError(f"{path}: base: {' → '.join(map(str, (*above, path)))} has no end; remove one base")
     if not path.is_file():
         recipes = sorted(str(file) for file in CONFIG_FOLDER.glob("*.yaml"))
         raise UserError(f"{path}: no such configuration; the recipes are: {', '.join(recipes)}")
@@ -389,7 +404,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise UserError(f"{path}: expected a mapping of sections (run:, data:, model:, …)")
     base = values.pop("base", None)
-    return _merge(read_yaml(path.parent / str(base)), values) if base is not None else values
+    return _merge(read_yaml(path.parent / str(base), (*above, path)), values) if base is not None else values
 
 
 def dump_config(config: Config) -> str:
