@@ -1,0 +1,276 @@
+from pathlib import Path
+from typing import get_args
+
+import pytest
+from pydantic import BaseModel
+
+from fsr_fast.config import CONFIG_FOLDER, Config, build_config, dump_config, load_config, read_yaml
+from fsr_fast.errors import UserError
+from fsr_fast.train import main
+
+RECIPES = sorted(CONFIG_FOLDER.glob("*.yaml"))
+
+
+def load(*arguments: str) -> Config:
+    return load_config(arguments)[0]
+
+
+def recipe(name: str) -> Config:
+    return load("--config", str(CONFIG_FOLDER / f"{name}.yaml"))
+
+
+def refusal(*arguments: str) -> str:
+    with pytest.raises(UserError) as caught:
+        load_config(arguments)
+    return str(caught.value)
+
+
+def refusal_of_file(path: Path, text: str) -> str:
+    path.write_text(text)
+    message = refusal("--config", str(path))
+    assert str(path) in message
+    return message
+
+
+# --- recipes
+
+
+def test_all_six_recipes_are_there():
+    names = {path.stem for path in RECIPES}
+    assert names == {"synthetic", "voc_vit_b", "coco_vit_b", "voc_official", "coco_official", "voc_animals"}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_parses_and_names_its_own_run_folder(path):
+    assert load("--config", str(path)).run.output == Path("runs") / path.stem
+
+
+def test_without_a_recipe_the_embedded_data_set_is_trained():
+    assert load().data.dataset == "synthetic"
+    assert load() == recipe("synthetic")
+
+
+def test_the_paper_s_recipe_has_the_paper_s_values():
+    config = recipe("voc_vit_b")
+    assert (config.data.image_size, config.augment.crop_scale, config.augment.flip) == (448, (0.32, 1.0), 0.5)
+    assert (config.model.stochastic_depth, config.model.prototypes, config.cam.scales) == (0.1, 4096, (1.0, 0.5, 1.5))
+    assert (config.mask.strategy, config.mask.ratio, config.mask.low, config.mask.high) == ("uncertain", 0.4, 0.2, 0.7)
+    assert (config.pseudo_label.high, config.pseudo_label.low, config.pseudo_label.iterations) == (0.7, 0.25, 10)
+    assert config.pseudo_label.dilations == (1, 2, 4, 8, 12, 24)
+    loss = config.loss
+    assert (loss.classification, loss.affinity, loss.segmentation) == (1.0, 0.2, 0.1)
+    assert (loss.uncertain, loss.class_token, loss.segmentation_start) == (0.1, 0.1, 2000)
+    teacher = config.teacher
+    assert (teacher.student_temperature, teacher.temperature, teacher.temperature_fraction) == (
+        0.1,
+        (0.04, 0.07),
+        0.125,
+    )
+    optim = config.optim
+    assert (optim.iterations, optim.batch_size, optim.learning_rate, optim.head_factor) == (20_000, 8, 6e-5, 10.0)
+    assert (optim.weight_decay, optim.betas, optim.warmup, optim.warmup_factor) == (0.05, (0.9, 0.999), 1500, 0.1)
+    assert optim.clip_norm is None
+    assert (config.evaluate.scales, config.evaluate.threshold) == ((1.0, 1.25, 1.5), 0.5)
+
+
+DIFFERENCES = {
+    ("mask", "source"): ("top", "aux"),
+    ("mask", "multi_scale"): (False, True),
+    ("mask", "block"): (1, 4),
+    ("mask", "random_fraction"): (0.0, 0.2),
+    ("model", "mask_mode"): ("exclude", "none"),
+    ("model", "normalisation"): ("checkpoint", "imagenet"),
+    ("teacher", "encoder_momentum"): (0.0, 0.9995),
+    ("teacher", "projector_momentum"): (0.996, 0.9995),
+    ("teacher", "stochastic_depth"): (False, True),
+    ("loss", "energy"): (0.0, 0.05),
+    ("run", "seed_per_rank"): (True, False),
+    ("run", "amp"): ("bf16", "off"),
+    ("run", "output"): (Path("runs/voc_vit_b"), Path("runs/voc_official")),
+}
+
+
+def test_the_official_recipe_differs_from_the_paper_s_in_these_points_alone():
+    paper, official = recipe("voc_vit_b"), recipe("voc_official")
+    found = {}
+    for section in Config.model_fields:
+        for key in type(getattr(paper, section)).model_fields:
+            pair = (getattr(getattr(paper, section), key), getattr(getattr(official, section), key))
+            if pair[0] != pair[1]:
+                found[section, key] = pair
+    assert found == DIFFERENCES
+
+
+@pytest.mark.parametrize("kind", ["vit_b", "official"])
+def test_coco_s_recipes_are_those_of_voc_with_coco_s_data_and_lengths(kind):
+    voc, coco = recipe(f"voc_{kind}"), recipe(f"coco_{kind}")
+    assert (coco.mask, coco.teacher, coco.model) == (voc.mask, voc.teacher, voc.model)
+    assert coco.loss == voc.loss.model_copy(update={"affinity_start": 12_000, "segmentation_start": 8_000})
+    assert (coco.optim.iterations, coco.evaluate.threshold, coco.data.dataset) == (80_000, 0.45, "coco")
+
+
+# --- layers
+
+
+def test_the_command_line_goes_before_the_file_and_the_file_before_the_defaults(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("data: {root: here}\noptim: {iterations: 3000, batch_size: 6}\n")
+    config = load("--config", str(path), "--optim.batch_size", "2", "--cam.scales", "1.0,2.0")
+    assert (config.optim.iterations, config.optim.batch_size, config.optim.warmup) == (3000, 2, 1500)
+    assert config.cam.scales == (1.0, 2.0)
+
+
+def test_a_recipe_is_laid_over_its_base_key_by_key(tmp_path):
+    (tmp_path / "below.yaml").write_text("data: {root: here, workers: 3}\nmask: {ratio: 0.1}\n")
+    (tmp_path / "above.yaml").write_text("base: below.yaml\ndata: {workers: 5}\n")
+    config = load("--config", str(tmp_path / "above.yaml"))
+    assert (config.data.root, config.data.workers, config.mask.ratio) == (Path("here"), 5, 0.1)
+
+
+def test_no_environment_variable_changes_a_run(monkeypatch):
+    before = load()
+    monkeypatch.setenv("MASK", '{"ratio": 0.1}')
+    monkeypatch.setenv("mask__ratio", "0.1")
+    assert load() == before
+
+
+def test_a_configuration_is_fixed_after_loading():
+    with pytest.raises(ValueError, match="frozen"):
+        load().optim.iterations = 3
+
+
+def test_what_is_dumped_is_read_back_the_same(tmp_path):
+    config = recipe("voc_animals")
+    (tmp_path / "resolved.yaml").write_text(dump_config(config))
+    assert load("--config", str(tmp_path / "resolved.yaml")) == config
+
+
+def test_print_config_prints_every_resolved_value_and_starts_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    main(["--print-config", "--mask.ratio", "0.25"])
+    text = capsys.readouterr().out
+    (tmp_path / "printed.yaml").write_text(text)
+    assert load("--config", str(tmp_path / "printed.yaml")) == load("--mask.ratio", "0.25")
+    assert [path.name for path in tmp_path.iterdir()] == ["printed.yaml"]
+
+
+def test_help_shows_every_field_with_its_description(capsys):
+    with pytest.raises(SystemExit) as caught:
+        load("--help")
+    assert caught.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for section, field in Config.model_fields.items():
+        (kind,) = [kind for kind in (field.annotation, *get_args(field.annotation)) if isinstance(kind, type)]
+        assert issubclass(kind, BaseModel)
+        for key, inner in kind.model_fields.items():
+            assert f"--{section}.{key}" in text
+            assert inner.description, f"{section}.{key} is not described"
+            assert " ".join(inner.description.split()[:3]) in text
+
+
+# --- what is refused
+
+
+def test_an_unknown_key_of_a_file_is_named_with_the_nearest_one(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    assert "unknown key 'optim.iteratons'; did you mean 'iterations'?" in refusal_of_file(path, "optim: {iteratons: 3}")
+    assert "unknown key 'optimm'; did you mean 'optim'?" in refusal_of_file(path, "optimm: {iterations: 3}")
+
+
+def test_an_unknown_option_is_named_with_the_nearest_one():
+    message = refusal("--optim.iteration", "3")
+    assert message == "command line: unknown option '--optim.iteration'; did you mean '--optim.iterations'?"
+    assert "unknown option '--mask.ratioo'" in refusal("--mask.ratioo=0.3")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expectation"),
+    [
+        ("mask.ratio", "1.5", "less than 1"),
+        ("mask.strategy", "certain", "'uncertain', 'random', 'cam_strict' or 'edge_strict'"),
+        ("optim.iterations", "0", "greater than or equal to 1"),
+        ("optim.batch_size", "many", "valid integer"),
+        ("optim.learning_rate", "-1", "greater than 0"),
+        ("loss.affinity", "nan", "finite number"),
+        ("optim.learning_rate", "inf", "finite number"),
+        ("run.amp", "fp16", "'off' or 'bf16'"),
+        ("data.image_size", "8", "greater than or equal to 32"),
+        ("teacher.encoder_momentum", "1.1", "less than or equal to 1"),
+    ],
+)
+def test_a_value_out_of_range_is_named_with_its_key_and_the_range(tmp_path, key, value, expectation):
+    on_command_line = refusal(f"--{key}", value)
+    assert on_command_line.startswith(f"command line: {key}: ")
+    section, name = key.split(".")
+    in_file = refusal_of_file(tmp_path / "recipe.yaml", f"{section}: {{{name}: {value}}}")
+    assert f"recipe.yaml: {key}: " in in_file
+    for message in (on_command_line, in_file):
+        assert expectation in message
+        assert value.strip("-") in message
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("mask: {low: 0.8}", ("mask.low", "0.8 is not below high: 0.7", "lower it")),
+        ("pseudo_label: {low: 0.9}", ("pseudo_label.low", "0.9 is not below high: 0.7", "lower it")),
+        ("optim: {iterations: 100}", ("optim.warmup", "1500 is not below iterations: 100", "lower it")),
+        ("augment: {crop_scale: [0.9, 0.3]}", ("augment.crop_scale", "0.9 to 0.3", "0 < smallest <= largest")),
+        ("cam: {scales: [0.5, 1.0]}", ("cam.scales", "the first is 0.5", "must be 1.0")),
+        ("cam: {scales: []}", ("cam.scales", "at least 1")),
+        ("data: {dataset: voc}", ("data.root", "missing", "--data.root FOLDER")),
+    ],
+)
+def test_values_that_contradict_each_other_are_named(tmp_path, text, parts):
+    message = refusal_of_file(tmp_path / "recipe.yaml", text if "data:" in text else f"data: {{root: here}}\n{text}")
+    for part in parts:
+        assert part in message
+
+
+def test_several_mistakes_are_told_at_once(tmp_path):
+    message = refusal_of_file(tmp_path / "recipe.yaml", "mask: {ratio: 2, blok: 1}\nrun: {seed: -1}\ndata: {root: x}")
+    assert len(message.splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("data: [1,", "not valid YAML"),
+        ("- run", "expected a mapping of sections"),
+        ("1: 2", "expected a mapping of sections"),
+        ("optim: 3", "optim: input should be a valid dictionary"),
+    ],
+)
+def test_a_file_of_another_kind_is_refused(tmp_path, text, part):
+    assert part in refusal_of_file(tmp_path / "recipe.yaml", text)
+
+
+def test_a_missing_file_is_named_with_the_recipes_that_there_are(tmp_path):
+    message = refusal("--config", str(tmp_path / "none.yaml"))
+    assert "none.yaml: no such configuration" in message
+    assert "voc_vit_b.yaml" in message
+
+
+def test_a_missing_base_is_named(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("base: lost.yaml\n")
+    assert f"{tmp_path / 'lost.yaml'}: no such configuration" in refusal("--config", str(tmp_path / "recipe.yaml"))
+
+
+def test_a_recipe_that_is_its_own_base_is_refused(tmp_path):
+    (tmp_path / "one.yaml").write_text("base: other.yaml\n")
+    message = refusal_of_file(tmp_path / "other.yaml", "base: one.yaml\n")
+    assert "base" in message
+
+
+@pytest.mark.parametrize("arguments", [["--mask", "ratio"], ["--optim.iterations"], ["stray"]])
+def test_a_malformed_command_line_is_explained(arguments):
+    message = refusal(*arguments)
+    assert message.startswith("command line: ")
+    assert arguments[0] in message
+
+
+def test_a_configuration_of_a_checkpoint_is_checked_like_a_file():
+    values = read_yaml(CONFIG_FOLDER / "synthetic.yaml")
+    values["mask"] = {"ratio": 7}
+    with pytest.raises(UserError, match=r"old\.pt: mask\.ratio: .*less than 1.*7"):
+        build_config(values, "old.pt")
