@@ -1,30 +1,15 @@
 """Segmentation cross-entropy on logits resized to the label map on the fly (official code, segmentation loss).
 
-Legend: B batch, C foreground classes, K = C + 1 channels, H W label pixels, h w logit grid.
-Band: consecutive rows of labels. Cell (i, j): the pixels between logits i, i+1 and j, j+1, the four corners that their
-resized logits are made of. Each pixel belongs to one cell, so one program a cell computes each softmax once, forward
-and gradient in one pass; a second kernel gathers, in a fixed order, what up to four cells hold for one logit. Kept for
-the backward pass: two gradients at the resolution of the logits, one for either entropy sum.
+Legend: B batch, C foreground classes, H W label pixels, h w logit grid. Band: consecutive rows of labels.
+Kept for the backward pass: two gradients at the resolution of the logits, one for either entropy sum.
 """
-
-from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from .bilinear import resize_matrix
-from .dispatch import (
-    FEATURE_DTYPES,
-    CompileCase,
-    device_guard,
-    next_power_of_2,
-    require_dtype,
-    require_same_device,
-    tl,
-    triton,
-    use_triton,
-)
+from .dispatch import FEATURE_DTYPES, require_dtype, require_same_device, use_triton
+from .segmentation_cells import terms
 
 BAND_ELEMENTS = 1 << 20  # full-resolution logits that the CPU path holds at once
 
@@ -99,7 +84,7 @@ def _check(logits: Tensor, labels: Tensor) -> None:
 def segmentation_terms(logits: Tensor, labels: Tensor, ignore_index: int, with_gradient: bool) -> tuple[Tensor, Tensor]:
     """Gives the four sums and, if asked, the gradients of the two entropy sums, (2, B, C+1, h, w), else empty."""
     if use_triton(logits):
-        return _terms_triton(logits, labels, ignore_index, with_gradient)
+        return terms(logits, labels, ignore_index, with_gradient)
     with torch.autocast(logits.device.type, enabled=False):
         return _terms_torch(logits, labels, ignore_index, with_gradient)
 
@@ -153,173 +138,5 @@ def _terms_torch(logits, labels, ignore_index, with_gradient) -> tuple[Tensor, T
         if with_gradient:
             band.div_(total).scatter_add_(1, label, band.new_full((), -1).expand_as(label))
             for part, chosen in zip(gradient, sets, strict=True):
-                part[:, :, first:last] += weights @ (band * chosen)
+                part[:, :, first:last] += weights @ (band * chosen.to(band.dtype))
     return sums.view(4), gradient @ columns.T if with_gradient else gradient
-
-
-def _terms_triton(logits, labels, ignore_index, with_gradient) -> tuple[Tensor, Tensor]:
-    require_dtype("logits", logits, FEATURE_DTYPES)
-    B, K, h, w = logits.shape
-    H, W = labels.shape[1:]
-    sums = logits.new_empty((B * h * w, 4), dtype=torch.float32)
-    parts = logits.new_empty((B * h * w, 8, K) if with_gradient else 0, dtype=torch.float32)
-    gradient = logits.new_empty((2, *logits.shape) if with_gradient else 0, dtype=torch.float32)
-    with device_guard(logits):
-        _cell_kernel[(h * w, B)](
-            logits, labels, sums, parts, K, h, w, H, W, h / H, w / W, *logits.stride(), *labels.stride(),
-            ignore_index, WITH_GRADIENT=with_gradient, **_configuration(K),
-        )  # fmt: skip
-        if with_gradient:
-            _gather_kernel[(h * w, B)](parts, gradient, K, h, w, BLOCK_K=next_power_of_2(K), num_warps=1)
-    return sums.sum(0), gradient
-
-
-def _configuration(channels: int) -> dict[str, Any]:
-    """One warp a cell and 256 numbers a tile: channels are reduced within a warp, gradients stay in registers."""
-    block = max(16, next_power_of_2(channels))
-    return {"BLOCK_K": block, "BLOCK_X": max(1, 256 // block), "num_warps": 1, "num_stages": 1}
-
-
-def compile_cases() -> Iterator[CompileCase]:
-    """Lists the shipped configurations of the kernels, for the ahead-of-time compile test."""
-    for kind, label, channels, with_gradient in (
-        ("bf16", "u8", 21, True),
-        ("bf16", "u8", 81, True),
-        ("fp32", "i64", 21, True),
-        ("fp16", "u8", 21, True),
-        ("bf16", "u8", 21, False),
-    ):
-        configuration = _configuration(channels)
-        warps, stages = configuration.pop("num_warps"), configuration.pop("num_stages")
-        integers = ("K", "h", "w", "H", "W", "stride_b", "stride_k", "stride_h", "label_b", "label_h", "ignore_index")
-        signature = {"logits": f"*{kind}", "labels": f"*{label}", "sums": "*fp32", "parts": "*fp32"}
-        signature |= dict.fromkeys(integers, "i32") | {"ratio_h": "fp32", "ratio_w": "fp32"}
-        constants = configuration | {"stride_w": 1, "label_w": 1, "WITH_GRADIENT": with_gradient}
-        name = f"cells {kind} {label} K={channels}{'' if with_gradient else ' forward only'}"
-        yield CompileCase(
-            name, _cell_kernel, signature, constants, warps, stages, main=kind == "bf16" and with_gradient
-        )
-    signature = {"parts": "*fp32", "gradient": "*fp32", "K": "i32", "h": "i32", "w": "i32"}
-    yield CompileCase("gather K=21", _gather_kernel, signature, {"BLOCK_K": 32}, num_warps=1, main=True)
-
-
-@triton.jit
-def _cell_start(cell, length, pixels):
-    """First pixel whose lower sample is `cell`: the smallest y with (2y + 1) * length >= (2 * cell + 1) * pixels."""
-    start = ((2 * cell + 1) * pixels + length - 1) // (2 * length)
-    return tl.where(cell == 0, 0, tl.minimum(start, pixels))
-
-
-@triton.jit
-def _part(position, ratio, cell, length):
-    """Weight of the upper sample; 0 in the last cell, whose two samples are one."""
-    part = tl.maximum((position + 0.5) * ratio - 0.5 - cell, 0.0)
-    return tl.where(cell < length - 1, part, 0.0)
-
-
-@triton.jit
-def _cross_entropy(z, label, k, K):
-    """Cross-entropy of a row of pixels (infinite for a label that is no channel) and its gradient in the logits."""
-    z -= tl.max(z, axis=0)[None, :]
-    exponential = tl.exp(z)
-    total = tl.sum(exponential, axis=0)
-    target = (k == label[None, :]) & (k < K)
-    entropy = tl.log(total) - tl.max(tl.where(target, z, -float("inf")), axis=0)
-    return entropy, exponential * (1 / total)[None, :] - target.to(tl.float32)
-
-
-@triton.jit
-def _load_corners(logits, i, j, h, w, stride_h, stride_w, inside):
-    """Upper left, upper right, lower left and lower right logits of a cell, each (BLOCK_K, 1)."""
-    upper, lower = logits + i * stride_h, logits + tl.minimum(i + 1, h - 1) * stride_h
-    left, right = j * stride_w, tl.minimum(j + 1, w - 1) * stride_w
-    floor = -1e30  # of channels beyond K: finite, so that it survives a weight of 0
-    upper_left = tl.load(upper + left, mask=inside, other=floor).to(tl.float32)
-    upper_right = tl.load(upper + right, mask=inside, other=floor).to(tl.float32)
-    lower_left = tl.load(lower + left, mask=inside, other=floor).to(tl.float32)
-    lower_right = tl.load(lower + right, mask=inside, other=floor).to(tl.float32)
-    return upper_left, upper_right, lower_left, lower_right
-
-
-@triton.jit
-def _both_sides(values, right, column: tl.constexpr):
-    """(BLOCK_K, 8): the sum over pixels for the left corner in `column`, for the right corner four columns on."""
-    columns = tl.arange(0, 8)[None, :]
-    left_sum = tl.sum(values * (1 - right), axis=1)[:, None]
-    right_sum = tl.sum(values * right, axis=1)[:, None]
-    return tl.where(columns == column, left_sum, 0.0) + tl.where(columns == column + 4, right_sum, 0.0)
-
-
-@triton.jit
-def _cell_kernel(
-    logits, labels, sums, parts, K, h, w, H, W, ratio_h, ratio_w, stride_b, stride_k, stride_h, stride_w,
-    label_b, label_h, label_w, ignore_index, WITH_GRADIENT: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_X: tl.constexpr,
-):  # fmt: skip
-    """One cell: sums (B, h, w, 4) and parts (B, h, w, 8, K), the eight being left/right x upper/lower x either set."""
-    b = tl.program_id(1).to(tl.int64)
-    cell = b * h * w + tl.program_id(0)
-    i, j = tl.program_id(0) // w, tl.program_id(0) % w
-    k = tl.arange(0, BLOCK_K)[:, None]
-    channel = tl.broadcast_to(k, (BLOCK_K, BLOCK_X))  # loads of the whole tile make its layout: lanes along the pixels
-    first_y, last_y = _cell_start(i, h, H), _cell_start(i + 1, h, H)
-    first_x, last_x = _cell_start(j, w, W), _cell_start(j + 1, w, W)
-    background_sum = tl.full((BLOCK_X,), 0, tl.float32)
-    background_pixels = tl.full((BLOCK_X,), 0, tl.float32)
-    foreground_sum = tl.full((BLOCK_X,), 0, tl.float32)
-    foreground_pixels = tl.full((BLOCK_X,), 0, tl.float32)
-    corners = tl.full((BLOCK_K, 8), 0, tl.float32)
-    for start in range(first_x, last_x, BLOCK_X):
-        x = start + tl.arange(0, BLOCK_X)
-        right = _part(x, ratio_w, j, w)[None, :]
-        upper_left, upper_right, lower_left, lower_right = _load_corners(
-            logits + b * stride_b + channel * stride_k, i, j, h, w, stride_h, stride_w, channel < K
-        )
-        upper = upper_left * (1 - right) + upper_right * right
-        lower = lower_left * (1 - right) + lower_right * right
-        upper_background = tl.full((BLOCK_K, BLOCK_X), 0, tl.float32)
-        lower_background = tl.full((BLOCK_K, BLOCK_X), 0, tl.float32)
-        upper_foreground = tl.full((BLOCK_K, BLOCK_X), 0, tl.float32)
-        lower_foreground = tl.full((BLOCK_K, BLOCK_X), 0, tl.float32)
-        for y in range(first_y, last_y):
-            down = _part(y, ratio_h, i, h)
-            pixels = labels + b * label_b + y * label_h + x * label_w
-            label = tl.load(pixels, mask=x < last_x, other=ignore_index).to(tl.int32)
-            background = ((label == 0) & (label != ignore_index)).to(tl.float32)
-            foreground = ((label != 0) & (label != ignore_index)).to(tl.float32)
-            entropy, gradient = _cross_entropy(upper * (1 - down) + lower * down, label, k, K)
-            background_sum += tl.where(background > 0, entropy, 0.0)
-            foreground_sum += tl.where(foreground > 0, entropy, 0.0)
-            background_pixels += background
-            foreground_pixels += foreground
-            if WITH_GRADIENT:
-                upper_background += gradient * (background * (1 - down))[None, :]
-                lower_background += gradient * (background * down)[None, :]
-                upper_foreground += gradient * (foreground * (1 - down))[None, :]
-                lower_foreground += gradient * (foreground * down)[None, :]
-        if WITH_GRADIENT:
-            corners += _both_sides(upper_background, right, 0) + _both_sides(upper_foreground, right, 1)
-            corners += _both_sides(lower_background, right, 2) + _both_sides(lower_foreground, right, 3)
-    tl.store(sums + cell * 4, tl.sum(background_sum))
-    tl.store(sums + cell * 4 + 1, tl.sum(background_pixels))
-    tl.store(sums + cell * 4 + 2, tl.sum(foreground_sum))
-    tl.store(sums + cell * 4 + 3, tl.sum(foreground_pixels))
-    if WITH_GRADIENT:
-        tl.store(parts + (cell * 8 + tl.arange(0, 8)[None, :]) * K + k, corners, mask=k < K)
-
-
-@triton.jit
-def _gather_kernel(parts, gradient, K, h, w, BLOCK_K: tl.constexpr):
-    """gradient (2, B, K, h, w): for each logit, what its own cell and those above and to the left hold."""
-    b = tl.program_id(1).to(tl.int64)
-    i, j = tl.program_id(0) // w, tl.program_id(0) % w
-    k = tl.arange(0, BLOCK_K)
-    for either in tl.static_range(2):
-        total = tl.zeros((BLOCK_K,), tl.float32)
-        for right in tl.static_range(2):
-            for lower in tl.static_range(2):
-                cell = (b * h + i - lower) * w + j - right
-                exists = (k < K) & (i >= lower) & (j >= right)
-                row = cell * 8 + right * 4 + lower * 2 + either
-                total += tl.load(parts + row * K + k, mask=exists, other=0.0)
-        plane = ((either * tl.num_programs(1) + b) * K + k) * h * w
-        tl.store(gradient + plane + i * w + j, total, mask=k < K)
