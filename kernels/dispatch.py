@@ -40,6 +40,7 @@ except ImportError:  # a platform without Triton: kernels can be read by Python,
 
     triton = tl = _NoTriton()
 
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
 FEATURE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # what the kernels take; the torch path adds float64
 
 
@@ -173,3 +174,16 @@ def device_guard(tensor: Tensor) -> Any:
         A context manager.
     """
     return torch.cuda.device_of(tensor)
+
+
+@triton.jit
+def dot(a, b, total, precision: tl.constexpr = "tf32x3"):
+    """Matrix product added to ``total`` (fp32), in three tf32 passes for fp32 factors.
+
+    The interpreter keeps bfloat16 as bits in an integer and would multiply those, so it is given the values in fp32,
+    whose products are the same.
+    """
+    if INTERPRETED:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, total, input_precision=precision)

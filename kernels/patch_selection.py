@@ -224,8 +224,8 @@ def _(soft, rows, columns, block, k):
 
 def compile_cases() -> Iterator[CompileCase]:
     """Shipped configurations of the kernel, for the ahead-of-time compile test."""
-    integers = ("blocks", "k", "C", "height", "width", "rows", "columns")
-    integers += ("cam_b", "cam_c", "cam_y", "labels_b", "uniform_b")
+    integers = ["blocks", "k", "C", "height", "width", "rows", "columns"]
+    integers += ["cam_b", "cam_c", "cam_y", "labels_b", "uniform_b"]
     for name, patches, side, has_cam, normalise in (
         ("select N=784", 784, 1, True, True),
         ("select N=4096", 4096, 1, True, True),

@@ -18,6 +18,7 @@ from .dispatch import (
     FEATURE_DTYPES,
     CompileCase,
     device_guard,
+    dot,
     next_power_of_2,
     require_dtype,
     require_same_device,
@@ -154,7 +155,7 @@ def _value_from_cam(cam: Tensor, labels: Tensor, rows: int, columns: int) -> Ten
 def _activation_kernel(
     features, weight, labels, cam, N, D, C,
     features_b, features_n, features_d, weight_c, weight_d, labels_b, labels_c,
-    TOKENS: tl.constexpr, CLASSES: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
+    TOKENS: tl.constexpr, CLASSES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """cam[b, c, n] = relu(features[b, n] . weight[c]) for a tile of patches and the present classes."""
     b = tl.program_id(1).to(tl.int64)
@@ -168,7 +169,7 @@ def _activation_kernel(
         step = start + d
         f = tl.load(feature_rows + step[None, :] * features_d, mask=(n[:, None] < N) & (step[None, :] < D), other=0.0)
         w = tl.load(weight_rows + step[:, None] * weight_d, mask=(c[None, :] < C) & (step[:, None] < D), other=0.0)
-        total = tl.dot(f, w.to(f.dtype), total, input_precision=PRECISION)
+        total = dot(f, w.to(f.dtype), total)
     present = tl.load(labels + b * labels_b + c * labels_c, mask=c < C, other=0).to(tl.float32) > 0
     out = cam + (b * C + c[None, :]) * N + n[:, None]
     tl.store(out, tl.maximum(total, 0.0), mask=present[None, :] & (n[:, None] < N))
@@ -177,7 +178,7 @@ def _activation_kernel(
 def _activation_configuration(dtype: torch.dtype, classes: int) -> dict[str, Any]:
     """Constants of the activation kernel: 128 bytes of each row a step; a matrix product takes at least 16 classes."""
     padded = min(max(next_power_of_2(classes), 16), 64)
-    return {"TOKENS": TOKENS, "CLASSES": padded, "WIDTH": 128 // dtype.itemsize, "PRECISION": "tf32x3"}
+    return {"TOKENS": TOKENS, "CLASSES": padded, "WIDTH": 128 // dtype.itemsize}
 
 
 @torch.library.custom_op("fsr::uncertain_mask", mutates_args=())
