@@ -10,6 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .absorbed_attention import TRITON_DTYPES, average_kernel, block_sizes, logits_kernel, token_gradient_kernel
+from .dispatch import FEATURE_DTYPES, device_guard, require_dtype, require_same_device, triton, use_triton
+
 _MODES = ("exclude", "multiply", "none")
 
 
@@ -30,16 +33,18 @@ def _check(class_token, tokens, mask, vectors, matrices, heads, mask_mode) -> No
         raise ValueError(f"masked_cross_attention: heads must divide the width {D}, got {heads}")
     if mask_mode not in _MODES:
         raise ValueError(f"masked_cross_attention: mask_mode must be one of {_MODES}, got {mask_mode!r}")
-    if mask is not None and (mask.shape != (B, N) or mask.dtype != torch.bool):
-        raise ValueError(
-            f"masked_cross_attention: mask must be bool ({B},{N}), got {mask.dtype} {tuple(mask.shape)}; True = masked"
-        )
+    if mask is not None:
+        require_dtype("masked_cross_attention: mask (True = masked)", mask, (torch.bool,))
+        if mask.shape != (B, N):
+            raise ValueError(f"masked_cross_attention: mask must be ({B},{N}), got {tuple(mask.shape)}")
     for shape, named in (((D,), vectors), ((D, D), matrices)):
         for name, tensor in named.items():
             if tensor is not None and tensor.shape != shape:
                 raise ValueError(f"masked_cross_attention: {name} must be {shape}, got {tuple(tensor.shape)}")
-    if not tokens.is_floating_point():
-        raise TypeError(f"masked_cross_attention: tokens must be floating point, got {tokens.dtype}")
+    for name, tensor in {"class_token": class_token, "tokens": tokens, **vectors, **matrices}.items():
+        if tensor is not None:
+            require_dtype(f"masked_cross_attention: {name}", tensor, (*FEATURE_DTYPES, torch.float64))
+    require_same_device(class_token=class_token, tokens=tokens, mask=mask, **vectors, **matrices)
 
 
 def _attend_torch(tokens, query, offset, mask, mask_mode, eps):
@@ -59,6 +64,122 @@ def _attend_torch(tokens, query, offset, mask, mask_mode, eps):
     if mask_mode != "multiply" and offset is not None:
         average = average + 0.0 * offset.sum()  # an offset that cancels has a gradient all the same: exactly zero
     return average, attention.detach()
+
+
+@torch.library.custom_op("fsr::absorbed_attention", mutates_args=())
+def absorbed_attention(
+    tokens: Tensor, query: Tensor, offset: Tensor | None, mask: Tensor | None, mask_mode: str, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Weigh the normalised tokens of each image by a masked softmax and average them.
+
+    Args:
+        tokens: (B,N,D) fp32, bf16 or fp16, before the norm.
+        query: (B,heads,D), same choice of dtypes: that of the matrix products.
+        offset: (B,heads) fp32, added to the logits of unmasked patches in mode "multiply"; in the other modes None, or
+            any tensor of constants that cancel, whose gradient is exactly zero.
+        mask: (B,N) bool, True = masked; None in mode "none" only.
+        mask_mode: "exclude", "multiply" or "none".
+        eps: of the norm.
+
+    Returns:
+        Average (B,heads,D) fp32; weights (B,heads,N) fp32, whose gradient is ignored; mean and reciprocal deviation of
+        each token (2,B,N) fp32, likewise.
+
+    Source: Eq. 5-7.
+    """
+    (B, N, D), heads = tokens.shape, query.shape[1]
+    tokens, query, blocks = tokens.contiguous(), query.contiguous(), block_sizes(D, heads, query.dtype)
+    mask = None if mask is None else mask.contiguous()
+    offset = offset.contiguous() if mask_mode == "multiply" and offset is not None else None
+    logits = tokens.new_empty((B, heads, N), dtype=torch.float32)
+    attention = torch.empty_like(logits)
+    statistics = logits.new_empty((2, B, N))
+    average = logits.new_empty((B, heads, D))
+    with device_guard(tokens):
+        logits_kernel[(triton.cdiv(N, blocks["BLOCK_N"]), B)](
+            tokens, query, offset, mask, logits, statistics, N, B, eps, D, heads, mask_mode, **blocks, num_warps=4
+        )
+        average_kernel[(triton.cdiv(D, blocks["BLOCK_D"]), B)](
+            tokens, statistics, logits, attention, average, N, B, D, heads, True, TRITON_DTYPES[query.dtype], **blocks
+        )
+    return average, attention, statistics
+
+
+@absorbed_attention.register_fake
+def _(tokens, query, offset, mask, mask_mode, eps):
+    (B, N, D), heads = tokens.shape, query.shape[1]
+    shapes = ((B, heads, D), (B, heads, N), (2, B, N))
+    return tuple(tokens.new_empty(shape, dtype=torch.float32) for shape in shapes)
+
+
+@torch.library.custom_op("fsr::absorbed_attention_backward", mutates_args=())
+def absorbed_attention_backward(
+    gradient: Tensor,
+    tokens: Tensor,
+    query: Tensor,
+    mask: Tensor | None,
+    average: Tensor,
+    attention: Tensor,
+    statistics: Tensor,
+    mask_mode: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Differentiate :func:`absorbed_attention`.
+
+    Args:
+        gradient: (B,heads,D) fp32, of the average.
+        tokens: (B,N,D), as given to the forward pass.
+        query: (B,heads,D), likewise.
+        mask: (B,N) bool or None, likewise.
+        average: (B,heads,D) fp32, result of the forward pass.
+        attention: (B,heads,N) fp32, likewise.
+        statistics: (2,B,N) fp32, likewise.
+        mask_mode: as given to the forward pass.
+
+    Returns:
+        Gradients of tokens (B,N,D), query (B,heads,D) and logits before the mask (B,heads,N) fp32.
+
+    Source: Eq. 5-7.
+    """
+    (B, N, D), heads = tokens.shape, query.shape[1]
+    tokens, query, blocks = tokens.contiguous(), query.contiguous(), block_sizes(D, heads, query.dtype)
+    mask = mask.contiguous() if mask_mode == "multiply" and mask is not None else None
+    token_gradient = torch.empty_like(tokens)
+    logit_gradient = torch.empty_like(attention)
+    query_gradient = torch.empty_like(query)
+    with device_guard(tokens):
+        token_gradient_kernel[(triton.cdiv(N, blocks["BLOCK_N"]), B)](
+            tokens, statistics, query, average, gradient.contiguous(), attention, mask, token_gradient, logit_gradient,
+            N, B, D, heads, mask_mode, **blocks, num_warps=4,
+        )  # fmt: skip
+        average_kernel[(triton.cdiv(D, blocks["BLOCK_D"]), B)](
+            tokens, statistics, logit_gradient, None, query_gradient, N, B, D, heads, False,
+            TRITON_DTYPES[query.dtype], **blocks,
+        )  # fmt: skip
+    return token_gradient, query_gradient, logit_gradient
+
+
+@absorbed_attention_backward.register_fake
+def _(gradient, tokens, query, mask, average, attention, statistics, mask_mode):
+    return tokens.new_empty(tokens.shape), query.new_empty(query.shape), attention.new_empty(attention.shape)
+
+
+def _setup(ctx, inputs, output):
+    tokens, query, offset, mask, ctx.mask_mode, _ = inputs
+    ctx.save_for_backward(tokens, query, offset, mask, *output)
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _backward(ctx, gradient, *_):
+    tokens, query, offset, mask, *results = ctx.saved_tensors
+    token_gradient, query_gradient, logit_gradient = absorbed_attention_backward(
+        gradient.contiguous(), tokens, query, mask, *results, ctx.mask_mode
+    )
+    if offset is not None:
+        offset = logit_gradient.sum(dim=2) if ctx.mask_mode == "multiply" else torch.zeros_like(offset)
+    return token_gradient, query_gradient, offset, None, None, None
+
+
+absorbed_attention.register_autograd(_backward, setup_context=_setup)
 
 
 def masked_cross_attention(
@@ -127,21 +248,25 @@ def masked_cross_attention(
     absorbed = torch.einsum("bhd,hde->bhe", q, k_weight.unflatten(0, (heads, -1)))
     offset = k_bias
     if mask_mode == "multiply":
-        offset = absorbed.to(wide) @ shift
+        offset = (absorbed * shift).sum(dim=-1)  # no matmul: autocast would round it
         if k_bias is not None:
-            offset = offset + (q * k_bias.unflatten(0, (heads, -1))).to(wide).sum(dim=-1)
-    dtype = torch.get_autocast_dtype(tokens.device.type)
-    dtype = dtype if torch.is_autocast_enabled(tokens.device.type) else tokens.dtype
-    average, attention = _attend_torch(tokens, (absorbed * gain).to(dtype), offset, mask, mask_mode, eps)
+            offset = offset + (q * k_bias.unflatten(0, (heads, -1))).sum(dim=-1, dtype=wide)
+    autocast = torch.is_autocast_enabled(tokens.device.type)
+    dtype = torch.get_autocast_dtype(tokens.device.type) if autocast else tokens.dtype
+    query = (absorbed * gain).to(dtype)
+    if use_triton(tokens):
+        require_dtype("masked_cross_attention: tokens", tokens, FEATURE_DTYPES)
+        average, attention, _ = absorbed_attention(tokens, query, offset, mask, mask_mode, eps)
+    else:
+        average, attention = _attend_torch(tokens, query, offset, mask, mask_mode, eps)
 
-    average = average * gain + shift
-    live = None
-    if mask_mode == "exclude":
-        live = (~mask.all(dim=1))[:, None, None].to(average.dtype)
-        average = average * live
-    heads_out = torch.einsum("bhe,hde->bhd", average.to(v_weight.dtype), v_weight.unflatten(0, (heads, -1)))
+    average = torch.addcmul(shift, average.to(wide), gain).to(v_weight.dtype)
+    heads_out = torch.einsum("bhe,hde->bhd", average, v_weight.unflatten(0, (heads, -1))).flatten(1)
     if v_bias is not None:
-        value_bias = v_bias.unflatten(0, (heads, -1))
-        heads_out = heads_out + (value_bias if live is None else value_bias * live)
-    output = F.linear(heads_out.flatten(1).to(proj_weight.dtype), proj_weight, proj_bias)
+        heads_out = heads_out + v_bias
+    if (
+        mask is not None and mask_mode == "exclude"
+    ):  # nothing to attend to: neither the norm's bias nor the values' counts
+        heads_out = heads_out.masked_fill(mask.all(dim=1, keepdim=True), 0.0)
+    output = F.linear(heads_out.to(proj_weight.dtype), proj_weight, proj_bias)
     return (output, attention) if return_attention else output
