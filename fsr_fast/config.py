@@ -134,6 +134,8 @@ class ModelConfig(Section):
     """Arguments of timm's VisionTransformer that differ from the named model, e.g. `{depth: 6, embed_dim: 128}`."""
     pretrained: str = "hub"
     """Weights of the encoder: `hub` (downloaded by timm), `none`, or a local `.safetensors` / `.pth` file."""
+    initial: Path | None = None
+    """Trained network to start from, in place of `pretrained`: run folder, checkpoint, or official `student.pth`."""
     normalisation: Literal["checkpoint", "imagenet"] = "checkpoint"
     """Mean and standard deviation of the input: those of the pretrained weights, or ImageNet's (official code)."""
     stochastic_depth: float = Field(0.1, ge=0.0, lt=1.0)

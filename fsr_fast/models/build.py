@@ -4,17 +4,20 @@ from pathlib import Path
 from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor
 
 from fsr_fast.config import ModelConfig, build_config
 from fsr_fast.errors import UserError
 from fsr_fast.models.encoder import create_vit
+from fsr_fast.models.initial import start_from
 from fsr_fast.models.network import Network
+from fsr_fast.models.official import class_names, fill_network, official_sizes, read_official
 from fsr_fast.models.pretrained import load_pretrained
 from fsr_fast.runtime.checkpoint import read_checkpoint
 
 
 def build_network(config: ModelConfig, classes: tuple[str, ...], image_size: int) -> Network:
-    """Build the network and load its pretrained encoder.
+    """Build the network and load the weights that it starts from.
 
     Args:
         config: the model's section.
@@ -25,18 +28,23 @@ def build_network(config: ModelConfig, classes: tuple[str, ...], image_size: int
         UserError: an unknown backbone, weights that cannot be had, an image size that does not fit.
     """
     vit = create_vit(config)
-    load_pretrained(vit, config)
+    if config.initial is None:
+        load_pretrained(vit, config)
     own = config.normalisation == "checkpoint"
     mean = tuple(vit.pretrained_cfg["mean"]) if own else IMAGENET_DEFAULT_MEAN
     deviation = tuple(vit.pretrained_cfg["std"]) if own else IMAGENET_DEFAULT_STD
-    return Network(config, vit, classes, image_size, mean, deviation)
+    network = Network(config, vit, classes, image_size, mean, deviation)
+    if config.initial is not None:
+        start_from(network, load_network(config.initial), str(config.initial))
+    return network
 
 
 def load_network(path: str | Path) -> Network:
     """Load a trained network.
 
     Args:
-        path: a run folder (its newest checkpoint is taken) or a checkpoint file.
+        path: a run folder (its newest checkpoint is taken), a checkpoint file, or an official `student.pth` or
+            `teacher.pth`.
 
     Returns:
         The network in eval mode, on the CPU.
@@ -44,8 +52,10 @@ def load_network(path: str | Path) -> Network:
     Raises:
         UserError: there is no checkpoint, or it is damaged or of another kind.
     """
-    checkpoint = read_checkpoint(Path(path))
-    return restore_network(checkpoint, str(path))
+    weights = read_official(Path(path))
+    if weights is not None:
+        return restore_official(weights, str(path))
+    return restore_network(read_checkpoint(Path(path)), str(path))
 
 
 def restore_network(checkpoint: dict[str, Any], origin: str) -> Network:
@@ -56,7 +66,7 @@ def restore_network(checkpoint: dict[str, Any], origin: str) -> Network:
         origin: the file, for messages.
     """
     config = build_config(checkpoint["config"], origin)
-    without_weights = config.model.model_copy(update={"pretrained": "none"})
+    without_weights = config.model.model_copy(update={"pretrained": "none", "initial": None})
     network = build_network(without_weights, tuple(checkpoint["classes"]), config.data.image_size)
     try:
         network.load_state_dict(checkpoint["student"])
@@ -65,4 +75,20 @@ def restore_network(checkpoint: dict[str, Any], origin: str) -> Network:
         raise UserError(
             f"{origin}: the weights do not fit the network that the checkpoint describes: {first}"
         ) from None
+    return network.eval()
+
+
+def restore_official(weights: dict[str, Tensor], origin: str) -> Network:
+    """Build the network of an official checkpoint; its sizes are read off the tensors, its classes off their number.
+
+    Args:
+        weights: as `read_official` gives them.
+        origin: the file, for messages.
+
+    Raises:
+        UserError: a tensor is missing, unknown or of a shape that does not fit the others.
+    """
+    sizes = official_sizes(weights, origin)
+    network = build_network(sizes.model, class_names(sizes.classes), sizes.image_size)
+    fill_network(network, weights, origin)
     return network.eval()

@@ -39,9 +39,13 @@ def load_pretrained(vit: VisionTransformer, config: ModelConfig) -> None:
     if missing or other:
         name = (missing or other)[0]
         found = "is missing" if missing else f"has shape {tuple(weights[name].shape)}"
+        whole = "encoder.patch_embed.proj.weight" in weights
+        remedy = (
+            "it is a whole network: give it as model.initial" if whole else "name the backbone that it was made for"
+        )
         raise UserError(
             f"model.pretrained: {origin} does not hold the weights of {config.backbone}: {name!r} {found}, "
-            f"expected {tuple(expected[name].shape)}; name the backbone that the file was made for"
+            f"expected {tuple(expected[name].shape)}; {remedy}"
         )
     vit.load_state_dict({name: weights[name] for name in expected})
 

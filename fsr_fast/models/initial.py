@@ -1,0 +1,69 @@
+"""Start of a training from a trained network."""
+
+import logging
+
+from torch import Tensor
+
+from fsr_fast.errors import UserError
+from fsr_fast.models.encoder import resize_position_embedding
+from fsr_fast.models.network import Network
+from fsr_fast.models.official import Normalisation, renormalise
+
+CLASS_LAYERS = ("top_classifier.weight", "aux_classifier.weight", "decoder.conv8.weight")
+"""Layers whose channels are classes: they are taken over for the same classes only."""
+OWN_PARTS = ("encoder.cls_token", "encoder.cls_blocks.", "encoder.mask_token")
+"""Parts of the encoder beside the trunk."""
+
+logger = logging.getLogger(__name__)
+
+
+def start_from(network: Network, source: Network, origin: str) -> list[str]:
+    """Take over the weights of a trained network wherever they fit; the encoder's trunk must.
+
+    The position embedding is resized to the grid, and the patch projection rewritten for the normalisation.
+
+    Args:
+        network: changed in place.
+        source: the trained network; of other classes, sizes of decoder, projector or aggregator, if need be.
+        origin: where it comes from, for messages.
+
+    Returns:
+        Names of the weights that keep their random values; they are logged as a warning.
+
+    Raises:
+        UserError: the trunk is another one.
+    """
+    weights = _adapted(source, network)
+    expected = network.state_dict()
+    same_classes = source.classes == network.classes
+    taken = {
+        name: value
+        for name, value in weights.items()
+        if name in expected and value.shape == expected[name].shape and (same_classes or name not in CLASS_LAYERS)
+    }
+    left = [name for name in expected if name not in taken]
+    heads, own_heads = (part.encoder.blocks[0].attn.num_heads for part in (source, network))
+    trunk = [name for name in left if name.startswith("encoder.") and not name.startswith(OWN_PARTS)]
+    if trunk or heads != own_heads or source.encoder.depth != network.encoder.depth:
+        difference = f"{trunk[0]!r} does not fit" if trunk else f"{source.encoder.depth} blocks of {heads} heads"
+        raise UserError(
+            f"model.initial: {origin} has another encoder than model.backbone: {difference}; "
+            "name the backbone (model.backbone, model.backbone_options) that it was trained with"
+        )
+    network.load_state_dict(taken, strict=False)
+    if left:
+        logger.warning("%s: not taken, for other classes or sizes: %s", origin, ", ".join(left))
+    return left
+
+
+def _adapted(source: Network, network: Network) -> dict[str, Tensor]:
+    weights = source.state_dict()
+    name, patch = "encoder.pos_embed", "encoder.patch_embed.proj"
+    weights[name] = resize_position_embedding(weights[name], source.encoder.grid, network.encoder.grid)
+    weights[f"{patch}.weight"], weights[f"{patch}.bias"] = renormalise(
+        weights[f"{patch}.weight"],
+        weights[f"{patch}.bias"],
+        Normalisation(source.mean, source.deviation),
+        Normalisation(network.mean, network.deviation),
+    )
+    return weights
