@@ -8,11 +8,13 @@ from typing import Any
 from rich import print as rich_print
 
 from fsr_fast.cli import run_command
-from fsr_fast.config import build_config
+from fsr_fast.config import Config, build_config, read_yaml
 from fsr_fast.dataloading.datasets import build_datasets
 from fsr_fast.errors import UserError
 from fsr_fast.evaluation.evaluator import evaluate_network
-from fsr_fast.models.build import restore_network
+from fsr_fast.models import Network
+from fsr_fast.models.build import restore_network, restore_official
+from fsr_fast.models.official import read_official
 from fsr_fast.reporting.pictures import evaluation_grid
 from fsr_fast.reporting.tables import score_table
 from fsr_fast.reporting.tracking import write_json
@@ -25,10 +27,10 @@ PICTURES = 8
 def main(arguments: Sequence[str]) -> None:
     """Evaluate as the arguments say."""
     options = _parser().parse_args(arguments)
-    checkpoint = read_checkpoint(options.checkpoint)
-    config = build_config(_with_options(checkpoint["config"], options), str(options.checkpoint))
-    network = restore_network(checkpoint, str(options.checkpoint))
+    network, config, iteration = load_evaluation(options)
     _, dataset = build_datasets(config.data)
+    if iteration is None and len(network.classes) == len(dataset.classes):
+        network.classes = dataset.classes  # an official checkpoint holds no names
     if dataset.classes != network.classes:
         raise UserError(f"data: its classes {dataset.classes} are not those of the checkpoint, {network.classes}")
     folder = options.output or _default_folder(options.checkpoint)
@@ -42,7 +44,7 @@ def main(arguments: Sequence[str]) -> None:
         evaluation_grid(evaluation.examples, network.classes).save(picture)
         settings = {
             "checkpoint": str(options.checkpoint),
-            "iteration": checkpoint["iteration"],
+            "iteration": iteration,
             "list": config.data.val_list,
         }
         path = write_json(folder / "metrics.json", {**settings, "images": len(dataset), "results": evaluation.results})
@@ -52,9 +54,39 @@ def main(arguments: Sequence[str]) -> None:
         stop_process()
 
 
+def load_evaluation(options: argparse.Namespace) -> tuple[Network, Config, int | None]:
+    """Load the network, the settings of its evaluation, and the iteration that it was saved at.
+
+    A run's checkpoint carries its settings. An official one carries tensors alone: a recipe gives the settings, and
+    the iteration is unknown.
+
+    Args:
+        options: the command line.
+
+    Raises:
+        UserError: a checkpoint that cannot be read, a recipe that is missing or not wanted, a setting out of range.
+    """
+    origin = str(options.checkpoint)
+    weights = read_official(options.checkpoint)
+    if weights is None:
+        checkpoint = read_checkpoint(options.checkpoint)
+        if options.config is not None:
+            raise UserError(f"--config: {origin} carries the configuration of its run; leave the option out")
+        config = build_config(_with_options(checkpoint["config"], options), origin)
+        return restore_network(checkpoint, origin), config, checkpoint["iteration"]
+    if options.config is None:
+        raise UserError(
+            f"{origin}: an official checkpoint does not say what data it is for; add the recipe and the folder, "
+            "e.g. --config configs/voc_official.yaml --root VOCdevkit/VOC2012"
+        )
+    config = build_config(_with_options(read_yaml(options.config), options), str(options.config))
+    return restore_official(weights, origin), config, None
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m fsr_fast.evaluate", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--checkpoint", type=Path, required=True, help="run folder or checkpoint file")
+    parser.add_argument("--checkpoint", type=Path, required=True, help="run folder, checkpoint, official student.pth")
+    parser.add_argument("--config", type=Path, help="recipe, for an official checkpoint: its data and evaluation")
     parser.add_argument("--root", type=Path, help="folder of the data set, if not that of the training")
     parser.add_argument("--list", help="name of the list, if not the validation list of the training")
     parser.add_argument("--scales", type=float, nargs="+", help="scales of the segmentation")
@@ -79,10 +111,11 @@ def _with_options(config: dict[str, Any], options: argparse.Namespace) -> dict[s
             "limit": options.limit,
         },
     }
-    return {
-        name: section | {key: value for key, value in given.get(name, {}).items() if value is not None}
-        for name, section in config.items()
-    }
+    merged = {name: {} for name in given} | config
+    for name, section in given.items():
+        if isinstance(merged[name], dict):  # the check of the whole recipe refuses anything else
+            merged[name] = merged[name] | {key: value for key, value in section.items() if value is not None}
+    return merged
 
 
 def _default_folder(checkpoint: Path) -> Path:

@@ -78,7 +78,7 @@ def write_prediction(folder: Path, name: str, image: np.ndarray, mask: np.ndarra
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m fsr_fast.predict", description=__doc__, allow_abbrev=False)
     parser.add_argument("images", type=Path, nargs="+", help="pictures, or folders of pictures")
-    parser.add_argument("--checkpoint", type=Path, required=True, help="run folder or checkpoint file")
+    parser.add_argument("--checkpoint", type=Path, required=True, help="run folder, checkpoint, official student.pth")
     parser.add_argument("--output", type=Path, required=True, help="folder for the results")
     parser.add_argument("--crf", action="store_true", help="refine the masks by the dense CRF")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")

@@ -7,7 +7,7 @@ from torch import Tensor
 from fsr_fast.errors import UserError
 from fsr_fast.models.encoder import resize_position_embedding
 from fsr_fast.models.network import Network
-from fsr_fast.models.official import Normalisation, renormalise
+from fsr_fast.models.official import Normalisation, count_heads, renormalise
 
 CLASS_LAYERS = ("top_classifier.weight", "aux_classifier.weight", "decoder.conv8.weight")
 """Layers whose channels are classes: they are taken over for the same classes only."""
@@ -42,9 +42,9 @@ def start_from(network: Network, source: Network, origin: str) -> list[str]:
         if name in expected and value.shape == expected[name].shape and (same_classes or name not in CLASS_LAYERS)
     }
     left = [name for name in expected if name not in taken]
-    heads, own_heads = (part.encoder.blocks[0].attn.num_heads for part in (source, network))
+    heads = count_heads(source)
     trunk = [name for name in left if name.startswith("encoder.") and not name.startswith(OWN_PARTS)]
-    if trunk or heads != own_heads or source.encoder.depth != network.encoder.depth:
+    if trunk or heads != count_heads(network) or source.encoder.depth != network.encoder.depth:
         difference = f"{trunk[0]!r} does not fit" if trunk else f"{source.encoder.depth} blocks of {heads} heads"
         raise UserError(
             f"model.initial: {origin} has another encoder than model.backbone: {difference}; "

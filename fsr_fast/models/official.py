@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models.vision_transformer import Attention
 from torch import Tensor
 
 from fsr_fast.config import ModelConfig
@@ -182,7 +183,7 @@ def official_state_dict(network: Network) -> dict[str, Tensor]:
         part = foreign[0] if foreign else f"model.aggregation {encoder.aggregation!r}"
         raise UserError(f"an official checkpoint has no place for {part}; expected a plain ViT with aggregator")
     own = {
-        "attention heads": encoder.blocks[0].attn.num_heads,
+        "attention heads": count_heads(network),
         "auxiliary block": encoder.aux_block,
         "epsilon of the norms": encoder.norm.eps,
     }
@@ -227,6 +228,13 @@ def renormalise(weight: Tensor, bias: Tensor, source: Normalisation, target: Nor
     exact = weight.double()
     shift = (exact * ((new_mean - mean) / deviation)).sum((1, 2, 3))
     return (exact * (new_deviation / deviation)).to(weight.dtype), (bias.double() + shift).to(bias.dtype)
+
+
+def count_heads(network: Network) -> int:
+    """Number of attention heads of the encoder."""
+    attention = network.encoder.blocks[0].attn
+    assert isinstance(attention, Attention)
+    return attention.num_heads
 
 
 def _count(weights: dict[str, Tensor], part: str) -> int:
