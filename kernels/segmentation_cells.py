@@ -107,10 +107,10 @@ def _load_corners(logits, i, j, h, w, stride_h, stride_w, inside):
     upper, lower = logits + i * stride_h, logits + tl.minimum(i + 1, h - 1) * stride_h
     left, right = j * stride_w, tl.minimum(j + 1, w - 1) * stride_w
     floor = -1e30  # of channels beyond K: finite, so that it survives a weight of 0
-    upper_left = tl.load(upper + left, mask=inside, other=floor).to(tl.float32)
-    upper_right = tl.load(upper + right, mask=inside, other=floor).to(tl.float32)
-    lower_left = tl.load(lower + left, mask=inside, other=floor).to(tl.float32)
-    lower_right = tl.load(lower + right, mask=inside, other=floor).to(tl.float32)
+    upper_left = tl.where(inside, tl.load(upper + left, mask=inside, other=0).to(tl.float32), floor)
+    upper_right = tl.where(inside, tl.load(upper + right, mask=inside, other=0).to(tl.float32), floor)
+    lower_left = tl.where(inside, tl.load(lower + left, mask=inside, other=0).to(tl.float32), floor)
+    lower_right = tl.where(inside, tl.load(lower + right, mask=inside, other=0).to(tl.float32), floor)
     return upper_left, upper_right, lower_left, lower_right
 
 
