@@ -15,7 +15,7 @@ from torch import Tensor
 from .dispatch import CompileCase, device_guard, next_power_of_2, tl, triton
 from .pixel_affinity import PLACE_WEIGHT, compute_affinity, neighbour, neighbours_on, pixel_config
 
-ROUNDING = 64  # units in the last place of the channels' sum, by which a class must beat the background
+ROUNDING = 32  # units in the last place of the channels' sum, by which a class must beat the background
 _MOST_MAPS = 16  # maps that one program refines: an affinity is loaded once for all of them
 
 
