@@ -2,6 +2,7 @@
 
 from .attention import masked_cross_attention
 from .cam import MergedCams, cam_to_labels, class_activation_map, merge_cams, normalise_cam, present_classes
+from .encoder import EPS
 from .losses import (
     affinity_loss,
     affinity_sums,
@@ -20,6 +21,7 @@ from .network import (
     project,
     prototype_logits,
 )
+from .objective import Centres, Draws, StepLosses, compute_losses
 from .pseudo_labels import (
     denormalise_images,
     generate_pseudo_labels,
@@ -27,17 +29,30 @@ from .pseudo_labels import (
     refine_pseudo_labels,
 )
 from .schedules import learning_rate_factor, loss_gate, teacher_momentum, teacher_temperature
+from .settings import OFFICIAL, PAPER, Settings, Weights
+from .step import StepRecord, TrainingState, start_training, training_step
 
 __all__ = [
+    "EPS",
+    "OFFICIAL",
+    "PAPER",
+    "Centres",
+    "Draws",
     "MergedCams",
     "MultiScaleCams",
     "NetworkOutput",
     "PatchSelection",
+    "Settings",
+    "StepLosses",
+    "StepRecord",
+    "TrainingState",
+    "Weights",
     "affinity_loss",
     "affinity_sums",
     "cam_to_labels",
     "class_activation_map",
     "classification_loss",
+    "compute_losses",
     "denormalise_images",
     "dense_energy",
     "distillation_loss",
@@ -56,9 +71,11 @@ __all__ = [
     "refine_pseudo_labels",
     "segmentation_loss",
     "segmentation_sums",
+    "start_training",
     "teacher_momentum",
     "teacher_temperature",
     "top_k_mask",
+    "training_step",
     "uncertain_mask",
     "uncertain_mask_from_cam",
 ]

@@ -82,6 +82,28 @@ def present_classes(labels: Tensor, *, slots: int) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
+def merge_scales(cams: Sequence[Tensor], flipped: Sequence[Tensor], *, size: tuple[int, int]) -> Tensor:
+    """Merges the maps of several scales and of the mirrored image into one normalised map per class.
+
+    Args:
+        cams: one entry a scale, (B, C, h_s, w_s) floating, class activation maps before or after their ReLU.
+        flipped: the same of the mirrored image, still mirrored.
+        size: (H, W), the resolution at which maps are merged and normalised.
+
+    Returns:
+        (B, C, H, W) in [0, 1).
+
+    Source: official code, multi-scale class activation maps.
+    """
+    merged = cams[0].new_zeros(*cams[0].shape[:2], *size)
+    for cam, mirrored in zip(cams, flipped, strict=True):
+        original = F.interpolate(torch.relu(cam), size=size, mode="bilinear", align_corners=False)
+        mirrored = F.interpolate(torch.relu(mirrored), size=size, mode="bilinear", align_corners=False)
+        merged = merged + torch.maximum(original, mirrored.flip(3))
+    return normalise_cam(merged)
+
+
+@torch.no_grad()
 def merge_cams(
     cams: Sequence[Tensor],
     flipped: Sequence[Tensor],
@@ -91,7 +113,7 @@ def merge_cams(
     size: tuple[int, int],
     output_size: tuple[int, int] | None = None,
 ) -> MergedCams:
-    """Merges the maps of several scales and of the mirrored image into one normalised map per present class.
+    """Merges the maps of several scales, see merge_scales, and keeps the classes that are present.
 
     Args:
         cams: one entry a scale, (B, C, h_s, w_s) floating, class activation maps before or after their ReLU.
@@ -117,12 +139,7 @@ def merge_cams(
     for scale, (cam, mirrored) in enumerate(zip(cams, flipped, strict=True)):
         require_shape(f"cams[{scale}]", cam, *labels.shape, "h", "w")
         require_shape(f"flipped[{scale}]", mirrored, *cam.shape)
-    merged = cams[0].new_zeros(*labels.shape, *size)
-    for cam, mirrored in zip(cams, flipped, strict=True):
-        original = F.interpolate(torch.relu(cam), size=size, mode="bilinear", align_corners=False)
-        mirrored = F.interpolate(torch.relu(mirrored), size=size, mode="bilinear", align_corners=False)
-        merged = merged + torch.maximum(original, mirrored.flip(3))
-    normalised = normalise_cam(merged)  # (B, C, H, W)
+    normalised = merge_scales(cams, flipped, size=size)  # (B, C, H, W)
     if output_size is not None:
         normalised = F.interpolate(normalised, size=output_size, mode="bilinear", align_corners=False)
     classes, live = present_classes(labels, slots=slots)

@@ -104,7 +104,9 @@ def embed_patches(state: State, images: Tensor, patch_size: int, mask: Tensor | 
     return tokens + position_embedding(state["encoder.pos_embed"], grid), grid
 
 
-def forward_trunk(state: State, tokens: Tensor, heads: int, keep: Tensor | None) -> tuple[Tensor, Tensor]:
+def forward_trunk(
+    state: State, tokens: Tensor, heads: int, keep: Tensor | None, aux_block: int = -3
+) -> tuple[Tensor, Tensor]:
     """Sends patch tokens through all blocks.
 
     Args:
@@ -113,18 +115,19 @@ def forward_trunk(state: State, tokens: Tensor, heads: int, keep: Tensor | None)
         heads: number of heads.
         keep: (depth, 2, B), factors of the two residual branches of every block: 1 / (1 - p) where the branch is kept,
             0 where it is dropped; None keeps all.
+        aux_block: the block whose output is the aux feature map, counted as in Python; -3: the 10th of 12.
 
     Returns:
-        (B, N, D) output of the last block and (B, N, D) output of block depth - 2.
+        (B, N, D) output of the last block and (B, N, D) output of the aux block.
 
     Raises:
-        ValueError: if the trunk has fewer than 3 blocks or keep does not fit.
+        ValueError: if the trunk has no such aux block or keep does not fit.
 
     Source: official code, encoder.
     """
     depth = count_blocks(state, "encoder.blocks.")
-    if depth < 3:
-        raise ValueError(f"the state has {depth} encoder blocks, expected at least 3, since block depth - 2 feeds aux")
+    if not -depth <= aux_block < depth:
+        raise ValueError(f"the state has {depth} encoder blocks, expected enough of them for aux_block {aux_block}")
     if keep is None:
         keep = tokens.new_ones(depth, 2, len(tokens))
     require_shape("keep", keep, depth, 2, len(tokens))
@@ -135,7 +138,7 @@ def forward_trunk(state: State, tokens: Tensor, heads: int, keep: Tensor | None)
         tokens = tokens + keep[i, 0][:, None, None] * branch
         branch = feed_forward(state, f"{name}.mlp", layer_norm(state, f"{name}.norm2", tokens))
         tokens = tokens + keep[i, 1][:, None, None] * branch
-        if i + 1 == depth - 2:
+        if i == aux_block % depth:
             aux = tokens
     return tokens, aux
 
@@ -179,6 +182,29 @@ def aggregate(state: State, tokens: Tensor, heads: int, mask: Tensor | None, mas
         branch = feed_forward(state, f"{name}.mlp", layer_norm(state, f"{name}.norm2", class_token))
         class_token = class_token + branch
     return class_token
+
+
+def pool_unmasked(tokens: Tensor, mask: Tensor | None, aggregation: str) -> Tensor:
+    """Pools the unmasked patch tokens, in place of the aggregator.
+
+    Args:
+        tokens: (B, N, D) floating, after the final norm.
+        mask: (B, N) bool, True = masked, or None.
+        aggregation: "gap" for their average, "gmp" for the maximum of each feature.
+
+    Returns:
+        (B, D); 0 for an image whose patches are all masked.
+
+    Source: paper, Table 4.
+    """
+    pooled = []
+    for b in range(len(tokens)):
+        kept = tokens[b] if mask is None else tokens[b, ~mask[b]]
+        if len(kept) == 0:
+            pooled.append(torch.zeros_like(tokens[b, 0]))
+        else:
+            pooled.append(kept.mean(dim=0) if aggregation == "gap" else kept.max(dim=0).values)
+    return torch.stack(pooled)
 
 
 def count_blocks(state: State, prefix: str) -> int:

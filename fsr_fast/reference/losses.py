@@ -245,6 +245,34 @@ def dense_energy(
     return energy + (gradient * (probabilities - probabilities.detach())).sum()
 
 
+def energy_loss(logits: Tensor, images: Tensor, labels: Tensor) -> Tensor:
+    """Dense energy of the segmentation at half resolution, times 1e-7.
+
+    Args:
+        logits: (B, C + 1, h, w) floating, the decoder's output.
+        images: (B, 3, H, W) floating, RGB in 0..255, not rounded.
+        labels: (B, H, W) integer pseudo labels.
+
+    Returns:
+        0-d.
+
+    Raises:
+        ValueError: if a shape does not fit.
+
+    Source: official code, energy loss.
+    """
+    require_shape("logits", logits, "B", "C + 1", "h", "w")
+    require_shape("images", images, logits.shape[0], 3, "H", "W")
+    B, _, H, W = images.shape
+    require_shape("labels", labels, B, H, W)
+    half = (H // 2, W // 2)
+    scores = F.interpolate(logits, size=(H, W), mode="bilinear", align_corners=False).softmax(dim=1)
+    probabilities = F.interpolate(scores, size=half, mode="bilinear", align_corners=False)
+    colours = F.interpolate(images, size=half, mode="nearest")
+    halved_labels = F.interpolate(labels[:, None].to(images.dtype), size=half, mode="nearest")[:, 0]
+    return 1e-7 * dense_energy(probabilities, colours, halved_labels)
+
+
 def gaussian_kernel(image: Tensor, y: int, x: int, sigma_rgb: float, sigma_xy: float) -> Tensor:
     """Weighs all pixels of an image by their nearness in colour and place to one pixel.
 

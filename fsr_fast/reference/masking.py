@@ -1,5 +1,6 @@
 """Uncertain-patch selection, one image, one class and one patch at a time (paper, Eq. 2-4)."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -99,13 +100,74 @@ def uncertain_mask_from_cam(
     require_shape("labels", labels, B, C)
     rows, columns = block_grid(grid, block)
     require_shape("uniform", uniform, B, rows * columns)
+    value = sample_activation(cam, labels, (rows, columns))
+    return top_k_mask(soften(value, uniform, low, high), k=k, grid=grid, block=block)
+
+
+@torch.no_grad()
+def exactly_uncertain_mask(
+    cam: Tensor, labels: Tensor, *, grid: tuple[int, int], low: float = 0.2, high: float = 0.7
+) -> Tensor:
+    """Masks exactly the patches of uncertain activation, however many they are.
+
+    Args:
+        cam: (B, C, h', w') floating in [0, 1], any resolution.
+        labels: (B, C), a class is present where it is > 0.
+        grid: (h, w), the patch grid.
+        low: β_l of Eq. 3, in [0, 1].
+        high: β_h of Eq. 3, in [0, 1].
+
+    Returns:
+        (B, N) bool, True = masked.
+
+    Raises:
+        ValueError: if a shape does not fit.
+
+    Source: paper, Table 3 (CAM strict).
+    """
+    require_shape("cam", cam, "B", "C", "h'", "w'")
+    require_shape("labels", labels, *cam.shape[:2])
+    value = sample_activation(cam, labels, grid)
+    return (value > low) & (value < high)
+
+
+def sample_activation(cam: Tensor, labels: Tensor, size: tuple[int, int]) -> Tensor:
+    """Takes the largest activation of the present classes and samples its nearest pixel for every patch or block.
+
+    Args:
+        cam: (B, C, h', w') floating in [0, 1], any resolution.
+        labels: (B, C), a class is present where it is > 0.
+        size: (rows, columns) of patches or blocks.
+
+    Returns:
+        (B, rows * columns), v of Eq. 3; 0 where no class is present.
+
+    Source: paper, Eq. 3; official code for the nearest sampling.
+    """
+    B, C = labels.shape
     value = cam.new_zeros(B, *cam.shape[2:])
     for b in range(B):
         for c in range(C):
             if labels[b, c] > 0:
                 value[b] = torch.maximum(value[b], cam[b, c])
-    sampled = F.interpolate(value[:, None], size=(rows, columns), mode="nearest").reshape(B, rows * columns)
-    return top_k_mask(soften(sampled, uniform, low, high), k=k, grid=grid, block=block)
+    return F.interpolate(value[:, None], size=size, mode="nearest").flatten(1)
+
+
+def count_masked(blocks: int, ratio: float, block: int) -> int:
+    """Counts the blocks to mask in each image.
+
+    Args:
+        blocks: number of blocks of an image; of patches where block is 1.
+        ratio: r, the share that is masked, in [0, 1).
+        block: patches along a block's side.
+
+    Returns:
+        k: ⌊N r⌋ patches, or ⌈blocks r⌉ blocks of more than one patch.
+
+    Source: paper, Eq. 4; official code for blocks.
+    """
+    share = round(blocks * ratio, 6)  # 30 * 0.1 is 3, not a little more
+    return math.floor(share) if block == 1 else math.ceil(share)
 
 
 def soften(value: Tensor, uniform: Tensor, low: float, high: float) -> Tensor:

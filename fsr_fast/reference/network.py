@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .cam import class_activation_map
 from .checks import require_shape
-from .encoder import State, aggregate, embed_patches, forward_trunk, layer_norm, linear
+from .encoder import State, aggregate, embed_patches, forward_trunk, layer_norm, linear, pool_unmasked
 
 
 class NetworkOutput(NamedTuple):
@@ -20,11 +20,11 @@ class NetworkOutput(NamedTuple):
     patch_tokens: Tensor
     """(B, N, D), the same after the final norm."""
     class_token: Tensor
-    """(B, D), the aggregator's class token after the final norm."""
+    """(B, D), the aggregator's class token after the final norm, or the pooled patch tokens."""
     patch_features: Tensor
     """(B, D, h, w), patch_tokens as the top feature map."""
     aux_features: Tensor
-    """(B, D, h, w), output of block depth - 2, not normed."""
+    """(B, D, h, w), output of the aux block, not normed."""
     class_logits: Tensor
     """(B, C), classifier on patch_features."""
     aux_class_logits: Tensor
@@ -111,6 +111,8 @@ def forward_network(
     mask: Tensor | None = None,
     keep: Tensor | None = None,
     mask_mode: str = "exclude",
+    aggregation: str = "mca",
+    aux_block: int = -3,
 ) -> NetworkOutput:
     """Runs encoder, aggregator, classifiers and decoder on one view of each image.
 
@@ -122,6 +124,8 @@ def forward_network(
         mask: (B, N) bool, True = masked, or None for an unmasked view.
         keep: (depth, 2, B), stochastic-depth factors, see forward_trunk, or None for none.
         mask_mode: how the aggregator treats masked patches: "exclude", "multiply" or "none".
+        aggregation: where the class token comes from: "mca" (the aggregator), "gap" or "gmp" (see pool_unmasked).
+        aux_block: the block whose output is the aux feature map, see forward_trunk.
 
     Returns:
         The named outputs; the projector is applied to them by `project`.
@@ -133,11 +137,15 @@ def forward_network(
     """
     require_shape("images", images, "B", 3, "H", "W")
     tokens, grid = embed_patches(state, images, patch_size, mask)
-    trunk_tokens, aux_tokens = forward_trunk(state, tokens, heads, keep)
-    class_token = aggregate(state, trunk_tokens, heads, mask, mask_mode)
-    # one final norm over [class token; patch tokens]
-    normed = layer_norm(state, "encoder.norm", torch.cat([class_token[:, None], trunk_tokens], dim=1))
-    patch_tokens = normed[:, 1:]
+    trunk_tokens, aux_tokens = forward_trunk(state, tokens, heads, keep, aux_block)
+    if aggregation == "mca":
+        class_token = aggregate(state, trunk_tokens, heads, mask, mask_mode)
+        # one final norm over [class token; patch tokens]
+        normed = layer_norm(state, "encoder.norm", torch.cat([class_token[:, None], trunk_tokens], dim=1))
+        class_token, patch_tokens = normed[:, 0], normed[:, 1:]
+    else:
+        patch_tokens = layer_norm(state, "encoder.norm", trunk_tokens)
+        class_token = pool_unmasked(patch_tokens, mask, aggregation)
     patch_features = patch_tokens.transpose(1, 2).unflatten(2, grid)
     aux_features = aux_tokens.transpose(1, 2).unflatten(2, grid)
     weight, aux_weight = state["top_classifier.weight"][:, :, 0, 0], state["aux_classifier.weight"][:, :, 0, 0]
@@ -147,7 +155,7 @@ def forward_network(
     return NetworkOutput(
         trunk_tokens=trunk_tokens,
         patch_tokens=patch_tokens,
-        class_token=normed[:, 0],
+        class_token=class_token,
         patch_features=patch_features,
         aux_features=aux_features,
         class_logits=classify(patch_features, weight),
@@ -180,6 +188,8 @@ def multi_scale_cams(
     patch_size: int,
     scales: Sequence[float] = (1.0, 0.5, 1.5),
     keep: Sequence[Tensor] | None = None,
+    aggregation: str = "mca",
+    aux_block: int = -3,
 ) -> MultiScaleCams:
     """Makes class activation maps scale by scale, at every scale of the image and of its mirror image.
 
@@ -188,9 +198,12 @@ def multi_scale_cams(
         images: (B, 3, H, W) floating, normalised.
         heads: number of attention heads.
         patch_size: side of a patch, in pixels.
-        scales: of the images' sides.
+        scales: of the images' sides; a scaled side is rounded to whole patches, of which it has at least one. (The
+            official code cuts off what is left over of a patch; at its 448 pixels nothing is.)
         keep: one entry a scale, (depth, 2, 2B) stochastic-depth factors of the B images and then of their mirror
             images, or None for none.
+        aggregation: see forward_network.
+        aux_block: see forward_trunk.
 
     Returns:
         The maps, not yet normalised.
@@ -203,10 +216,18 @@ def multi_scale_cams(
     require_shape("images", images, "B", 3, "H", "W")
     result = MultiScaleCams([], [], [], [])
     for s, scale in enumerate(scales):
-        size = (int(images.shape[2] * scale), int(images.shape[3] * scale))
+        size = [max(1, round(side * scale / patch_size)) * patch_size for side in images.shape[2:]]
         resized = F.interpolate(images, size=size, mode="bilinear", align_corners=False)
         both = torch.cat([resized, resized.flip(3)])
-        output = forward_network(state, both, heads=heads, patch_size=patch_size, keep=keep[s] if keep else None)
+        output = forward_network(
+            state,
+            both,
+            heads=heads,
+            patch_size=patch_size,
+            keep=keep[s] if keep else None,
+            aggregation=aggregation,
+            aux_block=aux_block,
+        )
         for maps, original, mirrored in (
             (output.cam, result.cams, result.flipped),
             (output.aux_cam, result.aux_cams, result.aux_flipped),

@@ -127,6 +127,24 @@ def refine_pseudo_labels(
 
 
 @torch.no_grad()
+def grey_levels(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Undoes the normalisation.
+
+    Args:
+        images: (B, 3, H, W) floating, normalised.
+        mean: of each channel, in [0, 1].
+        std: of each channel, in [0, 1].
+
+    Returns:
+        (B, 3, H, W), grey levels of 0..255, not rounded.
+
+    Source: official code, denormalisation before the dense energy.
+    """
+    channels = [images[:, c] * (std[c] * 255) + mean[c] * 255 for c in range(3)]
+    return torch.stack(channels, dim=1)
+
+
+@torch.no_grad()
 def denormalise_images(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Undoes the normalisation, rounded down to whole grey levels.
 
@@ -144,8 +162,7 @@ def denormalise_images(images: Tensor, mean: Sequence[float], std: Sequence[floa
     Source: official code, denormalisation before the refinement.
     """
     require_shape("images", images, "B", 3, "H", "W")
-    channels = [images[:, c] * (std[c] * 255) + mean[c] * 255 for c in range(3)]
-    return torch.stack(channels, dim=1).clamp(0, 255).floor()
+    return grey_levels(images, mean, std).clamp(0, 255).floor()
 
 
 def generate_pseudo_labels(
@@ -157,6 +174,8 @@ def generate_pseudo_labels(
     std: Sequence[float],
     high: float = 0.7,
     low: float = 0.25,
+    iterations: int = 10,
+    dilations: Sequence[int] = DILATIONS,
     ignore_index: int = 255,
 ) -> Tensor:
     """Makes the pseudo labels of a view from its normalised class activation maps, start to end.
@@ -169,6 +188,8 @@ def generate_pseudo_labels(
         std: of the view's normalisation, in [0, 1].
         high: background score that a class must beat to be labelled.
         low: background score that all classes must stay below to label background.
+        iterations: of the refinement.
+        dilations: of the refinement.
         ignore_index: label of the pixels where the two disagree.
 
     Returns:
@@ -197,5 +218,7 @@ def generate_pseudo_labels(
         high=high,
         low=low,
         size=(H, W),
+        iterations=iterations,
+        dilations=dilations,
         ignore_index=ignore_index,
     )

@@ -282,7 +282,7 @@ def test_multi_scale_maps_of_a_mirrored_image_change_places():
 
 def test_a_shallow_trunk_and_an_odd_position_embedding_are_refused():
     shallow = {key: value for key, value in STATE.items() if "blocks.2." not in key and "blocks.3." not in key}
-    with pytest.raises(ValueError, match="expected at least 3"):
+    with pytest.raises(ValueError, match="expected enough of them for aux_block -3"):
         forward_network(shallow, draw_images(), heads=HEADS, patch_size=PATCH)
     odd = dict(STATE) | {"encoder.pos_embed": torch.zeros(1, 9, D, dtype=torch.float64)}
     with pytest.raises(ValueError, match="expected a square grid"):
