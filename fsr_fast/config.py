@@ -51,6 +51,8 @@ class RunConfig(Section):
     """Each process draws its own stream; `false`: the same draws on all of them (official code)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes CUDA where there is a GPU."""
+    engine: Literal["fast", "reference"] = "fast"
+    """`reference` computes every step by the literal, slow form of the method (one process, `amp: off`)."""
     amp: Literal["off", "bf16"] = "bf16"
     """Automatic mixed precision of the network passes; losses, softmax, norms and centres stay in fp32."""
     resume: bool = True

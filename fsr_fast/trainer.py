@@ -15,6 +15,7 @@ from fsr_fast.config import Config
 from fsr_fast.dataloading.batch import Batch
 from fsr_fast.dataloading.datasets import build_datasets
 from fsr_fast.dataloading.torch_pipeline import build_train_loader
+from fsr_fast.engine import build_step
 from fsr_fast.errors import UserError
 from fsr_fast.evaluation.evaluator import Evaluation, evaluate_network
 from fsr_fast.models import build_network
@@ -28,7 +29,7 @@ from fsr_fast.runtime.distributed import Process, sum_over_ranks, world_size
 from fsr_fast.runtime.run_folder import claim_run_folder, open_run_folder
 from fsr_fast.runtime.seeding import stream
 from fsr_fast.schedules import schedule_at
-from fsr_fast.step import FSRStep, StepOutput
+from fsr_fast.step import StepOutput
 
 PICTURES = 6
 """Images in a picture grid."""
@@ -57,7 +58,7 @@ class Trainer:
         self.train_set, self.val_set = build_datasets(config.data)
         torch.manual_seed(config.run.seed)
         self.network = build_network(config.model, self.train_set.classes, config.data.image_size).to(process.device)
-        self.step = FSRStep(self.network, config, self.train_set.max_labels).to(process.device)
+        self.step = build_step(self.network, config, self.train_set.max_labels).to(process.device)
         self.optimiser = build_optimiser(self.network, config.optim)
         self.iteration = 0
         self.tracker: Tracker | None = None
