@@ -5,9 +5,27 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fsr_fast.cam import resize_images
-from fsr_fast.kernels import affinity_sums, dense_energy, segmentation_sums
+from fsr_fast.kernels import (
+    affinity_loss,
+    affinity_sums,
+    dense_energy,
+    distillation_loss,
+    segmentation_loss,
+    segmentation_sums,
+)
 from fsr_fast.pseudo_labels import half_size
 from fsr_fast.runtime.distributed import sum_over_ranks, world_size
+
+__all__ = [
+    "affinity_loss",
+    "classification_loss",
+    "dense_energy",
+    "distillation_loss",
+    "energy_loss",
+    "global_affinity_loss",
+    "global_segmentation_loss",
+    "segmentation_loss",
+]
 
 ENERGY_SCALE = 1e-7
 """Factor on the dense energy. Source: official code."""

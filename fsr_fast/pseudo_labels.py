@@ -5,7 +5,15 @@ from torch import Tensor
 
 from fsr_fast.cam import resize_images
 from fsr_fast.config import PseudoLabelConfig
-from fsr_fast.kernels import MergedCams, refine_pseudo_labels
+from fsr_fast.kernels import MergedCams, pixel_adaptive_refinement, refine_pseudo_labels
+
+__all__ = [
+    "denormalise",
+    "generate_pseudo_labels",
+    "half_size",
+    "pixel_adaptive_refinement",
+    "refine_pseudo_labels",
+]
 
 
 def denormalise(images: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
