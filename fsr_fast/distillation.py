@@ -45,9 +45,12 @@ class Distillation(nn.Module):
             heads: projectors of student and teacher, whose prototypes are compared.
             temperature: of the teacher's softmax.
         """
-        targets = gather_tokens(teacher, masked.index).flatten(0, 1)
-        weight = None if masked.weight is None else masked.weight.flatten()
-        loss = self._compare(student.flatten(0, 1), targets, self.patch_centre, heads, temperature, weight)
+        if masked.index.shape[1]:
+            targets = gather_tokens(teacher, masked.index).flatten(0, 1)
+            weight = None if masked.weight is None else masked.weight.flatten()
+            loss = self._compare(student.flatten(0, 1), targets, self.patch_centre, heads, temperature, weight)
+        else:
+            loss = student.sum()  # 0: the ratio is too small for one patch
         self._move(self.patch_centre, teacher.mean((0, 1)), heads[1])
         return loss
 
