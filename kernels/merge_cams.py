@@ -99,8 +99,8 @@ def _check(cams, flipped, labels, size, output_size) -> None:
         if cam.shape[:2] != labels.shape:
             raise ValueError(f"cams[{scale}] is {tuple(cam.shape)}; labels must be (B, C), got {tuple(labels.shape)}")
         require_dtype(f"cams[{scale}]", cam, (*FEATURE_DTYPES, torch.float64))
-        require_dtype(f"flipped[{scale}]", mirror, (cams[0].dtype,))
         require_dtype(f"cams[{scale}]", cam, (cams[0].dtype,))
+        require_dtype(f"flipped[{scale}]", mirror, (cams[0].dtype,))
         require_same_device(labels=labels, **{f"cams[{scale}]": cam, f"flipped[{scale}]": mirror})
     for name, pixels in (("size", size), ("output_size", output_size or size)):
         if len(pixels) != 2 or min(pixels) < 1:
