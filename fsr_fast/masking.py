@@ -137,9 +137,11 @@ def canny_edges(images: Tensor, *, sigma: float = 1.4, low: float = 40.0, high: 
     ridge = _is_ridge(strength, torch.atan2(gradient[:, 1], gradient[:, 0]))
     edges = ridge & (strength >= high)
     candidates = ridge & (strength >= low)
-    for _ in range(16):  # an edge grows along its candidates; 16 steps join any gap that a patch can hold
-        edges = candidates & (F.max_pool2d(edges.float()[:, None], 3, 1, 1)[:, 0] > 0)
-    return edges
+    while True:  # an edge grows along its candidates, however long they are
+        grown = candidates & (F.max_pool2d(edges.float()[:, None], 3, 1, 1)[:, 0] > 0)
+        if torch.equal(grown, edges):
+            return edges
+        edges = grown
 
 
 def _is_ridge(strength: Tensor, angle: Tensor) -> Tensor:
