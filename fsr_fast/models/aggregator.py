@@ -84,18 +84,18 @@ def pool_unmasked(tokens: Tensor, mask: Tensor | None, pooling: Literal["gap", "
 
     Args:
         tokens: (B, N, D), after the final norm.
-        mask: (B, N), bool, masked patches; or none. A row must keep a patch.
+        mask: (B, N), bool, masked patches; or none.
         pooling: average (`gap`) or maximum (`gmp`).
 
     Returns:
-        (B, D).
+        (B, D); 0 for an image whose patches are all masked, as a strict strategy may choose them.
     """
     if mask is None:
         return tokens.mean(1) if pooling == "gap" else tokens.amax(1)
     masked = mask.unsqueeze(-1)
     if pooling == "gmp":
-        return tokens.masked_fill(masked, float("-inf")).amax(1)
-    return tokens.masked_fill(masked, 0).sum(1) / (~masked).sum(1)
+        return tokens.masked_fill(masked, float("-inf")).amax(1).masked_fill(masked.all(1), 0)
+    return tokens.masked_fill(masked, 0).sum(1) / (~masked).sum(1).clamp(min=1)
 
 
 def _initialise(module: nn.Module) -> None:
