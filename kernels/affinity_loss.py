@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from .affinity_tiles import (
-    NORM_EPS,
+    EPS,
+    NO_NORM,
     PREPARE_COLUMNS,
     PREPARE_ROWS,
-    UNKNOWN,
     backward_configuration,
     backward_kernel,
     configuration,
@@ -100,14 +100,14 @@ def affinity_sums(features: Tensor, labels: Tensor, *, ignore_index: int = 255) 
 
 
 def _prepare_torch(features: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-    unknown, order = torch.sort(labels == ignore_index, dim=1, stable=True)
-    norm = torch.linalg.vector_norm(features, dim=2, dtype=_sum_dtype(features)).clamp(min=NORM_EPS.value)
-    return order.to(torch.int32), torch.where(unknown, UNKNOWN.value, 1 / norm.gather(1, order))
+    unknown, order = torch.sort((labels == ignore_index).contiguous(), dim=1, stable=True)
+    norm = torch.linalg.vector_norm(features.contiguous(), dim=2, dtype=_sum_dtype(features)).clamp(min=EPS)
+    return order.to(torch.int32), torch.where(unknown, NO_NORM, 1 / norm.gather(1, order))
 
 
 def _bands(features: Tensor, labels: Tensor, order: Tensor, inverse: Tensor) -> Iterator[_Band]:
     for b in range(features.shape[0]):
-        known = order[b, : int((inverse[b] != UNKNOWN.value).sum())]
+        known = order[b, : int((inverse[b] != NO_NORM).sum())]
         unit = features[b, known].to(inverse.dtype) * inverse[b, : len(known), None]
         for start in range(0, len(known), BAND):
             rows = slice(start, min(start + BAND, len(known)))
@@ -135,7 +135,7 @@ def _backward_torch(gradient: Tensor, features: Tensor, labels: Tensor, order: T
     for band in _bands(features, labels, order, inverse):
         weight = 2 * band.similarity.sign() * torch.where(band.same, gradient[0], gradient[2])
         scale = inverse[band.image, band.rows, None]
-        along = (weight * band.similarity).sum(1, keepdim=True).masked_fill(scale >= 1 / NORM_EPS.value, 0)
+        along = (weight * band.similarity).sum(1, keepdim=True).masked_fill(scale >= 1 / EPS, 0)
         change = (weight @ band.unit - along * band.unit[band.rows]) * scale
         result[band.image, band.patches] = change.to(result.dtype)
     return result

@@ -16,8 +16,9 @@ import torch
 
 from .dispatch import CompileCase, dot, tl, triton
 
-NORM_EPS = tl.constexpr(1e-8)
-UNKNOWN = tl.constexpr(-1.0)  # stands for 1 / norm of a patch of unknown label
+EPS = 1e-8  # least norm that a vector is divided by
+NO_NORM = -1.0  # stands for 1 / norm of a patch of unknown label
+NORM_EPS, UNKNOWN = tl.constexpr(EPS), tl.constexpr(NO_NORM)  # as the kernels read them
 PREPARE_ROWS, PREPARE_COLUMNS = 16, 256  # patches of one program of the first launch, and labels it compares at once
 
 

@@ -36,7 +36,7 @@ except ImportError:  # a platform without Triton: kernels can be read by Python,
             return self
 
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
-            return args[0] if args and callable(args[0]) else self
+            return args[0] if args else self
 
     triton = tl = _NoTriton()
 

@@ -75,13 +75,15 @@ def block_grid(grid: tuple[int, int], block: int) -> tuple[int, int]:
 
 def select_torch(soft: Tensor, rows: int, columns: int, block: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """The torch path of :func:`top_k_mask`: two stable sorts."""
+    soft = soft.contiguous()
     chosen = torch.sort(soft, dim=1, descending=True, stable=True).indices[:, :k]
     blocks = torch.zeros_like(soft, dtype=torch.bool).scatter_(1, chosen, True)
     grid = blocks.view(-1, rows, 1, columns, 1).expand(-1, rows, block, columns, block)
     mask = grid.reshape(soft.shape[0], -1).clone()
     order = torch.sort(mask, dim=1, stable=True).indices  # kept patches first, both ascending
     kept, masked = order.split([order.shape[1] - k * block * block, k * block * block], dim=1)
-    return mask, masked.clone(), kept.clone()  # outputs may not share memory
+    kept, masked = (part.clone(memory_format=torch.contiguous_format) for part in (kept, masked))
+    return mask, masked, kept  # outputs may not share memory
 
 
 @triton.jit
