@@ -191,4 +191,6 @@ def _not_plain(vit: nn.Module) -> str | None:
         return "it needs a final LayerNorm and no norm before the blocks"
     if vit.blocks[0].attn.gate is not None or not isinstance(vit.blocks[0].attn.norm, nn.Identity):
         return "its attention is gated or scaled"
+    if any(getattr(part, "p", getattr(part, "drop_prob", 0)) for part in vit.modules()):
+        return "it drops activations or blocks on its own; model.stochastic_depth is what there is"
     return None
