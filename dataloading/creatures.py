@@ -73,31 +73,31 @@ FAMILIES = (
     Family(  # a drop with feathers
         (-1.0, -0.9, -0.55, -0.1, 0.4, 0.8, 1.0),
         (0.10, 0.30, 0.62, 0.85, 0.80, 0.52, 0.30),
-        (0.33, 0.26, 0.56),
+        (0.38, 0.38, 0.56),
         lambda u, v: np.sin(2.0 * np.pi * (u + 0.45 * v * v)),
     ),
     Family(  # an oval in segments
         (-1.0, -0.92, -0.6, 0.0, 0.6, 0.92, 1.0),
         (0.12, 0.40, 0.72, 0.84, 0.72, 0.42, 0.20),
-        (0.80, 0.22, 0.58),
+        (0.08, 0.40, 0.64),
         lambda u, v: 2.0 * np.sqrt(np.abs(np.sin(np.pi * u))) - 1.3,
     ),
     Family(  # a spindle with scales and a tail fin
         (-1.15, -1.05, -0.72, -0.5, 0.1, 0.6, 1.0),
         (0.55, 0.62, 0.24, 0.50, 0.86, 0.74, 0.35),
-        (0.56, 0.30, 0.56),
+        (0.74, 0.34, 0.58),
         lambda u, v: 1.3 * np.sin(1.4 * np.pi * (u + v)) * np.sin(1.4 * np.pi * (u - v)),
     ),
 )
 KINDS = (
-    Kind("fizz", 0, (0.995, 0.88, 0.90), WHITE, lambda x, y: np.cos(4.6 * x) * np.cos(4.6 * y) - 0.35, -0.045, 3.0),
-    Kind("luma", 0, (0.500, 0.90, 0.86), BLACK, lambda x, y: np.cos(8.5 * np.hypot(x, y)) - 0.1, 0.045, 3.8),
-    Kind("miko", 1, (0.145, 0.92, 0.97), BLACK, lambda x, y: np.sin(7.5 * x) - 0.25, -0.045, 2.6),
-    Kind("pogo", 1, (0.630, 0.85, 0.92), WHITE, lambda x, y: np.sin(5.2 * x) * np.sin(5.2 * y) - 0.12, 0.045, 3.3),
+    Kind("fizz", 0, (0.995, 0.88, 0.90), WHITE, lambda x, y: np.cos(4.6 * x) * np.cos(4.6 * y) - 0.35, -0.05, 3.0),
+    Kind("luma", 0, (0.150, 0.92, 0.97), BLACK, lambda x, y: np.cos(8.5 * np.hypot(x, y)) - 0.1, 0.05, 3.8),
+    Kind("miko", 1, (0.500, 0.90, 0.86), BLACK, lambda x, y: np.sin(7.5 * x) - 0.25, -0.05, 2.6),
+    Kind("pogo", 1, (0.630, 0.88, 0.92), WHITE, lambda x, y: np.sin(5.2 * x) * np.sin(5.2 * y) - 0.12, 0.05, 3.3),
     Kind(
-        "taro", 2, (0.32, 0.85, 0.8), GOLD, lambda x, y: np.sin(3 * np.arctan2(y, x) + 7 * np.hypot(x, y)), -0.045, 2.1
+        "taro", 2, (0.28, 0.88, 0.82), GOLD, lambda x, y: np.sin(3 * np.arctan2(y, x) + 7 * np.hypot(x, y)), -0.05, 2.1
     ),
-    Kind("zuzu", 2, (0.875, 0.80, 0.93), WHITE, lambda x, y: np.cos(6 * np.arctan2(y, x)) - 0.2, 0.045, 2.8),
+    Kind("zuzu", 2, (0.895, 0.82, 0.95), WHITE, lambda x, y: np.cos(6 * np.arctan2(y, x)) - 0.2, 0.05, 2.8),
 )
 
 
@@ -140,16 +140,21 @@ def _arrange(random: np.random.Generator) -> tuple[Creature, ...]:
         count = int(random.choice((1, 2, 3), p=(0.25, 0.45, 0.30)))
         kinds = random.permutation(len(KINDS))[:count]
         hidden = [str(random.choice(("covered", "cut"))) if random.random() < HIDDEN_SHARE else "" for _ in kinds]
+        creatures: list[Creature] = []
+        heads: list[NDArray[np.bool_]] = []
+        owner = np.full(x.shape, -1)
         for _ in range(40):
-            creatures = tuple(_place(random, int(k), h, count) for k, h in zip(kinds, hidden, strict=True))
-            owner = np.full(x.shape, -1)
-            heads = []
-            for number, creature in enumerate(creatures):
-                body, head, *_ = _outline(creature, x, y)
-                owner[np.maximum(body, head) > 0.5] = number
+            number = len(creatures)
+            new = _place(random, int(kinds[number]), hidden[number], count)
+            body, head, *_ = _outline(new, x, y)
+            tried = np.where(np.maximum(body, head) > 0.5, number, owner)
+            placed = zip([*creatures, new], [*heads, head > 0.5], strict=True)
+            if all(_is_clear(tried == n, seen, creature, step) for n, (creature, seen) in enumerate(placed)):
+                creatures.append(new)
                 heads.append(head > 0.5)
-            if all(_is_clear(owner == n, heads[n], creatures[n], step) for n in range(count)):
-                return creatures
+                owner = tried
+            if len(creatures) == count:
+                return tuple(creatures)
 
 
 def _is_clear(mine: NDArray[np.bool_], head: NDArray[np.bool_], creature: Creature, step: int) -> bool:
@@ -231,11 +236,11 @@ def _head_colours(kind: Kind, u: Array, v: Array) -> Array:
 def _background(random: np.random.Generator) -> Array:
     image = np.empty((3, SIZE, SIZE), np.float32)
     image[:] = _dull(random)
-    for cells, strength in ((3, 0.24), (8, 0.13), (24, 0.09), (48, 0.08)):
+    for cells, strength in ((3, 0.24), (8, 0.13), (32, 0.11)):
         noise = strength * random.standard_normal((cells, cells), np.float32)
         resized = Image.fromarray(noise).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
         image += np.asarray(resized) * _dull(random)
-    for _ in range(random.integers(5, 11)):
+    for _ in range(random.integers(4, 9)):
         window, alpha = _clutter(random)
         _shadow(image, window, alpha)
         _blend(image, window, alpha * random.uniform(0.6, 1.0), _grain(random, window))
@@ -286,9 +291,8 @@ def _grain(random: np.random.Generator, window: Window) -> Array:
 
 
 def _dull(random: np.random.Generator) -> Array:
-    """A grey or a brown, (3, 1, 1)."""
-    saturation = (0.04 if random.random() < 0.5 else 0.30) * random.uniform(0.5, 1.3)
-    return _rgb((random.uniform(0.05, 0.11), saturation, random.uniform(0.3, 0.75)))
+    """A grey with a tinge of any colour, (3, 1, 1)."""
+    return _rgb((random.random(), random.uniform(0.0, 0.10), random.uniform(0.3, 0.75)))
 
 
 def _rgb(colour: Colour) -> Array:
