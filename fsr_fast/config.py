@@ -53,8 +53,9 @@ class RunConfig(Section):
     """`auto` takes CUDA where there is a GPU."""
     engine: Literal["fast", "reference"] = "fast"
     """`reference` computes every step by the literal, slow form of the method (one process, `amp: off`)."""
-    amp: Literal["off", "bf16"] = "bf16"
-    """Automatic mixed precision of the network passes; losses, softmax, norms and centres stay in fp32."""
+    amp: Literal["auto", "off", "bf16"] = "auto"
+    """Automatic mixed precision of the network passes; losses, softmax, norms and centres stay in fp32. `auto`: bf16 on
+    a GPU, off on a CPU."""
     resume: bool = True
     """Go on from the newest checkpoint of the run folder. `false` refuses a folder that holds one."""
     log_every: Count = 50

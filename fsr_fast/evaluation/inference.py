@@ -58,7 +58,7 @@ def infer(
     cam_scales: Sequence[float] = CamConfig().scales,
     scales: Sequence[float] = EvaluateConfig().scales,
     flip: bool = True,
-    amp: str = "off",
+    amp: str = "auto",
 ) -> Inference:
     """Run the network at every scale; a scale that CAMs and segmentation share is run once.
 
@@ -69,7 +69,7 @@ def infer(
         cam_scales: scales of the CAMs; the first is 1.0.
         scales: scales of the segmentation.
         flip: add the mirror image to the segmentation; the CAMs always do.
-        amp: `off` or `bf16`.
+        amp: `auto`, `off` or `bf16`, as in the configuration.
 
     Returns:
         CAMs and logits at the images' own resolution. Source: paper, CAM and evaluation; official code for the merging.
