@@ -30,7 +30,7 @@ class ReferenceStep(FSRStep):
 
     def __init__(self, student: Network, config: Config, slots: int) -> None:
         super().__init__(student, config, slots)
-        if config.run.amp != "off":
+        if config.run.amp == "bf16":
             raise UserError(f"run.amp: {config.run.amp!r}; the reference knows full precision alone: --run.amp off")
         if world_size() > 1:
             raise UserError(f"run.engine: the reference runs in one process, not in {world_size()}; start one alone")
