@@ -47,7 +47,8 @@ def write_checkpoint(run: Path, state: dict[str, Any]) -> Path:
 
 def list_checkpoints(run: Path) -> list[Path]:
     """Give the checkpoints of a run folder, oldest first."""
-    return sorted(path for path in (run / FOLDER).glob("*.pt") if re.fullmatch(r"\d{7,}", path.stem))
+    numbered = (path for path in (run / FOLDER).glob("*.pt") if re.fullmatch(r"\d{7,}", path.stem))
+    return sorted(numbered, key=lambda path: int(path.stem))
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

@@ -3,15 +3,19 @@
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from fsr_fast.config import Config, dump_config
+from fsr_fast.config import Config, dump_config, read_yaml
 from fsr_fast.errors import UserError
 from fsr_fast.runtime.checkpoint import FOLDER, list_checkpoints
 
 CONFIG_FILE = "config.yaml"
 
-_MAY_DIFFER = ("run", "evaluate", "data.workers", "data.root")
+_MAY_DIFFER = (
+    "evaluate",
+    "data.root",
+    "data.workers",
+    *(f"run.{key}" for key in ("output", "device", "resume")),
+    *(f"run.{key}_every" for key in ("log", "picture", "checkpoint", "evaluate")),
+)
 """Sections and keys that do not change what is computed, so that a resumed run may differ in them."""
 
 
@@ -36,8 +40,7 @@ def claim_run_folder(config: Config) -> Path | None:
         raise UserError(
             f"run.output: {folder} is not empty and is no run (it has no {CONFIG_FILE}); give another folder"
         )
-    recorded = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    key = _first_difference(recorded, config.model_dump(mode="json"))
+    key = _first_difference(read_yaml(folder / CONFIG_FILE), config.model_dump(mode="json"))
     if key is not None:
         raise UserError(
             f"run.output: {folder} holds another run: {key} differs; give another --run.output, "
@@ -61,7 +64,7 @@ def open_run_folder(config: Config) -> None:
 
 def _first_difference(recorded: Any, present: Any, path: str = "") -> str | None:
     if path in _MAY_DIFFER:
-        return _first_difference(recorded.get("seed"), present["seed"], "run.seed") if path == "run" else None
+        return None
     if isinstance(recorded, dict) and isinstance(present, dict):
         for key in {**recorded, **present}:
             found = _first_difference(recorded.get(key), present.get(key), f"{path}.{key}".removeprefix("."))
