@@ -27,7 +27,7 @@ def dense_energy(
 
     Args:
         probabilities: (B, C + 1, h, w) floating, softmax of the decoder's output at half resolution.
-        images: (B, 3, h, w) floating, RGB in 0..255.
+        images: (B, 3, h, w) floating or uint8, RGB in 0..255.
         labels: (B, h, w) uint8 or int64 pseudo labels; only `ignore_index` matters here.
         sigma_rgb: standard deviation in colour, in grey levels, above 0.
         sigma_xy: standard deviation in place, in pixels of this resolution, above 0.
@@ -52,6 +52,7 @@ def dense_energy(
             f"and labels {tuple(labels.shape)} (B, h, w) = {(B, h, w)}"
         )
     require_dtype("probabilities", probabilities, (*FEATURE_DTYPES, torch.float64))
+    require_dtype("images", images, (*FEATURE_DTYPES, torch.float64, torch.uint8))
     require_dtype("labels", labels, (torch.uint8, torch.int64))
     require_same_device(probabilities=probabilities, images=images, labels=labels)
     scores = probabilities.to(torch.promote_types(probabilities.dtype, torch.float32))
