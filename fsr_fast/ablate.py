@@ -1,0 +1,299 @@
+"""Run the rows of one of the paper's tables: `python -m fsr_fast.ablate --table 4 --config F.yaml [--seeds 0 1 2]`.
+
+A row is a recipe with a few keys changed. Each row and seed has a run folder of its own below the output folder. The
+same command goes on where it stopped: finished runs are read, not repeated. `table.md` and `table.json` are written
+anew after every run.
+"""
+
+import argparse
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from fsr_fast.cli import run_command
+from fsr_fast.config import CONFIG_FOLDER, Config, build_config, dump_config, load_config
+from fsr_fast.errors import UserError, nearest
+from fsr_fast.reporting.tracking import write_json
+from fsr_fast.runtime.distributed import Process, start_process, stop_process
+from fsr_fast.runtime.run_folder import CONFIG_FILE, claim_run_folder
+from fsr_fast.trainer import Trainer
+
+Changes = dict[str, dict[str, Any]]
+"""Values that a row gives to keys, by section."""
+
+KINDS = ("pseudo", "seg")
+ABSENT = "\u2013"
+PAPER_COLUMN = "paper (VOC val, not ours)"
+FULL_METHOD = {"pseudo": 75.7, "seg": 73.6}
+"""The paper's full method on PASCAL VOC val, without CRF. Of its other rows no number is given here."""
+RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5)
+
+
+class PaperTable(NamedTuple):
+    """One of the paper's tables."""
+
+    title: str
+    rows: dict[str, Changes]
+    full_method: str
+    """The row that is the paper's full method."""
+
+
+def _augment(**changes: Any) -> Changes:
+    return {"augment": {"blur": 0.0, "solarise": 0.0, "policy": "none"} | changes}
+
+
+def _losses(aggregation: str, *off: str) -> Changes:
+    changes: Changes = {"model": {"aggregation": aggregation}}
+    return changes | ({"loss": dict.fromkeys(off, 0.0)} if off else {})
+
+
+TABLES = {
+    3: PaperTable(
+        "which patches are masked",
+        {
+            "edge_strict": {"mask": {"strategy": "edge_strict"}},
+            "cam_strict": {"mask": {"strategy": "cam_strict"}},
+            **{
+                f"{strategy}_{ratio}": {"mask": {"strategy": strategy, "ratio": ratio}}
+                for strategy in ("random", "uncertain")
+                for ratio in RATIOS
+            },
+        },
+        "uncertain_0.4",
+    ),
+    4: PaperTable(
+        "self-reinforcement of uncertain patches (unc) and of certain ones (cer) by three aggregations",
+        {
+            "none": _losses("mca", "uncertain", "class_token"),
+            "unc": _losses("mca", "class_token"),
+            "cer_gap": _losses("gap", "uncertain"),
+            "cer_gmp": _losses("gmp", "uncertain"),
+            "cer_mca": _losses("mca", "uncertain"),
+            "both": _losses("mca"),
+        },
+        "both",
+    ),
+    5: PaperTable(
+        "further augmentation (randaugment: the official code's, with random erasing)",
+        {
+            "none": _augment(),
+            "blur": _augment(blur=0.1),
+            "solarise": _augment(solarise=0.2),
+            "autoaugment": _augment(policy="autoaugment"),
+            "randaugment": _augment(policy="randaugment"),
+        },
+        "none",
+    ),
+}
+
+Scores = Mapping[tuple[str, int], dict[str, Any] | None]
+"""Summary of each row and seed; none where the run is not finished."""
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run a table's rows as the arguments say."""
+    options, overrides = _parser().parse_known_args(arguments)
+    chosen = _choose_rows(options.table, options.rows)
+    _check_overrides(options.table, overrides)
+    base, print_only = load_config(["--config", str(options.config), *overrides])
+    output = options.output or base.run.output.with_name(f"{base.run.output.name}_table_{options.table}")
+    seeds = list(dict.fromkeys(options.seeds))
+    rows = TABLES[options.table].rows
+    runs = {
+        (row, seed): row_config(base, rows[row], output / row / f"seed_{seed}", seed) for row in rows for seed in seeds
+    }
+    if print_only:
+        print("\n".join(f"# {row}\n{dump_config(runs[row, seeds[0]])}" for row in chosen))
+        return
+    scores = {key: read_finished(config) for key, config in runs.items()}
+    process = start_process(base.run.device)
+    try:
+        for row, seed in ((row, seed) for row in chosen for seed in seeds):
+            if scores[row, seed] is None:
+                if process.is_main:
+                    print(f"table {options.table}: row {row}, seed {seed}", flush=True)
+                scores[row, seed] = _train(runs[row, seed], process)
+            if process.is_main:
+                write_table(output, options.table, base, seeds, scores)
+        if process.is_main:
+            print((output / "table.md").read_text(encoding="utf-8"))
+            print(f"table: {output / 'table.md'}")
+    finally:
+        stop_process()
+
+
+def row_config(base: Config, changes: Changes, folder: Path, seed: int) -> Config:
+    """Give the configuration of a row.
+
+    Args:
+        base: the recipe.
+        changes: what the row changes.
+        folder: its run folder.
+        seed: its seed.
+
+    Raises:
+        UserError: the recipe and the row do not go together.
+    """
+    values = base.model_dump(mode="json")
+    for section, content in {**changes, "run": {"output": str(folder), "seed": seed}}.items():
+        values[section] |= content
+    return build_config(values, str(folder))
+
+
+def read_finished(config: Config) -> dict[str, Any] | None:
+    """Read the summary of a run, if it is finished.
+
+    Args:
+        config: of the run.
+
+    Returns:
+        The content of its summary.json; none where the run is to be started or to go on.
+
+    Raises:
+        UserError: the run folder holds another run, one that is evaluated otherwise, or a damaged summary.
+    """
+    folder = config.run.output
+    claim_run_folder(config)
+    if not (folder / CONFIG_FILE).is_file():
+        return None
+    recorded = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    if recorded.get("evaluate") != config.model_dump(mode="json")["evaluate"]:
+        raise UserError(
+            f"{folder} was started with other values of evaluate: a table compares like with like; give another "
+            "--output, delete the folder, or repeat the values that made it"
+        )
+    try:
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        return summary if summary["iterations"] == config.optim.iterations else None
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, KeyError):
+        raise UserError(f"{folder / 'summary.json'}: damaged; delete it, and the row is evaluated again") from None
+
+
+def write_table(folder: Path, number: int, base: Config, seeds: Sequence[int], scores: Scores) -> None:
+    """Write table.md and table.json.
+
+    Args:
+        folder: where to.
+        number: of the paper's table.
+        base: the recipe.
+        seeds: those of each row.
+        scores: what is known of each row and seed.
+    """
+    table = TABLES[number]
+    content = {
+        "table": number,
+        "title": table.title,
+        "metric": f"mean IoU in percent on the list {base.data.val_list} of {base.data.dataset}, without CRF",
+        "images": base.evaluate.limit or "all",
+        "iterations": base.optim.iterations,
+        "seeds": list(seeds),
+        "rows": [_row(row, number, [(seed, scores[row, seed]) for seed in seeds]) for row in table.rows],
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "table.json", content)
+    (folder / "table.md").write_text(_markdown(content), encoding="utf-8")
+
+
+def _row(row: str, number: int, summaries: Sequence[tuple[int, dict[str, Any] | None]]) -> dict[str, Any]:
+    table = TABLES[number]
+    runs = {
+        str(seed): {kind: summary[f"{kind}_miou"] for kind in KINDS}
+        for seed, summary in summaries
+        if summary is not None
+    }
+    return {
+        "row": row,
+        "changes": table.rows[row],
+        "seeds": runs,
+        **{kind: _mean_and_deviation([run[kind] for run in runs.values()]) for kind in KINDS},
+        PAPER_COLUMN: FULL_METHOD if row == table.full_method else None,
+    }
+
+
+def _markdown(content: dict[str, Any]) -> str:
+    seeds = ", ".join(map(str, content["seeds"]))
+    lines = [
+        f"# Table {content['table']}: {content['title']}",
+        "",
+        f"Values: {content['metric']} ({content['images']} images), after {content['iterations']} iterations; "
+        f"mean ± sample standard deviation over the finished seeds of {seeds}.",
+        "",
+        f"| row | pseudo | seg | finished seeds | {PAPER_COLUMN} |",
+        "|---|---|---|---|---|",
+    ]
+    for row in content["rows"]:
+        numbers = row[PAPER_COLUMN]
+        paper = ABSENT if numbers is None else ", ".join(f"{kind} {value}" for kind, value in numbers.items())
+        cells = [row["row"], *(_cell(row[kind]) for kind in KINDS), str(len(row["seeds"])), paper]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _train(config: Config, process: Process) -> dict[str, Any]:
+    trainer = Trainer(config, process)
+    try:
+        return trainer.run()
+    finally:
+        trainer.close()
+
+
+def _mean_and_deviation(values: Sequence[float | None]) -> dict[str, float | None]:
+    known = [value for value in values if value is not None]
+    return {
+        "mean": statistics.fmean(known) if known else None,
+        "std": statistics.stdev(known) if len(known) > 1 else None,
+    }
+
+
+def _cell(score: dict[str, float | None]) -> str:
+    mean, deviation = score["mean"], score["std"]
+    if mean is None:
+        return ABSENT
+    return f"{mean:.1f}" if deviation is None else f"{mean:.1f} ± {deviation:.1f}"
+
+
+def _choose_rows(number: int, names: Sequence[str] | None) -> list[str]:
+    rows = TABLES[number].rows
+    for name in names or ():
+        if name not in rows:
+            raise UserError(f"--rows: table {number} has no row {name!r}{nearest(name, rows)}")
+    return list(dict.fromkeys(names or rows))
+
+
+def _check_overrides(number: int, overrides: Sequence[str]) -> None:
+    varied = {
+        f"{section}.{key}": f"table {number} varies it"
+        for changes in TABLES[number].rows.values()
+        for section, content in changes.items()
+        for key in content
+    }
+    taken = {"run.output": "give --output", "run.seed": "give --seeds", **varied}
+    for argument in overrides:
+        key = argument.removeprefix("--").partition("=")[0]
+        if argument.startswith("--") and key in taken:
+            raise UserError(f"command line: --{key} cannot be given here: {taken[key]}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m fsr_fast.ablate",
+        description=__doc__,
+        epilog="Every other option is one of the recipe, --section.key value, and holds for all rows.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--table", type=int, choices=sorted(TABLES), required=True, help="number of the paper's table")
+    parser.add_argument("--config", type=Path, default=CONFIG_FOLDER / "synthetic.yaml", help="recipe of all rows")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of each row (default: 0)")
+    parser.add_argument("--rows", nargs="+", help="run only these rows (default: all)")
+    parser.add_argument("--output", type=Path, help="folder of the table and its runs; by default beside run.output")
+    return parser
+
+
+if __name__ == "__main__":
+    run_command(main)
