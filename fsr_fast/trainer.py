@@ -23,7 +23,7 @@ from fsr_fast.optim import build_optimiser, fill_missing_gradients, set_learning
 from fsr_fast.reporting.pictures import evaluation_grid, training_grid
 from fsr_fast.reporting.progress import TrainingProgress
 from fsr_fast.reporting.tables import score_table
-from fsr_fast.reporting.tracking import Tracker
+from fsr_fast.reporting.tracking import Tracker, read_metrics
 from fsr_fast.runtime.checkpoint import read_checkpoint, write_checkpoint
 from fsr_fast.runtime.distributed import Process, sum_over_ranks, world_size
 from fsr_fast.runtime.run_folder import claim_run_folder, open_run_folder
@@ -91,7 +91,6 @@ class Trainer:
         forward = self._distribute()
         optim = self.config.optim
         averages = _Averages()
-        images_per_second: list[float] = []
         progress = TrainingProgress(optim.iterations, start=self.iteration, device=self.process.device)
         with progress:
             while self.iteration < optim.iterations:
@@ -104,11 +103,9 @@ class Trainer:
                 if self._is_due(self.config.run.log_every):
                     losses = averages.take()
                     rates = progress.report(losses["total"])
-                    images_per_second.append(rates["images_per_second"])
                     self._log(losses, rates)
-                with progress.paused():
-                    self._record(batch, output)
-        return self._finish(images_per_second)
+                self._record(batch, output, progress)
+        return self._finish()
 
     def close(self) -> None:
         """Stop the loader's processes and write out what is buffered."""
@@ -136,23 +133,21 @@ class Trainer:
         self.iteration += 1
         return output
 
-    def _record(self, batch: Batch, output: StepOutput) -> None:
-        run = self.config.run
-        if (
-            self.tracker is not None
-            and output.pseudo_labels is not None
-            and self._is_due(run.picture_every, last=False)
-        ):
-            grid = training_grid(
-                self.step.denormalise(batch.views[0]), output, self.network.classes, self.network.encoder.grid, PICTURES
-            )
-            self.tracker.pictures(self.iteration, grid, "training")
-        if self.tracker is not None and self._is_due(run.checkpoint_every):
-            write_checkpoint(run.output, self._state())
+    def _record(self, batch: Batch, output: StepOutput, progress: TrainingProgress) -> None:
+        run, tracker = self.config.run, self.tracker
+        if tracker and output.pseudo_labels is not None and self._is_due(run.picture_every, last=False):
+            with progress.paused():
+                images = self.step.denormalise(batch.views[0])
+                grid = training_grid(images, output, self.network.classes, self.network.encoder.grid, PICTURES)
+                tracker.pictures(self.iteration, grid, "training")
+        if tracker and self._is_due(run.checkpoint_every):
+            with progress.paused():
+                write_checkpoint(run.output, self._state())
         if self._is_due(run.evaluate_every, last=False) and self.iteration < self.config.optim.iterations:
-            evaluation = evaluate_network(self.network, self.val_set, self.config, self.process)
-            if self.tracker is not None:
-                self.tracker.log(self.iteration, _mean_ious(evaluation))
+            with progress.paused():
+                evaluation = evaluate_network(self.network, self.val_set, self.config, self.process)
+            if tracker:
+                tracker.log(self.iteration, _mean_ious(evaluation))
 
     def _log(self, losses: dict[str, float], rates: dict[str, float]) -> None:
         if not math.isfinite(losses["total"]):
@@ -165,17 +160,20 @@ class Trainer:
             named = {f"loss/{name}": value for name, value in losses.items()}
             self.tracker.log(self.iteration, {**named, "learning_rate": rate, **rates})
 
-    def _finish(self, images_per_second: list[float]) -> dict[str, Any]:
+    def _finish(self) -> dict[str, Any]:
         evaluation = evaluate_network(self.network, self.val_set, self.config, self.process, examples=PICTURES)
         if self.tracker is None:
             return {}
         picture = self.tracker.pictures(
             self.iteration, evaluation_grid(evaluation.examples, self.network.classes), "validation"
         )
+        rates = [
+            line["images_per_second"] for line in read_metrics(self.config.run.output) if "images_per_second" in line
+        ]
         summary = {
             "iterations": self.iteration,
             **_mean_ious(evaluation),
-            "images_per_second": statistics.median(images_per_second) if images_per_second else None,
+            "images_per_second": statistics.median(rates),
             "picture": str(picture),
             "results": evaluation.results,
         }
