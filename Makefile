@@ -8,7 +8,7 @@ train: .venv/runtime
 	$(BIN)/python -m fsr_fast.train
 
 test: .venv/development
-	$(BIN)/python -m pytest tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n auto
 
 bench: .venv/development
 	$(BIN)/python -m pytest bench
