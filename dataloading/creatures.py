@@ -90,14 +90,14 @@ FAMILIES = (
     ),
 )
 KINDS = (
-    Kind("fizz", 0, (0.995, 0.88, 0.90), WHITE, lambda x, y: np.cos(4.6 * x) * np.cos(4.6 * y) - 0.35, -0.05, 3.0),
-    Kind("luma", 0, (0.150, 0.92, 0.97), BLACK, lambda x, y: np.cos(8.5 * np.hypot(x, y)) - 0.1, 0.05, 3.8),
-    Kind("miko", 1, (0.500, 0.90, 0.86), BLACK, lambda x, y: np.sin(7.5 * x) - 0.25, -0.05, 2.6),
-    Kind("pogo", 1, (0.630, 0.88, 0.92), WHITE, lambda x, y: np.sin(5.2 * x) * np.sin(5.2 * y) - 0.12, 0.05, 3.3),
+    Kind("fizz", 0, (0.995, 0.88, 0.90), WHITE, lambda x, y: np.cos(4.6 * x) * np.cos(4.6 * y) - 0.35, -0.025, 3.0),
+    Kind("luma", 0, (0.150, 0.92, 0.97), BLACK, lambda x, y: np.cos(8.5 * np.hypot(x, y)) - 0.1, 0.025, 3.8),
+    Kind("miko", 1, (0.500, 0.90, 0.86), BLACK, lambda x, y: np.sin(7.5 * x) - 0.6, -0.025, 2.6),
+    Kind("pogo", 1, (0.630, 0.88, 0.92), WHITE, lambda x, y: np.sin(5.2 * x) * np.sin(5.2 * y) - 0.12, 0.025, 3.3),
     Kind(
-        "taro", 2, (0.28, 0.88, 0.82), GOLD, lambda x, y: np.sin(3 * np.arctan2(y, x) + 7 * np.hypot(x, y)), -0.05, 2.1
+        "taro", 2, (0.28, 0.88, 0.82), GOLD, lambda x, y: np.sin(3 * np.arctan2(y, x) + 7 * np.hypot(x, y)), -0.025, 2.1
     ),
-    Kind("zuzu", 2, (0.895, 0.82, 0.95), WHITE, lambda x, y: np.cos(6 * np.arctan2(y, x)) - 0.2, 0.05, 2.8),
+    Kind("zuzu", 2, (0.895, 0.82, 0.95), WHITE, lambda x, y: np.cos(6 * np.arctan2(y, x)) - 0.2, 0.025, 2.8),
 )
 
 
