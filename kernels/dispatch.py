@@ -4,8 +4,8 @@ Path: CUDA tensors take the Triton kernels, CPU tensors take vectorised torch. `
 ``FSR_KERNELS=triton`` overrides; Triton on CPU tensors needs its interpreter (``TRITON_INTERPRET=1``, set before the
 first import). A caller never asks which path was taken.
 
-Registration: a public operation checks its arguments, asks :func:`use_triton`, and calls either plain torch, which
-``torch.compile`` traces and fuses, or operators of the ``fsr`` library, which are opaque to the compiler::
+Registration: a public operation checks its arguments and calls operators of the ``fsr`` library, which are opaque to
+``torch.compile``; :func:`use_triton` is asked inside them, or before, where plain torch is better traced and fused::
 
     @torch.library.custom_op("fsr::name", mutates_args=())       # launches the forward kernels
     @name.register_fake                                           # shapes and dtypes of the outputs, nothing else

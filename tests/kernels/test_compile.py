@@ -16,14 +16,15 @@ JOBS = compile_table.jobs(compile_table.modules())
 
 
 @pytest.fixture(scope="module")
-def compiled() -> dict[tuple[str, str, str], dict[str, Any]]:
+def compiled(request: pytest.FixtureRequest) -> dict[tuple[str, str, str], dict[str, Any]]:
     """Rows of the table, compiled in one process that never saw the interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "tests.kernels.compile_table", "--json"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout)
-    print(compile_table.table(found))
+    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        print("\n" + compile_table.table(found))
     return {(row["module"], row["case"], row["target"]): row for row in found}
 
 
