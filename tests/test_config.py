@@ -85,7 +85,7 @@ DIFFERENCES = {
     ("teacher", "stochastic_depth"): (False, True),
     ("loss", "energy"): (0.0, 0.05),
     ("run", "seed_per_rank"): (True, False),
-    ("run", "amp"): ("bf16", "off"),
+    ("run", "amp"): ("auto", "off"),
     ("run", "output"): (Path("runs/voc_vit_b"), Path("runs/voc_official")),
 }
 
