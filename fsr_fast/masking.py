@@ -1,7 +1,7 @@
 """Selection of the patches to mask (paper, Eq. 2-4 and Table 3)."""
 
 import math
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,8 @@ from fsr_fast.errors import UserError
 from fsr_fast.kernels import PatchSelection, top_k_mask, uncertain_mask, uncertain_mask_from_cam
 
 
-class MaskedPatches(NamedTuple):
+@dataclass(frozen=True)
+class MaskedPatches:
     """The masked patches of a batch, as the distillation loss reads them."""
 
     mask: Tensor
@@ -23,7 +24,8 @@ class MaskedPatches(NamedTuple):
     """(B, k), float32, weight of each of them in the batch mean; none: all alike."""
 
 
-class MaskShape(NamedTuple):
+@dataclass(frozen=True)
+class MaskShape:
     """Sizes of the mask for one grid."""
 
     grid: tuple[int, int]

@@ -1,6 +1,7 @@
 """The teacher: no gradient, weights that follow the student's."""
 
 import copy
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -46,5 +47,5 @@ class Teacher(nn.Module):
             _lerp([own for own, _ in rest], [other for _, other in rest], 1 - encoder_momentum)
 
 
-def _lerp(own: list[Tensor], other: list[Tensor], weight: float) -> None:
-    torch._foreach_lerp_(own, other, weight)
+def _lerp(own: Sequence[Tensor], other: Sequence[Tensor], weight: float) -> None:
+    torch._foreach_lerp_(list(own), list(other), weight)

@@ -25,7 +25,7 @@ from fsr_fast.reporting.progress import TrainingProgress
 from fsr_fast.reporting.tables import score_table
 from fsr_fast.reporting.tracking import Tracker, read_metrics
 from fsr_fast.runtime.checkpoint import read_checkpoint, write_checkpoint
-from fsr_fast.runtime.distributed import Process, sum_over_ranks, world_size
+from fsr_fast.runtime.distributed import Process, sum_over_ranks, wait_for_all, world_size
 from fsr_fast.runtime.run_folder import claim_run_folder, open_run_folder
 from fsr_fast.runtime.seeding import stream
 from fsr_fast.schedules import schedule_at
@@ -85,6 +85,7 @@ class Trainer:
         Raises:
             UserError: the loss is no longer finite.
         """
+        wait_for_all()  # every process has looked at the folder before the first one fills it
         if self.process.is_main:
             open_run_folder(self.config)
             self.tracker = Tracker(self.config.run.output, iteration=self.iteration)
@@ -153,7 +154,7 @@ class Trainer:
         if not math.isfinite(losses["total"]):
             raise UserError(
                 f"the loss is {losses['total']} at iteration {self.iteration} ({losses}); "
-                "lower optim.learning_rate or set optim.clip_norm, and start again: the newest checkpoint is sound"
+                "start again in another run.output with a lower optim.learning_rate or with optim.clip_norm"
             )
         if self.tracker is not None:
             rate = self.optimiser.param_groups[0]["lr"]
@@ -173,7 +174,7 @@ class Trainer:
         summary = {
             "iterations": self.iteration,
             **_mean_ious(evaluation),
-            "images_per_second": statistics.median(rates),
+            "images_per_second": statistics.median(rates) if rates else None,
             "picture": str(picture),
             "results": evaluation.results,
         }
@@ -236,7 +237,8 @@ class _Averages:
         means = torch.stack([value.float() / self._counts[name] for name, value in self._sums.items()])
         values = (sum_over_ranks(means) / world_size()).tolist()
         named = dict(zip(self._sums, values, strict=True))
-        self.__init__()
+        self._sums.clear()
+        self._counts.clear()
         return named
 
 

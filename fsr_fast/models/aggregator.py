@@ -1,6 +1,6 @@
 """Aggregator A: the class token reads the unmasked patches (paper, Eq. 5-7)."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from timm.layers import Mlp
@@ -50,7 +50,8 @@ class AggregatorBlock(nn.Module):
         Returns:
             (B, D).
         """
-        return self._add_mlp(class_token + masked_cross_attention(class_token, tokens, mask, **self._arguments(mask)))
+        update: Any = masked_cross_attention(class_token, tokens, mask, **self._arguments(mask))
+        return self._add_mlp(class_token + update)
 
     def attention(self, class_token: Tensor, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Update the class token and give its attention to the patches.
@@ -66,7 +67,7 @@ class AggregatorBlock(nn.Module):
     def _add_mlp(self, class_token: Tensor) -> Tensor:
         return class_token + self.mlp(self.norm2(class_token))
 
-    def _arguments(self, mask: Tensor | None) -> dict:
+    def _arguments(self, mask: Tensor | None) -> dict[str, Any]:
         attention = self.attn
         return {
             "norm_weight": self.norm1.weight,

@@ -1,6 +1,6 @@
 """Encoder F: the patch tokens of a plain vision transformer, with the aggregator's class token."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -39,7 +39,7 @@ class Encoder(nn.Module):
         UserError: the image size does not fit the patches, or there is no such auxiliary block.
     """
 
-    def __init__(self, vit: VisionTransformer, config: ModelConfig, image_size: int) -> None:
+    def __init__(self, vit: Any, config: ModelConfig, image_size: int) -> None:
         super().__init__()
         self.patch_size: int = vit.patch_embed.patch_size[0]
         self.depth = len(vit.blocks)
@@ -129,8 +129,11 @@ class Encoder(nn.Module):
         return self.norm(class_token)
 
 
-def create_vit(config: ModelConfig) -> VisionTransformer:
+def create_vit(config: ModelConfig) -> Any:
     """Build timm's transformer by name, without pretrained weights.
+
+    Returns:
+        A timm VisionTransformer; its parts are typed loosely by timm.
 
     Raises:
         UserError: unknown name, or a transformer that is not plain.
@@ -140,8 +143,9 @@ def create_vit(config: ModelConfig) -> VisionTransformer:
         raise UserError(
             f"model.backbone: {config.backbone!r} is no vision transformer of timm{nearest(config.backbone, names)}"
         )
+    options: dict[str, Any] = dict(config.backbone_options)
     try:
-        vit = timm.create_model(config.backbone, num_classes=0, global_pool="token", **config.backbone_options)
+        vit = timm.create_model(config.backbone, num_classes=0, global_pool="token", **options)
     except (TypeError, AssertionError, AttributeError, KeyError) as error:
         raise UserError(
             f"model.backbone_options: {config.backbone} does not take {config.backbone_options}: {error}"
@@ -170,7 +174,7 @@ def resize_position_embedding(embedding: Tensor, grid: tuple[int, int], size: tu
     return torch.cat([embedding[:, :1], patches.flatten(2).transpose(1, 2).to(embedding.dtype)], dim=1)
 
 
-def _run_block(block: Block, tokens: Tensor, keep: Tensor | None) -> Tensor:
+def _run_block(block: Any, tokens: Tensor, keep: Tensor | None) -> Tensor:
     attention = block.attn
     query, key, value = attention.qkv(block.norm1(tokens)).unflatten(-1, (3, attention.num_heads, -1)).unbind(2)
     mixed = attention.proj(attend(attention.q_norm(query), attention.k_norm(key), value))
@@ -182,14 +186,14 @@ def _add(tokens: Tensor, branch: Tensor, keep: Tensor | None) -> Tensor:
     return tokens + branch if keep is None else torch.addcmul(tokens, branch, keep.to(branch.dtype).view(-1, 1, 1))
 
 
-def _not_plain(vit: nn.Module) -> str | None:
+def _not_plain(vit: Any) -> str | None:
     if not isinstance(vit, VisionTransformer) or not all(type(block) is Block for block in vit.blocks):
         return "its blocks are of another kind"
     if vit.cls_token is None or vit.num_prefix_tokens != 1 or vit.pos_embed is None or vit.no_embed_class:
         return "it needs one class token with a position embedding, and no register tokens"
     if not isinstance(vit.norm_pre, nn.Identity) or not isinstance(vit.norm, nn.LayerNorm):
         return "it needs a final LayerNorm and no norm before the blocks"
-    if vit.blocks[0].attn.gate is not None or not isinstance(vit.blocks[0].attn.norm, nn.Identity):
+    if getattr(vit.blocks[0].attn, "gate", None) is not None or not isinstance(vit.blocks[0].attn.norm, nn.Identity):
         return "its attention is gated or scaled"
     if any(getattr(part, "p", getattr(part, "drop_prob", 0)) for part in vit.modules()):
         return "it drops activations or blocks on its own; model.stochastic_depth is what there is"

@@ -1,9 +1,8 @@
 """The whole network: encoder with aggregator, classifiers, decoder, projector."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch.nn.functional as F
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from fsr_fast.config import ModelConfig
@@ -48,7 +47,7 @@ class Network(nn.Module):
     def __init__(
         self,
         config: ModelConfig,
-        vit: VisionTransformer,
+        vit: Any,
         classes: tuple[str, ...],
         image_size: int,
         mean: tuple[float, ...],

@@ -6,7 +6,6 @@ from typing import Any
 import timm
 import torch
 from safetensors.torch import load_file
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from fsr_fast.config import ModelConfig
@@ -14,7 +13,7 @@ from fsr_fast.errors import UserError
 from fsr_fast.models.encoder import resize_position_embedding
 
 
-def load_pretrained(vit: VisionTransformer, config: ModelConfig) -> None:
+def load_pretrained(vit: Any, config: ModelConfig) -> None:
     """Fill the transformer with the weights that `model.pretrained` names.
 
     The position embedding of a file made for another image size is resized bicubically.
@@ -72,10 +71,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def _from_hub(config: ModelConfig) -> dict[str, Tensor]:
+    options: dict[str, Any] = dict(config.backbone_options)
     try:
-        vit = timm.create_model(
-            config.backbone, pretrained=True, num_classes=0, global_pool="token", **config.backbone_options
-        )
+        vit = timm.create_model(config.backbone, pretrained=True, num_classes=0, global_pool="token", **options)
     except Exception as error:  # timm and its hub client raise many kinds
         raise UserError(
             f"model.pretrained: the weights of {config.backbone} could not be fetched from the hub "
@@ -85,7 +83,7 @@ def _from_hub(config: ModelConfig) -> dict[str, Tensor]:
     return vit.state_dict()
 
 
-def _fit_position_embedding(embedding: Tensor, vit: VisionTransformer) -> Tensor:
+def _fit_position_embedding(embedding: Tensor, vit: Any) -> Tensor:
     side = round((embedding.shape[1] - 1) ** 0.5)
     if embedding.ndim != 3 or side * side != embedding.shape[1] - 1:
         return embedding
