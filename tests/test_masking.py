@@ -8,6 +8,7 @@ from fsr_fast import reference
 from fsr_fast.config import MaskConfig
 from fsr_fast.errors import UserError
 from fsr_fast.masking import (
+    MaskShape,
     canny_edges,
     mask_edges,
     mask_from_cam,
@@ -29,11 +30,11 @@ def uniform(batch: int, count: int, seed: int = 0):
 
 
 def test_of_784_patches_313_are_masked():
-    assert mask_shape(MaskConfig(), (28, 28)) == ((28, 28), 784, 313)
+    assert mask_shape(MaskConfig(), (28, 28)) == MaskShape((28, 28), 784, 313)
 
 
 def test_of_49_blocks_20_are_masked():
-    assert mask_shape(MaskConfig(block=4), (28, 28)) == ((28, 28), 49, 20)
+    assert mask_shape(MaskConfig(block=4), (28, 28)) == MaskShape((28, 28), 49, 20)
 
 
 @pytest.mark.parametrize(("ratio", "patches", "blocks"), [(0.1, 78, 5), (0.25, 196, 13), (0.5, 392, 25), (0.0, 0, 0)])
