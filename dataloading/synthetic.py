@@ -18,9 +18,9 @@ from fsr_fast.dataloading.creatures import KINDS, draw_scene
 from fsr_fast.errors import UserError
 
 CLASSES = tuple(kind.name for kind in KINDS)
-VERSION = 1  # of the pictures; raised when they change
+VERSION = 2  # of the pictures; raised when they change
 MARKER = "synthetic.json"
-PALETTE = (0, 0, 0, 214, 60, 66, 41, 178, 190, 232, 196, 48, 63, 96, 214, 82, 176, 72, 204, 82, 180)
+PALETTE = (0, 0, 0, 214, 60, 66, 232, 196, 48, 41, 178, 190, 63, 96, 214, 82, 176, 72, 204, 82, 180)
 
 
 def generate(root: Path, *, train: int = 2000, val: int = 200, seed: int = 0, processes: int | None = None) -> None:
@@ -35,11 +35,12 @@ def generate(root: Path, *, train: int = 2000, val: int = 200, seed: int = 0, pr
     """
     root.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
+    replaced = folder.with_name(f"{folder.name}-replaced")
     try:
         folder.chmod(0o755)
         for name in ("JPEGImages", "SegmentationClassAug", "ImageSets/Segmentation"):
             (folder / name).mkdir(parents=True)
-        count = processes or min(8, len(os.sched_getaffinity(0)))
+        count = processes or min(8, os.cpu_count() or 1)
         write = partial(_write, folder, seed)
         if count == 1:
             rows = [write(index) for index in range(train + val)]
@@ -54,10 +55,11 @@ def generate(root: Path, *, train: int = 2000, val: int = 200, seed: int = 0, pr
         marker = {"version": VERSION, "train": train, "val": val, "seed": seed}
         (folder / MARKER).write_text(json.dumps(marker), encoding="utf-8")
         if root.exists():
-            shutil.rmtree(root)
+            root.rename(replaced)
         folder.rename(root)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def ensure(root: Path) -> None:
