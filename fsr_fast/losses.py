@@ -79,7 +79,7 @@ def energy_loss(logits: Tensor, images: Tensor, labels: Tensor) -> Tensor:
 
     Args:
         logits: (B, C+1, h, w), decoder.
-        images: (B, 3, H, W), 0…255.
+        images: (B, 3, H, W), grey levels of 0…255, not rounded.
         labels: (B, H, W), uint8 pseudo labels.
 
     Returns:

@@ -34,7 +34,7 @@ from fsr_fast.masking import (
 from fsr_fast.models import Network
 from fsr_fast.models.encoder import Features
 from fsr_fast.models.network import activate, classify, to_map
-from fsr_fast.pseudo_labels import denormalise, generate_pseudo_labels, half_size
+from fsr_fast.pseudo_labels import denormalise, generate_pseudo_labels, grey_levels, half_size
 from fsr_fast.runtime.precision import autocast
 from fsr_fast.schedules import Schedule
 from fsr_fast.teacher import Teacher
@@ -88,8 +88,8 @@ class FSRStep(nn.Module):
         self.shares_passes = self.teacher.network is None and not config.teacher.stochastic_depth
         self.mask_shape = mask_shape(config.mask, student.encoder.grid)
         self.distillation = Distillation(config.teacher, config.model.prototypes)
-        self.register_buffer("mean", torch.tensor(student.mean), persistent=False)
-        self.register_buffer("deviation", torch.tensor(student.deviation), persistent=False)
+        self.register_buffer("mean", torch.tensor(student.mean, dtype=torch.float64), persistent=False)
+        self.register_buffer("deviation", torch.tensor(student.deviation, dtype=torch.float64), persistent=False)
         self.mean: Tensor
         self.deviation: Tensor
 
@@ -239,7 +239,8 @@ class FSRStep(nn.Module):
         if weights.segmentation > 0:
             losses["segmentation"] = global_segmentation_loss(logits, pseudo_labels)
         if weights.energy > 0:
-            losses["energy"] = energy_loss(logits, self.denormalise(view1), pseudo_labels)
+            colours = grey_levels(view1, self.mean, self.deviation)
+            losses["energy"] = energy_loss(logits, colours, pseudo_labels)
         return losses
 
     def _distil(
