@@ -147,9 +147,9 @@ class FSRStep(nn.Module):
 
     # --- passes through the trunk
 
-    def _pass_unmasked(self, view2: Tensor) -> Features:
+    def _pass_unmasked(self, view2: Tensor, keep: Tensor | None = None) -> Features:
         with torch.no_grad(), self._autocast():
-            return self.student.encoder(view2)
+            return self.student.encoder(view2, keep=keep)
 
     def _pass_student(
         self, view1: Tensor, view2: Tensor, masked: MaskedPatches | None, keep: Tensor
@@ -189,7 +189,8 @@ class FSRStep(nn.Module):
             return mask_edges(self.denormalise(view2), shape)
         if mask.multi_scale:
             return mask_from_cam(self._guide(view2, unmasked, labels, draws), labels, draws.uniform, shape, mask)
-        tokens, aux, grid = self._pass_unmasked(view2) if unmasked is None else unmasked
+        keep = None if draws.mask_cam is None else draws.mask_cam[0][..., : len(view2)]
+        tokens, aux, grid = self._pass_unmasked(view2, keep) if unmasked is None else unmasked
         top = mask.source == "top"
         guide = self.student.encoder.norm(tokens) if top else aux
         classifier = self.student.top_classifier if top else self.student.aux_classifier
