@@ -1,0 +1,20 @@
+"""Both sides compute in float64, where a difference of 1e-9 tells a rounding error from a mistake."""
+
+import pytest
+import torch
+from torch import Tensor
+
+
+@pytest.fixture
+def double(monkeypatch):
+    """Compute in float64 throughout.
+
+    The fast path widens half precision by `.float()`, which would narrow float64, and divides whole numbers, which
+    gives the default dtype.
+    """
+    widen = Tensor.float
+    monkeypatch.setattr(Tensor, "float", lambda tensor: tensor if tensor.dtype == torch.float64 else widen(tensor))
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
