@@ -18,7 +18,7 @@ from fsr_fast.dataloading.torch_pipeline import build_train_loader
 from fsr_fast.engine import build_step
 from fsr_fast.errors import UserError
 from fsr_fast.evaluation.evaluator import Evaluation, evaluate_network
-from fsr_fast.models import build_network
+from fsr_fast.models.build import build_network, without_start
 from fsr_fast.optim import build_optimiser, fill_missing_gradients, set_learning_rate
 from fsr_fast.reporting.pictures import evaluation_grid, training_grid
 from fsr_fast.reporting.progress import TrainingProgress
@@ -57,7 +57,8 @@ class Trainer:
         newest = claim_run_folder(config)
         self.train_set, self.val_set = build_datasets(config.data)
         torch.manual_seed(config.run.seed)
-        self.network = build_network(config.model, self.train_set.classes, config.data.image_size).to(process.device)
+        model = config.model if newest is None else without_start(config.model)
+        self.network = build_network(model, self.train_set.classes, config.data.image_size).to(process.device)
         self.step = build_step(self.network, config, self.train_set.max_labels).to(process.device)
         self.optimiser = build_optimiser(self.network, config.optim)
         self.iteration = 0

@@ -99,11 +99,14 @@ def test_a_training_starts_from_a_run(averaged):
     assert all(torch.equal(start[name], student[name]) for name in student if not name.startswith(patch))
 
 
-def test_a_run_that_started_from_a_file_is_loaded_without_it(tmp_path):
+def test_a_run_that_started_from_a_file_is_loaded_and_resumed_without_it(tmp_path):
     file = official.write_official(tmp_path / "student.pth")
     folder = run(tmp_path, model={"normalisation": "imagenet", "initial": str(file)})
     file.unlink()
     assert load_network(folder).classes == helpers.CLASSES
+    (folder / "summary.json").unlink()
+    train.main(["--config", str(tmp_path / "recipe.yaml")])
+    assert (folder / "summary.json").is_file()
 
 
 # --- what an official checkpoint cannot hold

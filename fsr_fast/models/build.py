@@ -39,6 +39,11 @@ def build_network(config: ModelConfig, classes: tuple[str, ...], image_size: int
     return network
 
 
+def without_start(config: ModelConfig) -> ModelConfig:
+    """The same network from random weights, for those of a checkpoint that will take their place."""
+    return config.model_copy(update={"pretrained": "none", "initial": None})
+
+
 def load_network(path: str | Path) -> Network:
     """Load a trained network.
 
@@ -66,8 +71,7 @@ def restore_network(checkpoint: dict[str, Any], origin: str) -> Network:
         origin: the file, for messages.
     """
     config = build_config(checkpoint["config"], origin)
-    without_weights = config.model.model_copy(update={"pretrained": "none", "initial": None})
-    network = build_network(without_weights, tuple(checkpoint["classes"]), config.data.image_size)
+    network = build_network(without_start(config.model), tuple(checkpoint["classes"]), config.data.image_size)
     try:
         network.load_state_dict(checkpoint["student"])
     except RuntimeError as error:
