@@ -47,7 +47,8 @@ def main(arguments: Sequence[str]) -> None:
             "iteration": iteration,
             "list": config.data.val_list,
         }
-        path = write_json(folder / "metrics.json", {**settings, "images": len(dataset), "results": evaluation.results})
+        images = min(len(dataset), config.evaluate.limit or len(dataset))
+        path = write_json(folder / "metrics.json", {**settings, "images": images, "results": evaluation.results})
         rich_print(score_table(evaluation.results))
         print(f"metrics: {path}\npicture: {picture}")
     finally:

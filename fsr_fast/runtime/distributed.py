@@ -34,7 +34,10 @@ def start_process(device: str) -> Process:
         UserError: CUDA is asked for where there is none.
     """
     if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("run.device: 'cuda', but torch sees no CUDA GPU; give --run.device cpu or check the driver")
+        raise UserError(
+            "device: 'cuda', but torch sees no CUDA GPU; give cpu (--run.device cpu in training, --device cpu else) "
+            "or check the driver"
+        )
     cuda = device != "cpu" and torch.cuda.is_available()
     rank, size, local_rank = (int(os.environ.get(key, start)) for key, start in _VARIABLES)
     target = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
@@ -49,6 +52,12 @@ def stop_process() -> None:
     """Leave the process group."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def wait_for_all() -> None:
+    """Wait until every process has come here."""
+    if dist.is_initialized():
+        dist.barrier()
 
 
 def world_size() -> int:
