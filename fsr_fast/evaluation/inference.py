@@ -44,7 +44,7 @@ class Prediction:
     scores: dict[str, float]
     """Probability of each class, image level."""
     cams: dict[str, np.ndarray]
-    """(H, W), float32 in 0…1, of each class that the classifier finds."""
+    """(H, W), float32 in 0…1, of the likeliest class and of all that are likelier than not."""
     probabilities: np.ndarray
     """(C+1, H, W), float32, softmax of the segmentation."""
 
@@ -65,7 +65,8 @@ def infer(
     Args:
         network: in eval mode.
         images: (B, 3, H, W), normalised, any size: each scale is rounded to whole patches.
-        labels: (B, C), 0 or 1, classes whose CAMs are wanted; none: those that the classifier finds.
+        labels: (B, C), 0 or 1, classes whose CAMs are wanted; none: the likeliest, and all that are
+            likelier than not.
         cam_scales: scales of the CAMs; the first is 1.0.
         scales: scales of the segmentation.
         flip: add the mirror image to the segmentation; the CAMs always do.
@@ -80,7 +81,9 @@ def infer(
         passes = dict(zip(wanted, multi_scale_passes(network.encoder, images, wanted), strict=True))
         top = network.encoder.norm(passes[cam_scales[0]].plain.tokens)
         class_logits = classify(top, network.top_classifier).float()
-        labels = (class_logits > 0).float() if labels is None else labels
+        if labels is None:
+            best = class_logits == class_logits.amax(1, keepdim=True)
+            labels = (best | (class_logits > 0)).float()
         cams = merge_passes(
             network,
             [passes[scale] for scale in cam_scales],
