@@ -177,7 +177,7 @@ def device_guard(tensor: Tensor) -> Any:
 
 
 @triton.jit
-def dot(a, b, total, precision: tl.constexpr = "tf32x3"):
+def dot(a, b, total):
     """Matrix product added to ``total`` (fp32), in three tf32 passes for fp32 factors.
 
     The interpreter keeps bfloat16 as bits in an integer and would multiply those, so it is given the values in fp32,
@@ -186,4 +186,4 @@ def dot(a, b, total, precision: tl.constexpr = "tf32x3"):
     if INTERPRETED:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
-    return tl.dot(a, b, total, input_precision=precision)
+    return tl.dot(a, b, total, input_precision="tf32x3")
