@@ -1,0 +1,172 @@
+"""Two processes compute what one computes on the whole batch."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+
+from fsr_fast import trainer as trainer_module
+from fsr_fast.config import build_config
+from fsr_fast.evaluate import main as evaluate
+from fsr_fast.optim import build_optimiser, fill_missing_gradients
+from fsr_fast.reporting.tracking import read_metrics
+from fsr_fast.runtime.checkpoint import read_checkpoint
+from fsr_fast.runtime.distributed import Process, sum_over_ranks, world_size
+from fsr_fast.schedules import schedule_at
+from fsr_fast.step import Draws
+from fsr_fast.trainer import Trainer
+from tests import helpers
+
+ROOT = Path(__file__).parent.parent
+BATCH, LATE = 4, 3
+RECIPES = {
+    "paper": ({}, LATE),
+    "official": (helpers.OFFICIAL, LATE),
+    "without labels": ({"loss": {"segmentation_start": 100, "uncertain": 0.0}}, 0),  # the decoder gets no gradient
+}
+
+
+# --- one step
+
+
+def share_of(draws: Draws, rows: slice) -> Draws:
+    """Draws of some images of the batch."""
+
+    def both_halves(keep):
+        return torch.cat([half[..., rows] for half in keep.chunk(2, -1)], -1)
+
+    return Draws(
+        draws.uniform[rows],
+        both_halves(draws.student),
+        None if draws.teacher is None else both_halves(draws.teacher),
+        None if draws.mask_cam is None else [both_halves(keep) for keep in draws.mask_cam],
+        None if draws.cam is None else [both_halves(keep) for keep in draws.cam],
+    )
+
+
+def take_step(name: str, rank: int, size: int) -> dict[str, torch.Tensor]:
+    """One iteration on this process's share of the batch: losses, gradients, centres and weights after it."""
+    changes, iteration = RECIPES[name]
+    config = helpers.config(changes)
+    step = helpers.step(config)
+    rows = slice(rank * BATCH // size, (rank + 1) * BATCH // size)
+    draws = share_of(step.draw(BATCH, helpers.generator()), rows)
+    first, second = helpers.views(BATCH)
+    process = Process(rank, size, torch.device("cpu"))
+    forward = Trainer._distribute(SimpleNamespace(step=step, process=process, config=config))
+    labels = helpers.labels(BATCH)[[0, 2, 1, 3]]  # one class an image in the first half, two in the second
+    output = forward((first[rows], second[rows]), labels[rows], draws, schedule_at(config, iteration))
+    output.loss.backward()
+    optimiser = build_optimiser(step.student, config.optim)
+    fill_missing_gradients(optimiser)
+    found = {f"gradient {key}": value.grad.clone() for key, value in step.student.named_parameters()}
+    optimiser.step()
+    step.teacher.follow(step.student, 0.9, 0.9)
+    found |= {f"loss {key}": sum_over_ranks(value) / world_size() for key, value in output.losses.items()}
+    found |= {f"centre {key}": value for key, value in step.distillation.state_dict().items()}
+    found |= {f"teacher {key}": value for key, value in step.teacher.state_dict().items()}
+    return found | {f"weight {key}": value for key, value in step.student.state_dict().items()}
+
+
+def work(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    torch.save({name: take_step(name, rank, 2) for name in RECIPES}, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def shares(tmp_path_factory) -> list[dict[str, dict[str, torch.Tensor]]]:
+    folder = tmp_path_factory.mktemp("shares")
+    multiprocessing.spawn(work, (str(folder),), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
+
+
+@pytest.mark.ddp
+@pytest.mark.parametrize("name", RECIPES)
+def test_two_processes_with_half_the_batch_each_step_like_one_with_all(shares, name):
+    whole = take_step(name, 0, 1)
+    part = shares[0][name]
+    assert part.keys() == whole.keys()
+    assert any(key.startswith("loss uncertain") for key in whole) == (name != "without labels")
+    for key, expected in whole.items():
+        if not key.startswith(("weight", "teacher")):  # AdamW's first step is the sign of gradients that may round to 0
+            scale = expected.abs().max().item()
+            assert torch.allclose(part[key], expected, rtol=1e-4, atol=1e-5 * scale + 1e-8), key
+
+
+@pytest.mark.ddp
+@pytest.mark.parametrize("name", RECIPES)
+def test_all_processes_end_a_step_with_the_same_state(shares, name):
+    for key, value in shares[0][name].items():
+        assert torch.equal(value, shares[1][name][key]), key
+
+
+def test_alone_nothing_is_added_up():
+    value = torch.tensor([3.0])
+    assert world_size() == 1
+    assert sum_over_ranks(value) is value
+
+
+# --- whole runs
+
+
+@pytest.mark.ddp
+def test_two_processes_train_and_evaluate_to_one_record(tmp_path):
+    root, run = helpers.write_dataset(tmp_path / "data", val=5), tmp_path / "run"
+    recipe = helpers.values({"data": {"workers": 1}}, root=root, output=run)
+    path = helpers.write_config(tmp_path / "recipe.yaml", recipe)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launch, "-m", "fsr_fast.train", "--config", str(path)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("summary: ") == 1
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["iterations"] == 4
+    assert [line["iteration"] for line in read_metrics(run)] == [2, 4]
+    assert json.loads((run / "environment.json").read_text())["world_size"] == 2
+    assert read_checkpoint(run)["loader"]["position"] == 4 * 4
+    assert len(list((run / "tensorboard").iterdir())) == 1
+    evaluate(["--checkpoint", str(run), "--output", str(tmp_path / "alone")])
+    alone = json.loads((tmp_path / "alone" / "metrics.json").read_text())
+    assert summary["results"] == alone["results"]
+
+
+def trainer_of(root: Path, run: Path, rank: int, size: int, **optim) -> Trainer:
+    config = build_config(helpers.values({"optim": optim}, root=root, output=run), "the test")
+    return Trainer(config, Process(rank, size, torch.device("cpu")))
+
+
+def test_processes_share_every_batch_of_the_stream(tmp_path):
+    root = helpers.write_dataset(tmp_path / "data")
+    trainers = [trainer_of(root, tmp_path / "run", rank, size) for rank, size in ((0, 2), (1, 2), (0, 1))]
+    for _ in range(3):
+        first, second, whole = (next(trainer.loader).indices.tolist() for trainer in trainers)
+        assert len(first) == len(second) == 2
+        assert sorted(first + second) == sorted(whole)
+
+
+def test_the_folder_is_filled_only_after_every_process_has_looked_at_it(tmp_path, monkeypatch):
+    trainer = trainer_of(helpers.write_dataset(tmp_path / "data"), tmp_path / "run", 0, 1)
+    seen = []
+
+    def stop():
+        seen.append((tmp_path / "run").exists())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer_module, "wait_for_all", stop)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run()
+    assert seen == [False]
