@@ -16,7 +16,8 @@ from .dispatch import CompileCase, device_guard, next_power_of_2, tl, triton
 from .pixel_affinity import PLACE_WEIGHT, compute_affinity, neighbour, neighbours_on, pixel_config
 
 ROUNDING = 32  # units in the last place of the channels' sum, by which a class must beat the background
-_MOST_MAPS = 16  # maps that one program refines: an affinity is loaded once for all of them
+_MOST_MAPS = 8  # maps that one program refines for one load of an affinity; more take too many registers
+_UNROLL = 4  # affinities under way at a time: one alone would leave the memory waiting
 
 
 def refine_maps(
@@ -44,7 +45,7 @@ def refine_maps(
         for _ in range(iterations):
             _refine[(triton.cdiv(pixels, block), triton.cdiv(P, group), B)](
                 affinity, maps, live, offsets, following, pixels // width, width, len(place), P, live.shape[1],
-                GROUP=group, BLOCK=block, num_warps=warps,
+                GROUP=group, BLOCK=block, UNROLL=_UNROLL, num_warps=warps,
             )  # fmt: skip
             maps, following = following, maps
     return maps
@@ -99,7 +100,9 @@ def label_pixels(
 
 
 @triton.jit
-def _refine(affinity, maps, live, offsets, output, h, w, N, P, M, GROUP: tl.constexpr, BLOCK: tl.constexpr):
+def _refine(
+    affinity, maps, live, offsets, output, h, w, N, P, M, GROUP: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr
+):
     """One iteration for a block of pixels of a group of maps; dead maps are neither read nor written."""
     image, pixels = tl.program_id(2), h * w
     pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -112,7 +115,7 @@ def _refine(affinity, maps, live, offsets, output, h, w, N, P, M, GROUP: tl.cons
         first = (image * P + channel).to(tl.int64)[:, None] * pixels
         weights = affinity + image.to(tl.int64) * N * pixels + pixel
         total = tl.zeros([GROUP, BLOCK], tl.float32)
-        for index in range(N):
+        for index in tl.range(0, N, loop_unroll_factor=UNROLL):
             place = neighbour(offsets, index, row, column, h, w)
             weight = tl.load(weights, mask=inside, other=0.0)
             total += weight[None, :] * tl.load(maps + first + place[None, :], mask=mask, other=0.0)
@@ -207,8 +210,8 @@ def compile_cases() -> Iterator[CompileCase]:
         signature |= {argument: f"*{kind}" for argument in ("images", "cams") if argument in signature}
         return CompileCase(name, kernel, signature, constants, num_warps=warps, main=main)
 
-    for group in (2, 8, _MOST_MAPS):
-        yield case(f"refine {group} maps", _refine, main=group == 8, GROUP=group)
+    for group in (2, _MOST_MAPS):
+        yield case(f"refine {group} maps", _refine, main=group == _MOST_MAPS, GROUP=group, UNROLL=_UNROLL)
     yield case("softmax fp32", _foreground_softmax, main=True)
     yield case("softmax bf16", _foreground_softmax, kind="bf16")
     yield case("label", _label, main=True)

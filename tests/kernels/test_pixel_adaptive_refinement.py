@@ -62,7 +62,7 @@ def test_torch_path_refines_like_the_reference(torch_path, shape, dtype, kind) -
     assert_close(pixel_adaptive_refinement(images, maps), reference.pixel_adaptive_refinement(images, maps))
 
 
-@pytest.mark.parametrize(("shape", "kind"), zip(SMALL, IMAGES, strict=True))
+@pytest.mark.parametrize(("shape", "kind"), list(zip(SMALL, IMAGES, strict=True)))
 def test_kernels_refine_like_the_reference(triton_device, shape, kind) -> None:
     B, _, h, w = shape
     images, maps = draw_images(kind, B, h, w), torch.randn(shape, generator=torch.Generator().manual_seed(1))
@@ -122,6 +122,19 @@ def test_kernels_label_like_the_reference(triton_device, shape) -> None:
     expected = reference.refine_pseudo_labels(*arguments, size=size, high=0.6, low=0.4, **FEW)
     labels = refine_pseudo_labels(*(a.to(triton_device) for a in arguments), size=size, high=0.6, low=0.4, **FEW)
     assert share_equal(labels, expected) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernels_label_like_the_reference_at_full_size(dtype) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA GPU")
+    coarse = torch.rand(2, 4, 14, 14, generator=torch.Generator().manual_seed(0))
+    cams = F.interpolate(coarse, size=(224, 223), mode="bilinear").to(dtype).cuda()
+    images = draw_images("smooth", 2, 224, 223).to(dtype).cuda()
+    _, classes, live = (slots.cuda() for slots in draw_slots(2, 4, 1, 1))
+    expected = reference.refine_pseudo_labels(images.float(), cams.float(), classes, live, size=(448, 447))
+    assert share_equal(refine_pseudo_labels(images, cams, classes, live, size=(448, 447)), expected) >= 0.9999
 
 
 def test_each_kind_of_label_occurs_in_these_tests() -> None:
