@@ -1,0 +1,105 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fsr_fast.errors import UserError
+from fsr_fast.evaluation.crf import dense_crf
+from fsr_fast.evaluation.inference import read_picture, segment
+from fsr_fast.models import load_network
+from fsr_fast.predict import find_pictures, main
+from fsr_fast.runtime.checkpoint import write_checkpoint
+from tests import helpers
+
+RECIPE = helpers.config()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    state = {
+        "iteration": 1,
+        "config": RECIPE.model_dump(mode="json"),
+        "classes": list(helpers.CLASSES),
+        "student": helpers.network(RECIPE).state_dict(),
+    }
+    write_checkpoint(folder, state)
+    return folder
+
+
+def save_pictures(folder: Path, *names: str) -> list[Path]:
+    folder.mkdir(parents=True, exist_ok=True)
+    draws = np.random.default_rng(0)
+    for name in names:
+        Image.fromarray(draws.integers(0, 256, (20, 26, 3), dtype=np.uint8)).save(folder / name)
+    return [folder / name for name in names]
+
+
+def test_files_and_folders_are_found_by_name_in_order(tmp_path):
+    save_pictures(tmp_path / "folder", "b.png", "a.JPG", "c.webp")
+    (tmp_path / "folder" / "notes.txt").touch()
+    single = save_pictures(tmp_path, "z.bmp")
+    assert list(find_pictures([*single, tmp_path / "folder"])) == ["z", "a", "b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("names", "part"), [(["lost.png"], "no such file or folder"), (["empty"], "no picture in this folder")]
+)
+def test_a_path_without_pictures_is_named(tmp_path, names, part):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=part) as caught:
+        find_pictures([tmp_path / name for name in names])
+    assert str(tmp_path / names[0]) in str(caught.value)
+
+
+def test_pictures_whose_results_would_overwrite_each_other_are_refused(tmp_path):
+    paths = save_pictures(tmp_path, "a.png") + save_pictures(tmp_path / "other", "a.jpg")
+    with pytest.raises(UserError, match="rename one") as caught:
+        find_pictures(paths)
+    assert all(str(path) in str(caught.value) for path in paths)
+
+
+def test_mask_overlay_cams_and_scores_are_those_of_the_network(run, tmp_path):
+    (path,) = save_pictures(tmp_path, "a.png")
+    main(["--checkpoint", str(run), str(path), "--output", str(tmp_path / "out")])
+    prediction = segment(load_network(run), path)
+    with Image.open(tmp_path / "out" / "masks" / "a.png") as mask:
+        assert mask.mode == "P"
+        assert np.array_equal(np.asarray(mask), prediction.mask)
+    with Image.open(tmp_path / "out" / "overlays" / "a.png") as overlay:
+        assert (overlay.mode, overlay.size) == ("RGB", (26, 20))
+        assert not np.array_equal(np.asarray(overlay), np.asarray(read_picture(path)))
+    assert {file.name for file in (tmp_path / "out" / "cams").iterdir()} == {
+        f"a_{name}.png" for name in prediction.cams
+    }
+    assert json.loads((tmp_path / "out" / "scores.json").read_text()) == {
+        str(path): pytest.approx(prediction.scores, rel=1e-5)
+    }
+
+
+def test_the_crf_refines_the_mask(run, tmp_path):
+    (path,) = save_pictures(tmp_path, "a.png")
+    main(["--checkpoint", str(run), str(path), "--output", str(tmp_path / "out"), "--crf"])
+    prediction = segment(load_network(run), path)
+    expected = dense_crf(np.asarray(read_picture(path)), prediction.probabilities).argmax(0)
+    with Image.open(tmp_path / "out" / "masks" / "a.png") as mask:
+        assert np.array_equal(np.asarray(mask), expected)
+    assert not np.array_equal(expected, prediction.mask)
+
+
+def test_a_picture_that_cannot_be_decoded_is_named(run, tmp_path):
+    (tmp_path / "notes.png").write_text("not a picture")
+    with pytest.raises(UserError, match="not a picture that can be decoded") as caught:
+        main(["--checkpoint", str(run), str(tmp_path / "notes.png"), "--output", str(tmp_path / "out")])
+    assert str(tmp_path / "notes.png") in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_options_that_are_missing_or_unknown_stop_with_the_usage(run, capsys):
+    for arguments in (["picture.png"], ["--checkpoint", str(run), "p.png", "--output", "o", "--crff"]):
+        with pytest.raises(SystemExit) as caught:
+            main(arguments)
+        assert caught.value.code == 2
+        assert "usage: python -m fsr_fast.predict" in capsys.readouterr().err
