@@ -91,7 +91,7 @@ TABLES = {
 }
 
 Scores = Mapping[tuple[str, int], dict[str, Any] | None]
-"""Summary of each row and seed; none where the run is not finished."""
+"""Scores of each row and seed; none where the run is not finished."""
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -145,13 +145,13 @@ def row_config(base: Config, changes: Changes, folder: Path, seed: int) -> Confi
 
 
 def read_finished(config: Config) -> dict[str, Any] | None:
-    """Read the summary of a run, if it is finished.
+    """Read the scores of a run, if it is finished.
 
     Args:
         config: of the run.
 
     Returns:
-        The content of its summary.json; none where the run is to be started or to go on.
+        Mean IoU of each kind, as in its summary.json; none where the run is to be started or to go on.
 
     Raises:
         UserError: the run folder holds another run, one that is evaluated otherwise, or a damaged summary.
@@ -168,7 +168,7 @@ def read_finished(config: Config) -> dict[str, Any] | None:
         )
     try:
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-        return summary if summary["iterations"] == config.optim.iterations else None
+        return {f"{kind}_miou": summary[f"{kind}_miou"] for kind in KINDS}
     except FileNotFoundError:
         return None
     except (ValueError, TypeError, KeyError):

@@ -172,9 +172,10 @@ def test_rows_that_were_evaluated_otherwise_are_not_mixed(recipe, trainer):
         call(recipe)
 
 
-def test_a_damaged_summary_is_refused(recipe, trainer):
+@pytest.mark.parametrize("text", ['{"iterations"', '{"iterations": 2}', "[]"])
+def test_a_damaged_summary_is_refused(recipe, trainer, text):
     folder = call(recipe, "--rows", "none")
-    (folder / "none/seed_0/summary.json").write_text('{"iterations"')
+    (folder / "none/seed_0/summary.json").write_text(text)
     with pytest.raises(UserError, match=r"summary\.json: damaged"):
         call(recipe)
 
