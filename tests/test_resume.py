@@ -22,6 +22,14 @@ def root(tmp_path_factory):
     return helpers.write_dataset(tmp_path_factory.mktemp("resume") / "data", train=7)  # epochs end within batches
 
 
+@pytest.fixture(scope="module", params=PRESETS)
+def whole(request, root, tmp_path_factory):
+    """A run that nothing interrupted, and its preset."""
+    run = tmp_path_factory.mktemp(request.param) / "whole"
+    start(root, run, request.param)
+    return run, request.param
+
+
 def recipe(root, run, preset, *changes):
     settings = {
         "optim": {"iterations": 8, "warmup": 2},
@@ -78,10 +86,9 @@ def losses(run):
     ]
 
 
-@pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("death", [4, 6])
-def test_an_interrupted_run_ends_bit_for_bit_like_one_that_was_not(root, tmp_path, monkeypatch, preset, death):
-    start(root, tmp_path / "whole", preset)
+def test_an_interrupted_run_ends_bit_for_bit_like_one_that_was_not(root, tmp_path, monkeypatch, whole, death):
+    run, preset = whole
     with monkeypatch.context() as patch:
         die_at(patch, death)
         with pytest.raises(KeyboardInterrupt):
@@ -89,19 +96,19 @@ def test_an_interrupted_run_ends_bit_for_bit_like_one_that_was_not(root, tmp_pat
     assert not (tmp_path / "parts" / "summary.json").exists()
     assert read_checkpoint(tmp_path / "parts")["iteration"] == 4
     start(root, tmp_path / "parts", preset)
-    assert_same(final_state(tmp_path / "parts"), final_state(tmp_path / "whole"))
-    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    assert_same(final_state(tmp_path / "parts"), final_state(run))
+    assert losses(tmp_path / "parts") == losses(run)
     assert [line["iteration"] for line in losses(tmp_path / "parts")] == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
-def test_a_run_that_died_before_its_first_checkpoint_starts_anew(root, tmp_path, monkeypatch):
-    start(root, tmp_path / "whole", "paper")
+def test_a_run_that_died_before_its_first_checkpoint_starts_anew(root, tmp_path, monkeypatch, whole):
+    run, preset = whole
     with monkeypatch.context() as patch:
         die_at(patch, 2)
         with pytest.raises(KeyboardInterrupt):
-            start(root, tmp_path / "parts", "paper")
-    start(root, tmp_path / "parts", "paper")
-    assert_same(final_state(tmp_path / "parts"), final_state(tmp_path / "whole"))
+            start(root, tmp_path / "parts", preset)
+    start(root, tmp_path / "parts", preset)
+    assert_same(final_state(tmp_path / "parts"), final_state(run))
 
 
 # --- determinism
