@@ -78,14 +78,17 @@ def test_a_parameter_that_no_loss_reaches_gets_a_zero_gradient_and_decays():
     assert torch.allclose(weight, before * (1 - 1e-2 * 0.05), rtol=1e-6)
 
 
-def test_one_step_is_that_of_adamw():
+def test_two_steps_are_those_of_adamw():
     network = helpers.network(RECIPE)
     optimiser = build_optimiser(network, RECIPE.optim)
     weight = network.encoder.blocks[0].mlp.fc1.weight
-    before, gradient = weight.detach().double(), torch.randn(weight.shape, generator=helpers.generator())
-    weight.grad = gradient.clone()
-    optimiser.step()
-    # first step: both moments, bias-corrected, are the gradient and its square
-    update = gradient.double() / (gradient.double().abs() + 1e-8)
-    expected = before * (1 - 1e-3 * 0.05) - 1e-3 * update
-    assert torch.allclose(weight.double(), expected, rtol=1e-5, atol=1e-8)
+    expected, first, second = weight.detach().double(), 0.0, 0.0
+    for count in (1, 2):
+        gradient = torch.randn(weight.shape, generator=helpers.generator(count))
+        weight.grad = gradient.clone()
+        optimiser.step()
+        first = 0.9 * first + 0.1 * gradient.double()
+        second = 0.999 * second + 0.001 * gradient.double() ** 2
+        update = (first / (1 - 0.9**count)) / ((second / (1 - 0.999**count)).sqrt() + 1e-8)
+        expected = expected * (1 - 1e-3 * 0.05) - 1e-3 * update
+    assert torch.allclose(weight.double(), expected, rtol=1e-5, atol=1e-7)
