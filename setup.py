@@ -4,6 +4,9 @@ from pathlib import Path
 
 from setuptools import setup
 
+EXPORT = ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"]
+DOCS = ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.27"]
+
 setup(
     name="fsr_fast",
     version="0.1.0",
@@ -43,9 +46,21 @@ setup(
         "rich>=13.0",
         "tensorboard>=2.18",
         "matplotlib>=3.9",
+        "plotly>=6.0",
+        "scipy>=1.14",
+        "pycocotools>=2.0.8",
+        "webdataset>=1.0",
+        "fsspec>=2024.10",
     ],
     extras_require={
+        "export": EXPORT,
+        "docs": DOCS,
         "dev": [
+            *EXPORT,
+            *DOCS,
+            "build>=1.2",
+            "playwright>=1.49",
+            "psutil>=6.0",
             "pytest>=8.0",
             "pytest-benchmark>=5.0",
             "pytest-xdist>=3.6",

@@ -1,7 +1,6 @@
 """The typed configuration: one YAML file over the defaults, then `--section.key value` on the command line.
 
-Every field is described by the text below it; `python -m fsr_fast.train --help` prints them all.
-The defaults are the paper's recipe for PASCAL VOC (`configs/voc_vit_b.yaml`).
+`python -m fsr_fast.train --help` prints all fields with their descriptions.
 """
 
 from __future__ import annotations
@@ -9,10 +8,10 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, Self, get_args
+from typing import Any, NoReturn, Self, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ValidationError, model_validator
 from pydantic_settings import (
     BaseSettings,
     CliSettingsSource,
@@ -21,287 +20,42 @@ from pydantic_settings import (
     SettingsError,
 )
 
+from fsr_fast.config_sections import (
+    AugmentConfig,
+    CamConfig,
+    DataConfig,
+    EvaluateConfig,
+    LossConfig,
+    MaskConfig,
+    ModelConfig,
+    OptimConfig,
+    PseudoLabelConfig,
+    RunConfig,
+    TeacherConfig,
+)
 from fsr_fast.errors import UserError, nearest
 
-Probability = Annotated[float, Field(ge=0.0, le=1.0)]
-Weight = Annotated[float, Field(ge=0.0, le=1000.0)]
-Positive = Annotated[float, Field(gt=0.0)]
-Count = Annotated[int, Field(ge=1)]
-Iterations = Annotated[int, Field(ge=0)]
-Scales = Annotated[tuple[Annotated[float, Field(ge=0.1, le=4.0)], ...], Field(min_length=1)]
-Dilations = Annotated[tuple[Annotated[int, Field(ge=1, le=512)], ...], Field(min_length=1)]
+__all__ = [
+    "CONFIG_FOLDER",
+    "AugmentConfig",
+    "CamConfig",
+    "Config",
+    "DataConfig",
+    "EvaluateConfig",
+    "LossConfig",
+    "MaskConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "PseudoLabelConfig",
+    "RunConfig",
+    "TeacherConfig",
+    "build_config",
+    "dump_config",
+    "load_config",
+    "read_yaml",
+]
 
 CONFIG_FOLDER = Path(__file__).parent / "configs"
-
-
-class Section(BaseModel):
-    """One section of the configuration: unknown keys are refused, values are fixed after loading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
-
-
-class RunConfig(Section):
-    """Where and how the run happens."""
-
-    output: Path = Path("runs/voc_vit_b")
-    """Run folder: configuration, metrics, pictures and checkpoints. A folder that holds the same run is resumed."""
-    seed: int = Field(0, ge=0, lt=2**31)
-    """Seed of every random draw; the draws of a run depend on nothing else."""
-    seed_per_rank: bool = True
-    """Each process draws its own stream; `false`: the same draws on all of them (official code)."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """`auto` takes CUDA where there is a GPU."""
-    engine: Literal["fast", "reference"] = "fast"
-    """`reference` computes every step by the literal, slow form of the method (one process, `amp: off`)."""
-    amp: Literal["auto", "off", "bf16"] = "auto"
-    """Automatic mixed precision of the network passes; losses, softmax, norms and centres stay in fp32. `auto`: bf16 on
-    a GPU, off on a CPU."""
-    resume: bool = True
-    """Go on from the newest checkpoint of the run folder. `false` refuses a folder that holds one."""
-    log_every: Count = 50
-    """Iterations between two lines of metrics.jsonl."""
-    picture_every: Iterations = 1000
-    """Iterations between two sets of TensorBoard pictures; 0: none."""
-    checkpoint_every: Count = 1000
-    """Iterations between two checkpoints; the last iteration always writes one."""
-    evaluate_every: Iterations = 2000
-    """Iterations between two evaluations on the validation list; 0: only at the end."""
-
-
-class DataConfig(Section):
-    """The data set, in PASCAL VOC layout."""
-
-    dataset: Literal["synthetic", "voc", "coco"] = "voc"
-    """`synthetic` is generated on first use; `voc` is any folder in VOC layout; `coco` is MS COCO 2014."""
-    root: Path | None = None
-    """Folder of the data set. `synthetic` needs none."""
-    train_list: str = "train_aug"
-    """Name of the training list in ImageSets/Segmentation, without `.txt`."""
-    val_list: str = "val"
-    """Name of the validation list."""
-    classes: tuple[str, ...] | None = None
-    """Names of all foreground classes, in the order of the mask values 1, 2, …; none: the names of the data set."""
-    subset: tuple[str, ...] | None = None
-    """Train on these classes alone: labels are restricted to them, pixels of all others become 255 (ignored)."""
-    labels: Literal["auto", "xml", "csv", "masks"] = "auto"
-    """Source of the image labels: Annotations/*.xml, labels.csv or the training masks; `auto`: the first one."""
-    image_size: int = Field(448, ge=32, le=4096)
-    """Side of the square training views, in pixels; a multiple of the patch size."""
-    workers: int = Field(4, ge=0, le=256)
-    """Loader processes a rank."""
-    pipeline: Literal["auto", "torch"] = "auto"
-    """Augmentation pipeline."""
-
-
-class AugmentConfig(Section):
-    """The random draws that make a view of an image (paper, implementation details and Table 5)."""
-
-    crop_scale: tuple[Probability, Probability] = (0.32, 1.0)
-    """Smallest and largest area of the random resized crop, as a share of the image."""
-    crop_ratio: tuple[Positive, Positive] = (3 / 4, 4 / 3)
-    """Smallest and largest aspect ratio of the crop."""
-    flip: Probability = 0.5
-    """Probability of a horizontal flip."""
-    jitter: Probability = 0.5
-    """Probability of colour jitter."""
-    brightness: float = Field(0.4, ge=0.0)
-    """Largest relative change of brightness."""
-    contrast: float = Field(0.4, ge=0.0)
-    """Largest relative change of contrast."""
-    saturation: float = Field(0.2, ge=0.0)
-    """Largest relative change of saturation."""
-    hue: float = Field(0.1, ge=0.0, le=0.5)
-    """Largest change of hue, in turns."""
-    blur: Probability = 0.0
-    """Probability of a Gaussian blur of radius 0.1 to 2.0 pixels (Table 5: 0.1)."""
-    solarise: Probability = 0.0
-    """Probability of solarisation above 128 (Table 5: 0.2)."""
-    policy: Literal["none", "autoaugment", "randaugment"] = "none"
-    """Learned policy: AutoAugment (paper) or `rand-m9-mstd0.5-inc1` with random erasing 0.25 (official code)."""
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Self:
-        for key in ("crop_scale", "crop_ratio"):
-            low, high = getattr(self, key)
-            if not 0 < low <= high:
-                raise ValueError(f"{key}: {low} to {high} is not a range; give 0 < smallest <= largest")
-        return self
-
-
-class ModelConfig(Section):
-    """The network: encoder, aggregator, projector, decoder."""
-
-    backbone: str = "vit_base_patch16_224"
-    """Any plain vision transformer of timm, by name."""
-    backbone_options: dict[str, int | float | bool] = Field(default_factory=dict)
-    """Arguments of timm's VisionTransformer that differ from the named model, e.g. `{depth: 6, embed_dim: 128}`."""
-    pretrained: str = "hub"
-    """Weights of the encoder: `hub` (downloaded by timm), `none`, or a local `.safetensors` / `.pth` file."""
-    initial: Path | None = None
-    """Trained network to start from, in place of `pretrained`: run folder, checkpoint, or official `student.pth`."""
-    normalisation: Literal["checkpoint", "imagenet"] = "checkpoint"
-    """Mean and standard deviation of the input: those of the pretrained weights, or ImageNet's (official code)."""
-    stochastic_depth: float = Field(0.1, ge=0.0, lt=1.0)
-    """Drop rate of the last block; it rises linearly from 0 at the first."""
-    aux_block: int = -3
-    """Block whose output is the auxiliary feature map, counted as in Python; -3: the 10th of 12."""
-    aggregation: Literal["mca", "gap", "gmp"] = "mca"
-    """Class token: masked cross-attention, or the average / maximum of the unmasked patches (Table 4)."""
-    aggregator_blocks: Count = 2
-    """Blocks of the aggregator."""
-    mask_mode: Literal["exclude", "multiply", "none"] = "exclude"
-    """Masked patches in the aggregator: left out, Eq. 7 to the letter, or attended to (official code)."""
-    decoder_width: Count = 512
-    """Channels of the decoder's two dilated convolutions."""
-    projector_hidden: Count = 2048
-    """Width of the projector's hidden layers."""
-    bottleneck: Count = 256
-    """Width E of the vector that the prototypes see."""
-    prototypes: int = Field(4096, ge=2)
-    """Number K of prototypes of the projector."""
-
-
-class CamConfig(Section):
-    """Multi-scale class activation maps."""
-
-    scales: Scales = (1.0, 0.5, 1.5)
-    """Scales of the passes; each is run with its mirror image. The first must be 1.0."""
-
-    @model_validator(mode="after")
-    def _first_scale_is_one(self) -> Self:
-        if self.scales[0] != 1.0:
-            raise ValueError(f"scales: the first is {self.scales[0]}; it must be 1.0, whose features the step reuses")
-        return self
-
-
-class MaskConfig(Section):
-    """Selection of the patches to mask in view 2 (Eq. 2-4, Table 3)."""
-
-    strategy: Literal["uncertain", "random", "cam_strict", "edge_strict"] = "uncertain"
-    """What is masked first: uncertain patches, none; or exactly the uncertain patches / the patches with edges."""
-    ratio: float = Field(0.4, ge=0.0, lt=1.0)
-    """Share r of the patches that are masked."""
-    low: Probability = 0.2
-    """Normalised activation β_l above which a patch is uncertain."""
-    high: Probability = 0.7
-    """Normalised activation β_h below which a patch is uncertain."""
-    source: Literal["top", "aux"] = "top"
-    """Classifier whose CAM guides the mask."""
-    multi_scale: bool = False
-    """Guide by the multi-scale CAM with flips instead of the single-scale CAM."""
-    block: Count = 1
-    """Side of the masked blocks, in patches (official code: 4)."""
-    random_fraction: Probability = 0.0
-    """Share of the training, from its start, that masks at random (official code: 0.2)."""
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Self:
-        if not self.low < self.high:
-            raise ValueError(f"low: {self.low} is not below high: {self.high}; lower it")
-        return self
-
-
-class PseudoLabelConfig(Section):
-    """Pseudo labels for the decoder, refined by PAR, and for the affinity loss."""
-
-    high: Probability = 0.7
-    """Background score above which foreground is certain."""
-    low: Probability = 0.25
-    """Background score below which background is certain."""
-    iterations: Count = 10
-    """Iterations of pixel-adaptive refinement."""
-    dilations: Dilations = (1, 2, 4, 8, 12, 24)
-    """Distances of the neighbours, in pixels of the half-size image."""
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Self:
-        if not self.low < self.high:
-            raise ValueError(f"low: {self.low} is not below high: {self.high}; lower it")
-        return self
-
-
-class LossConfig(Section):
-    """Weights of Eq. 10 and the iterations from which they hold. A weight of 0 switches the work off, too."""
-
-    classification: Weight = 1.0
-    """L_cls, both classifiers."""
-    affinity: Weight = 0.2
-    """L_aff, patch-token contrast."""
-    segmentation: Weight = 0.1
-    """L_seg."""
-    uncertain: Weight = 0.1
-    """L_u, Eq. 8."""
-    class_token: Weight = 0.1
-    """L_c, Eq. 9."""
-    energy: Weight = 0.0
-    """Dense-energy regularisation (official code: 0.05); multiplied by 1e-7."""
-    affinity_start: Iterations = 0
-    """Iterations before L_aff counts (COCO: 12,000)."""
-    segmentation_start: Iterations = 2000
-    """Iterations before L_seg and the energy count (COCO: 8,000)."""
-
-
-class TeacherConfig(Section):
-    """The teacher and the targets that it gives."""
-
-    encoder_momentum: Probability = 0.0
-    """Momentum of encoder and aggregator, → 1 by a cosine unless 0. At 0 the teacher's encoder is the student's."""
-    projector_momentum: Probability = 0.996
-    """Momentum of the projector, → 1 by a cosine."""
-    stochastic_depth: bool = False
-    """Draw stochastic depth in the passes without gradient, too (teacher and CAMs; official code)."""
-    student_temperature: Positive = 0.1
-    """Temperature of the student's softmax."""
-    temperature: tuple[Positive, Positive] = (0.04, 0.07)
-    """Temperature of the teacher's softmax, from start to end."""
-    temperature_fraction: Probability = 0.125
-    """Share of the training over which it rises."""
-    centre_momentum: Probability = 0.9
-    """Momentum of the patch centre and the class centre."""
-
-
-class OptimConfig(Section):
-    """AdamW, its schedule and the batch."""
-
-    iterations: Count = 20_000
-    """Length of the training."""
-    batch_size: Count = 8
-    """Images an iteration, over all processes."""
-    learning_rate: Positive = 6e-5
-    """Base rate."""
-    head_factor: Positive = 10.0
-    """Factor on the rate of decoder, projector and classifiers."""
-    weight_decay: float = Field(0.05, ge=0.0)
-    """Decay of matrices; vectors, biases, position embedding, class and mask token have none."""
-    betas: tuple[Probability, Probability] = (0.9, 0.999)
-    """Decay rates of AdamW's moments."""
-    warmup: Iterations = 1500
-    """Iterations of linear warm-up; cosine to 0 follows."""
-    warmup_factor: Probability = 0.1
-    """Factor on the rate at iteration 0."""
-    clip_norm: Positive | None = None
-    """Largest norm of the gradient; none: no clipping."""
-
-    @model_validator(mode="after")
-    def _warmup_fits(self) -> Self:
-        if self.warmup >= self.iterations:
-            raise ValueError(f"warmup: {self.warmup} is not below iterations: {self.iterations}; lower it")
-        return self
-
-
-class EvaluateConfig(Section):
-    """Inference on the validation list."""
-
-    scales: Scales = (1.0, 1.25, 1.5)
-    """Scales of the decoder's passes."""
-    flip: bool = True
-    """Add the mirror image at every scale."""
-    threshold: Probability = 0.5
-    """Background score of the pseudo labels (COCO: 0.45)."""
-    crf: bool = False
-    """Also report the decoder's result after the dense CRF."""
-    limit: Count | None = None
-    """Evaluate only the first images of the list."""
 
 
 class Config(BaseSettings):
