@@ -52,6 +52,7 @@ setup(
         "webdataset>=1.0",
         "fsspec>=2024.10",
     ],
+    entry_points={"console_scripts": ["fsr-fast = fsr_fast.cli:main"]},
     extras_require={
         "export": EXPORT,
         "docs": DOCS,

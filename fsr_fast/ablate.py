@@ -1,11 +1,10 @@
-"""Run the rows of one of the paper's tables: `python -m fsr_fast.ablate --table 4 --config F.yaml [--seeds 0 1 2]`.
+"""Run the rows of one of the paper's tables: `fsr-fast ablate --table 4 --config F.yaml [--seeds 0 1 2]`.
 
 A row is a recipe with a few keys changed. Each row and seed has a run folder of its own below the output folder. The
 same command goes on where it stopped: finished runs are read, not repeated. `table.md` and `table.json` are written
 anew after every run.
 """
 
-import argparse
 import json
 import statistics
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ import yaml
 from fsr_fast.cli import run_command
 from fsr_fast.config import CONFIG_FOLDER, Config, build_config, dump_config, load_config
 from fsr_fast.errors import UserError, nearest
+from fsr_fast.options import Parser
 from fsr_fast.reporting.tracking import write_json
 from fsr_fast.runtime.distributed import Process, start_process, stop_process
 from fsr_fast.runtime.run_folder import CONFIG_FILE, claim_run_folder
@@ -96,7 +96,7 @@ Scores = Mapping[tuple[str, int], dict[str, Any] | None]
 
 def main(arguments: Sequence[str]) -> None:
     """Run a table's rows as the arguments say."""
-    options, overrides = _parser().parse_known_args(arguments)
+    options, overrides = build_parser().parse_known_args(arguments)
     chosen = _choose_rows(options.table, options.rows)
     _check_overrides(options.table, overrides)
     base, print_only = load_config(["--config", str(options.config), *overrides])
@@ -280,12 +280,12 @@ def _check_overrides(number: int, overrides: Sequence[str]) -> None:
             raise UserError(f"command line: --{key} cannot be given here: {taken[key]}")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m fsr_fast.ablate",
+def build_parser() -> Parser:
+    """Give the parser of this verb."""
+    parser = Parser(
+        "ablate",
         description=__doc__,
         epilog="Every other option is one of the recipe, --section.key value, and holds for all rows.",
-        allow_abbrev=False,
     )
     parser.add_argument("--table", type=int, choices=sorted(TABLES), required=True, help="number of the paper's table")
     parser.add_argument("--config", type=Path, default=CONFIG_FOLDER / "synthetic.yaml", help="recipe of all rows")

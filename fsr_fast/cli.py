@@ -1,9 +1,52 @@
-"""What all entry points share."""
+"""`fsr-fast VERB …`: the table of verbs, and what all entry points share.
 
+A verb is a module with `main(arguments)` and `build_parser()`; it is imported when it is called.
+"""
+
+import importlib
 import sys
 from collections.abc import Callable, Sequence
+from importlib import metadata
+from typing import NamedTuple
 
-from fsr_fast.errors import UserError
+from fsr_fast.errors import UserError, nearest
+
+
+class Verb(NamedTuple):
+    """One line of the table."""
+
+    module: str
+    purpose: str
+    example: str
+    """Arguments that follow the verb."""
+
+
+VERBS = {
+    "train": Verb(
+        "fsr_fast.train",
+        "train a network; the same command goes on where it stopped",
+        "--config voc_vit_b --data.root VOCdevkit/VOC2012",
+    ),
+    "evaluate": Verb(
+        "fsr_fast.evaluate", "score a trained network on pictures with masks", "--checkpoint runs/synthetic --crf"
+    ),
+    "predict": Verb(
+        "fsr_fast.predict",
+        "segment pictures: masks, overlays, heat maps, scores",
+        "--checkpoint runs/synthetic holiday/ --output results",
+    ),
+    "export": Verb(
+        "fsr_fast.export",
+        "write a trained network for other programs",
+        "--checkpoint runs/synthetic --to official --output student.pth",
+    ),
+    "ablate": Verb(
+        "fsr_fast.ablate", "run one of the paper's tables, row by row", "--table 4 --config synthetic --seeds 0 1 2"
+    ),
+    "completion": Verb(
+        "fsr_fast.completion", "print a script that completes verbs and options in a shell", "bash > ~/.fsr-fast.bash"
+    ),
+}
 
 
 def run_command(command: Callable[[Sequence[str]], None]) -> None:
@@ -16,6 +59,9 @@ def run_command(command: Callable[[Sequence[str]], None]) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # the reader of our output has gone, as `head` does
+        sys.stderr.close()
+        sys.exit(141)
     except OSError as error:
         if error.filename is None:
             raise
@@ -23,3 +69,50 @@ def run_command(command: Callable[[Sequence[str]], None]) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def dispatch(arguments: Sequence[str]) -> None:
+    """Run the verb that the first argument names.
+
+    Args:
+        arguments: verb, then its own arguments.
+
+    Raises:
+        UserError: there is no such verb.
+    """
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(help_text(), end="")
+        return
+    name, *rest = arguments
+    if name == "--version":
+        print(f"fsr-fast {metadata.version('fsr_fast')}")
+        return
+    if name not in VERBS:
+        raise UserError(f"command line: unknown verb {name!r}{nearest(name, VERBS)}")
+    importlib.import_module(VERBS[name].module).main(rest)
+
+
+def help_text() -> str:
+    """Describe all verbs, with an example each."""
+    width = max(map(len, VERBS)) + 2
+    verbs = "\n".join(
+        f"  {name:<{width}}{verb.purpose}\n  {'':<{width}}  $ fsr-fast {name} {verb.example}\n"
+        for name, verb in VERBS.items()
+    )
+    return f"""usage: fsr-fast VERB [options]
+
+Train segmentation networks from image-level labels: you say what is in each picture, the network learns where.
+
+verbs:
+{verbs}
+first steps:
+  fsr-fast train              the demonstration: the embedded data set, on a CPU, from nothing to a trained network
+  fsr-fast VERB --help        every option of a verb
+  torchrun --nproc-per-node 4 -m fsr_fast train …
+                              the same on several GPUs
+"""
+
+
+def main() -> None:
+    """Entry point of the command `fsr-fast`."""
+    run_command(dispatch)

@@ -1,6 +1,6 @@
 """The typed configuration: one YAML file over the defaults, then `--section.key value` on the command line.
 
-`python -m fsr_fast.train --help` prints all fields with their descriptions.
+`fsr-fast train --help` prints all fields with their descriptions.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, Self, get_args
+from typing import Any, Self, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError, model_validator
@@ -34,6 +34,7 @@ from fsr_fast.config_sections import (
     TeacherConfig,
 )
 from fsr_fast.errors import UserError, nearest
+from fsr_fast.options import Parser
 
 __all__ = [
     "CONFIG_FOLDER",
@@ -65,7 +66,7 @@ class Config(BaseSettings):
         extra="forbid",
         frozen=True,
         cli_exit_on_error=False,
-        cli_prog_name="python -m fsr_fast.train",
+        cli_prog_name="fsr-fast train",
         cli_hide_none_type=True,
         cli_avoid_json=True,
         use_attribute_docstrings=True,
@@ -104,6 +105,13 @@ class Config(BaseSettings):
         return self
 
 
+def build_parser() -> Parser:
+    """Give the parser of `fsr-fast train`: an option for every field."""
+    parser = _file_options()
+    CliSettingsSource(Config, root_parser=parser)
+    return parser
+
+
 def load_config(arguments: Sequence[str]) -> tuple[Config, bool]:
     """Read the configuration of a run.
 
@@ -117,9 +125,7 @@ def load_config(arguments: Sequence[str]) -> tuple[Config, bool]:
     Raises:
         UserError: an unknown key, a value out of range, a file that cannot be read.
     """
-    parser = _Parser(prog="python -m fsr_fast.train", allow_abbrev=False, formatter_class=argparse.HelpFormatter)
-    parser.add_argument("--config", type=Path, default=CONFIG_FOLDER / "synthetic.yaml", help="recipe (YAML)")
-    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
+    parser = _file_options()
     source: CliSettingsSource[Any] = CliSettingsSource(Config, root_parser=parser, cli_parse_args=list(arguments))
     options = parser.parse_args(list(arguments))
     return build_config(read_yaml(options.config), str(options.config), source), options.print_config
@@ -150,7 +156,7 @@ def read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Read a recipe. Its key `base` names another one, in the same folder, over whose values it is laid.
 
     Args:
-        path: the file.
+        path: the file, or the name of a recipe of the package, e.g. `voc_vit_b`.
         above: recipes that are laid over this one.
 
     Raises:
@@ -158,9 +164,12 @@ def read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     """
     if path in above:
         raise UserError(f"{path}: base: {' → '.join(map(str, (*above, path)))} has no end; remove one base")
+    named = CONFIG_FOLDER / f"{path}.yaml"
+    if not path.is_file() and len(path.parts) == 1 and named.is_file():
+        path = named
     if not path.is_file():
-        recipes = sorted(str(file) for file in CONFIG_FOLDER.glob("*.yaml"))
-        raise UserError(f"{path}: no such configuration; the recipes are: {', '.join(recipes)}")
+        recipes = sorted(file.stem for file in CONFIG_FOLDER.glob("*.yaml"))
+        raise UserError(f"{path}: no such configuration; give a file, or the name of a recipe: {', '.join(recipes)}")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -176,14 +185,13 @@ def dump_config(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        unknown = message.partition("unrecognized arguments: ")[2].split()
-        if not unknown:
-            raise UserError(f"command line: {message}")
-        key = unknown[0].partition("=")[0]
-        keys = [option for action in self._actions for option in action.option_strings]
-        raise UserError(f"command line: unknown option {key!r}{nearest(key, keys)}")
+def _file_options() -> Parser:
+    parser = Parser("train", description="Train from image-level labels.", formatter_class=argparse.HelpFormatter)
+    parser.add_argument(
+        "--config", type=Path, default=CONFIG_FOLDER / "synthetic.yaml", help="recipe: its name, or a YAML file"
+    )
+    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
+    return parser
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Evaluate a trained network: `python -m fsr_fast.evaluate --checkpoint RUN_OR_FILE`."""
+"""Evaluate a trained network: `fsr-fast evaluate --checkpoint RUN_OR_FILE`."""
 
 import argparse
 from collections.abc import Sequence
@@ -15,6 +15,7 @@ from fsr_fast.evaluation.evaluator import evaluate_network
 from fsr_fast.models import Network
 from fsr_fast.models.build import restore_network, restore_official
 from fsr_fast.models.official import read_official
+from fsr_fast.options import Parser
 from fsr_fast.reporting.pictures import evaluation_grid
 from fsr_fast.reporting.tables import score_table
 from fsr_fast.reporting.tracking import write_json
@@ -26,7 +27,7 @@ PICTURES = 8
 
 def main(arguments: Sequence[str]) -> None:
     """Evaluate as the arguments say."""
-    options = _parser().parse_args(arguments)
+    options = build_parser().parse_args(arguments)
     network, config, iteration = load_evaluation(options)
     _, dataset = build_datasets(config.data)
     if iteration is None and len(network.classes) == len(dataset.classes):
@@ -84,8 +85,9 @@ def load_evaluation(options: argparse.Namespace) -> tuple[Network, Config, int |
     return restore_official(weights, origin), config, None
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m fsr_fast.evaluate", description=__doc__, allow_abbrev=False)
+def build_parser() -> Parser:
+    """Give the parser of this verb."""
+    parser = Parser("evaluate", description=__doc__)
     parser.add_argument("--checkpoint", type=Path, required=True, help="run folder, checkpoint, official student.pth")
     parser.add_argument("--config", type=Path, help="recipe, for an official checkpoint: its data and evaluation")
     parser.add_argument("--root", type=Path, help="folder of the data set, if not that of the training")

@@ -1,6 +1,5 @@
-"""Write a trained network for the official code: `python -m fsr_fast.export --checkpoint RUN --output student.pth`."""
+"""Write a trained network for the official code: `fsr-fast export --checkpoint RUN --output student.pth`."""
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,12 +10,13 @@ from fsr_fast.errors import UserError
 from fsr_fast.models import Network, load_network
 from fsr_fast.models.build import restore_network
 from fsr_fast.models.official import official_state_dict
+from fsr_fast.options import Parser
 from fsr_fast.runtime.checkpoint import read_checkpoint
 
 
 def main(arguments: Sequence[str]) -> None:
     """Export as the arguments say."""
-    options = _parser().parse_args(arguments)
+    options = build_parser().parse_args(arguments)
     if options.output.exists():
         raise UserError(f"--output: {options.output} exists; delete it or give another name")
     network = load_teacher(options.checkpoint) if options.teacher else load_network(options.checkpoint)
@@ -53,8 +53,9 @@ def load_teacher(path: Path) -> Network:
     return restore_network({**checkpoint, "student": checkpoint["student"] | averaged}, str(path))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m fsr_fast.export", description=__doc__, allow_abbrev=False)
+def build_parser() -> Parser:
+    """Give the parser of this verb."""
+    parser = Parser("export", description=__doc__)
     parser.add_argument("--checkpoint", type=Path, required=True, help="run folder or checkpoint file")
     parser.add_argument("--to", choices=("official",), default="official", help="state dict of the official code")
     parser.add_argument("--output", type=Path, required=True, help="file to write, e.g. student.pth")

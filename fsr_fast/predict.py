@@ -1,6 +1,5 @@
-"""Segment pictures: `python -m fsr_fast.predict --checkpoint RUN_OR_FILE IMAGES_OR_FOLDER… --output DIR`."""
+"""Segment pictures: `fsr-fast predict --checkpoint RUN_OR_FILE IMAGES_OR_FOLDER… --output DIR`."""
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from fsr_fast.errors import UserError
 from fsr_fast.evaluation.crf import dense_crf
 from fsr_fast.evaluation.inference import Prediction, read_picture, segment
 from fsr_fast.models import load_network
+from fsr_fast.options import Parser
 from fsr_fast.reporting.figures import heatmap, overlay, save_palette_png
 from fsr_fast.reporting.progress import track
 from fsr_fast.reporting.tracking import write_json
@@ -22,7 +22,7 @@ SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 def main(arguments: Sequence[str]) -> None:
     """Predict as the arguments say."""
-    options = _parser().parse_args(arguments)
+    options = build_parser().parse_args(arguments)
     pictures = find_pictures(options.images)
     network = load_network(options.checkpoint).to(start_process(options.device).device)
     scores = {}
@@ -75,8 +75,9 @@ def write_prediction(folder: Path, name: str, image: np.ndarray, mask: np.ndarra
         Image.fromarray(heatmap(image, cam)).save(folder / "cams" / f"{name}_{class_name}.png")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m fsr_fast.predict", description=__doc__, allow_abbrev=False)
+def build_parser() -> Parser:
+    """Give the parser of this verb."""
+    parser = Parser("predict", description=__doc__)
     parser.add_argument("images", type=Path, nargs="+", help="pictures, or folders of pictures")
     parser.add_argument("--checkpoint", type=Path, required=True, help="run folder, checkpoint, official student.pth")
     parser.add_argument("--output", type=Path, required=True, help="folder for the results")

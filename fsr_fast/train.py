@@ -1,11 +1,16 @@
-"""Train from image-level labels: `torchrun -m fsr_fast.train [--config F.yaml] [--section.key value]`."""
+"""Train from image-level labels: `fsr-fast train [--config F.yaml] [--section.key value]`.
+
+On several GPUs: `torchrun --nproc-per-node N -m fsr_fast.train …`.
+"""
 
 from collections.abc import Sequence
 
 from fsr_fast.cli import run_command
-from fsr_fast.config import dump_config, load_config
+from fsr_fast.config import build_parser, dump_config, load_config
 from fsr_fast.runtime.distributed import start_process, stop_process
 from fsr_fast.trainer import Trainer
+
+__all__ = ["build_parser", "main"]
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -245,10 +245,19 @@ def test_a_file_of_another_kind_is_refused(tmp_path, text, part):
     assert part in refusal_of_file(tmp_path / "recipe.yaml", text)
 
 
+def test_a_recipe_is_found_by_its_name_and_a_file_of_that_name_goes_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load("--config", "coco_official", "--data.root", "d") == load(
+        "--config", str(CONFIG_FOLDER / "coco_official.yaml"), "--data.root", "d"
+    )
+    (tmp_path / "synthetic").write_text("data: {dataset: synthetic}\nmask: {ratio: 0.125}\n")
+    assert load("--config", "synthetic").mask.ratio == 0.125
+
+
 def test_a_missing_file_is_named_with_the_recipes_that_there_are(tmp_path):
     message = refusal("--config", str(tmp_path / "none.yaml"))
     assert "none.yaml: no such configuration" in message
-    assert "voc_vit_b.yaml" in message
+    assert "voc_vit_b" in message
 
 
 def test_a_missing_base_is_named(tmp_path):
