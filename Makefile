@@ -2,13 +2,18 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test lint types bench clean
+.PHONY: train test interpret lint types bench clean
 
 train: .venv/runtime
 	$(BIN)/python -m fsr_fast.train
 
 test: .venv/development
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n auto
+
+# whole steps and whole runs with Triton's kernels, interpreted: about half an hour
+interpret: .venv/development
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 FSR_KERNELS=triton $(BIN)/python -m pytest -n auto \
+		tests/parity tests/test_step.py tests/test_end_to_end.py
 
 bench: .venv/development
 	$(BIN)/python -m pytest bench

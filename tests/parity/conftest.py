@@ -1,17 +1,25 @@
-"""Both sides compute in float64, where a difference of 1e-9 tells a rounding error from a mistake."""
+"""Both sides compute in float64, where a difference of 1e-9 tells a rounding error from a mistake.
+
+`TRITON_INTERPRET=1 FSR_KERNELS=triton pytest tests/parity` compares Triton's kernels in float32 instead.
+"""
 
 import pytest
 import torch
 from torch import Tensor
 
+from .harness import DTYPE
+
 
 @pytest.fixture
-def double(monkeypatch):
-    """Compute in float64 throughout.
+def precise(monkeypatch):
+    """Compute in the dtype of the comparison throughout.
 
     The fast path widens half precision by `.float()`, which would narrow float64, and divides whole numbers, which
     gives the default dtype.
     """
+    if DTYPE == torch.float32:
+        yield
+        return
     widen = Tensor.float
     monkeypatch.setattr(Tensor, "float", lambda tensor: tensor if tensor.dtype == torch.float64 else widen(tensor))
     before = torch.get_default_dtype()

@@ -8,7 +8,9 @@ from fsr_fast.errors import UserError
 from fsr_fast.step import FSRStep
 
 from .harness import (
+    BOUND,
     CLASSES,
+    DTYPE,
     LABELS,
     TINY,
     Comparison,
@@ -22,9 +24,8 @@ from .harness import (
     tiny_config,
 )
 
-pytestmark = pytest.mark.usefixtures("double")
+pytestmark = pytest.mark.usefixtures("precise")
 
-BOUND = 1e-9
 PAPER, OFFICIAL = "voc_vit_b", "voc_official"
 BLOCKS_OF_PATCHES = {"mask": {"block": 1}}  # a grid of 5 x 7 patches has no larger blocks
 WITH_LABELS = {"loss": {"segmentation_start": 0}}
@@ -74,7 +75,7 @@ def test_a_parameter_that_no_loss_reaches_gets_a_zero_gradient_and_still_decays(
     trainer = build_trainer(tiny_config(PAPER), (40, 56))
     iterate(trainer, draw_views((40, 56), seed=0), LABELS)
     rate = 1e-3 * 10 * 0.1  # base, head, first iteration of the warm-up
-    torch.testing.assert_close(trainer.network.decoder.conv6.weight.detach(), before.double() * (1 - rate * 0.05))
+    torch.testing.assert_close(trainer.network.decoder.conv6.weight.detach(), before.to(DTYPE) * (1 - rate * 0.05))
 
 
 # --- every switch
@@ -181,10 +182,10 @@ def test_training_by_the_reference_engine_gives_the_same_weights():
         outputs = [iterate(trainer, draw_views((40, 56), seed=iteration), LABELS) for trainer in (fast, slow)]
     assert outputs[0].losses.keys() == outputs[1].losses.keys()
     torch.testing.assert_close(outputs[0].cams, outputs[1].cams, rtol=BOUND, atol=BOUND)
-    torch.testing.assert_close(state_of(fast), state_of(slow), rtol=0, atol=1e-9)
+    torch.testing.assert_close(state_of(fast), state_of(slow), rtol=0, atol=BOUND)
     for part in ("teacher", "distillation"):
         ours, theirs = (getattr(trainer.step, part).state_dict() for trainer in (fast, slow))
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=BOUND)
 
 
 def test_the_reference_engine_refuses_what_it_does_not_know():
