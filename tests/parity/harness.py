@@ -177,7 +177,7 @@ def _differences(
             state.centres._asdict(),
         ),
     }
-    if DTYPE == torch.float32:  # Adam makes a full step of a gradient that is rounding error, as that of a key bias
+    if KERNELS:  # Adam makes a full step of a gradient that is rounding error, as that of a key bias
         del groups["weight"]
     floor = 1e-6 * torch.stack([g.norm() for g in record.gradients.values()]).norm().item()
     result = {}
