@@ -12,10 +12,9 @@ Training needs no masks, unless the labels are read from them; validation does.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,10 +23,10 @@ from PIL import Image
 from fsr_fast.config import DataConfig
 from fsr_fast.dataloading import synthetic
 from fsr_fast.dataloading.class_names import COCO_CLASSES, VOC_CLASSES
+from fsr_fast.dataloading.images import IGNORE, DamagedFileError, check_name, image_size, inside, read_image, read_mask
 from fsr_fast.dataloading.labels import read_labels
 from fsr_fast.errors import UserError, nearest
 
-IGNORE = 255
 SYNTHETIC_ROOT = Path("data/synthetic")
 IMAGE_FOLDERS, IMAGE_ENDINGS = ("JPEGImages",), (".jpg", ".jpeg", ".png")
 MASK_FOLDERS, MASK_ENDINGS = ("SegmentationClassAug", "SegmentationClass"), (".png",)
@@ -66,13 +65,20 @@ class SegmentationDataset:
         return int(self.labels.sum(1).max())
 
     def image(self, index: int) -> Image.Image:
-        """Read an image as RGB.
+        """Read an image as RGB, upright.
 
         Raises:
-            UserError: the file is missing or cannot be decoded.
+            DamagedFileError: the file is missing or cannot be decoded.
         """
-        with _opened(_find_image(self.root, self.ids[index])) as image:
-            return image.convert("RGB")
+        return read_image(self.image_path(index))
+
+    def image_path(self, index: int) -> Path:
+        """Give the file of an image.
+
+        Raises:
+            DamagedFileError: there is none.
+        """
+        return _find_image(self.root, self.ids[index])
 
     def mask(self, index: int) -> NDArray[np.uint8] | None:
         """Read a mask.
@@ -81,18 +87,17 @@ class SegmentationDataset:
             (H, W) uint8: 0 background, 1…C the classes, 255 ignored; none where the image has no mask.
 
         Raises:
-            UserError: the file is damaged, has another size than its image, or holds an unknown class value.
+            DamagedFileError: the file is damaged, has another size than its image, or holds an unknown class value.
         """
         path = _find(self.root, MASK_FOLDERS, self.ids[index], MASK_ENDINGS)
         if path is None:
             return None
         mask = read_mask(path, len(self.mask_values) - 1)
-        with _opened(_find_image(self.root, self.ids[index])) as image:
-            width, height = image.size
+        width, height = image_size(self.image_path(index))
         if mask.shape != (height, width):
-            raise UserError(
-                f"{path}: {mask.shape[1]} x {mask.shape[0]} pixels, but its image has {width} x {height}; "
-                "the two must be of one size"
+            raise DamagedFileError(
+                f"{path}: {mask.shape[1]} x {mask.shape[0]} pixels, but its image (upright, as its EXIF data say) has "
+                f"{width} x {height}; the two must be of one size"
             )
         table = np.full(256, IGNORE, np.uint8)
         table[: len(self.mask_values)] = self.mask_values
@@ -116,35 +121,6 @@ def build_datasets(config: DataConfig) -> tuple[SegmentationDataset, Segmentatio
         synthetic.ensure(root)
     _check_layout(root, config.dataset)
     return _open(root, config, config.train_list, training=True), _open(root, config, config.val_list, training=False)
-
-
-def read_mask(path: Path, limit: int) -> NDArray[np.uint8]:
-    """Read the values of a mask, never the colours of its palette.
-
-    Args:
-        path: palette or 8-bit greyscale PNG.
-        limit: highest class value; 255 is allowed besides.
-
-    Returns:
-        (H, W) uint8, as in the file.
-
-    Raises:
-        UserError: cannot be decoded, is of another kind, or holds a value above the limit.
-    """
-    with _opened(path) as image:
-        mode, mask = image.mode, np.asarray(image)
-    if mode not in ("P", "L"):
-        raise UserError(
-            f"{path}: a mask of mode {mode}; expected one 8-bit value a pixel (palette or greyscale PNG): "
-            "0 background, 1… classes, 255 ignored"
-        )
-    highest = int(mask[mask != IGNORE].max(initial=0))
-    if highest > limit:
-        raise UserError(
-            f"{path}: holds the value {highest}, but there are {limit} classes; expected 0 to {limit}, or 255; "
-            "mend the mask, or name every class in data.classes"
-        )
-    return mask
 
 
 def _open(root: Path, config: DataConfig, list_name: str, *, training: bool) -> SegmentationDataset:
@@ -225,10 +201,10 @@ def _read_list(root: Path, list_name: str, key: str) -> list[str]:
         raise UserError(f"{key}: {path} is empty; expected one id a line")
     seen: set[str] = set()
     for name in ids:
-        if name.startswith("/") or ".." in PurePosixPath(name).parts:
-            raise UserError(
-                f"{key}: {path}: {name!r} leads out of the data set; expected an id, without folder or ending"
-            )
+        try:
+            check_name(name)
+        except DamagedFileError as error:
+            raise UserError(f"{key}: {path}: {error}") from None
         if name in seen:
             raise UserError(f"{key}: {path}: {name!r} stands there twice; keep one")
         seen.add(name)
@@ -236,14 +212,14 @@ def _read_list(root: Path, list_name: str, key: str) -> list[str]:
 
 
 def _find(root: Path, folders: Sequence[str], name: str, endings: Sequence[str]) -> Path | None:
-    paths = (root / folder / f"{name}{ending}" for folder in folders for ending in endings)
+    paths = (inside(root / folder, f"{name}{ending}") for folder in folders for ending in endings)
     return next((path for path in paths if path.is_file()), None)
 
 
 def _find_image(root: Path, name: str) -> Path:
     path = _find(root, IMAGE_FOLDERS, name, IMAGE_ENDINGS)
     if path is None:
-        raise UserError(
+        raise DamagedFileError(
             f"{root / 'JPEGImages'}: no image for the id {name!r} (endings: {', '.join(IMAGE_ENDINGS)}); "
             "add the file, or take the id off the list"
         )
@@ -253,17 +229,8 @@ def _find_image(root: Path, name: str) -> Path:
 def _find_mask(root: Path, name: str) -> Path:
     path = _find(root, MASK_FOLDERS, name, MASK_ENDINGS)
     if path is None:
-        raise UserError(
+        raise DamagedFileError(
             f"{root}: no mask for the id {name!r} in {' or '.join(MASK_FOLDERS)}; add {name}.png, "
             "or take the id off the list"
         )
     return path
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
-    try:
-        with Image.open(path) as image:
-            yield image
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: cannot be decoded: {error}; replace the file, or take its id off the list") from None
