@@ -1,6 +1,7 @@
 """Fused operations: one a module, Triton kernels for CUDA tensors and vectorised torch for CPU tensors."""
 
 from .affinity_loss import affinity_loss, affinity_sums
+from .dense_crf import dense_crf
 from .dense_energy import dense_energy
 from .distillation_loss import distillation_loss
 from .masked_cross_attention import masked_cross_attention
@@ -15,6 +16,7 @@ __all__ = [
     "PatchSelection",
     "affinity_loss",
     "affinity_sums",
+    "dense_crf",
     "dense_energy",
     "distillation_loss",
     "masked_cross_attention",
