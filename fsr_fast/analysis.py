@@ -73,8 +73,8 @@ def _record_entropy(
     attention: Attention, entropies: list[Tensor]
 ) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
     def record(_module: nn.Module, _inputs: tuple[Tensor, ...], projected: Tensor) -> None:
-        query, key, _ = projected.float().unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        query, key, _ = projected.float().unflatten(-1, (3, attention.num_heads, -1)).permute(1, 2, 0, 3)
         logits = attention.q_norm(query) @ attention.k_norm(key).transpose(-2, -1) * attention.scale
-        entropies.append(torch.special.entr(logits.softmax(-1)).sum(-1).mean((0, 2)))
+        entropies.append(torch.special.entr(logits.softmax(-1)).sum(-1).mean(1))
 
     return record

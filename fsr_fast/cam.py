@@ -28,29 +28,52 @@ def multi_scale_passes(
     keep: Sequence[Tensor] | None = None,
     aux_only: bool = False,
 ) -> list[ScalePass]:
-    """Pass images and their mirror images through the trunk at every scale.
+    """Pass images and their mirror images through the trunk at every scale, all scales as one sequence.
 
     Args:
         encoder: the trunk.
         images: (B, 3, H, W), normalised.
         scales: the first is 1.0.
         first: features of the images at scale 1.0, where they are known already.
-        keep: stochastic depth of each scale's pass, (depth, 2, 2B): images first, then mirror images.
+        keep: stochastic depth of each scale's images, (depth, 2, 2B): images first, then mirror images.
         aux_only: stop after the auxiliary block.
 
     Returns:
         One pair of features a scale. Source: paper, implementation details.
     """
-    passes = []
-    for index, scale in enumerate(scales):
-        size = scaled_size((images.shape[-2], images.shape[-1]), scale, encoder.patch_size)
-        scaled = resize_images(images, size)
-        if index == 0 and first is not None:
-            passes.append(ScalePass(first, encoder(scaled.flip(-1), aux_only=aux_only)))
-            continue
-        both = encoder(torch.cat([scaled, scaled.flip(-1)]), keep=keep[index] if keep else None, aux_only=aux_only)
-        passes.append(ScalePass(*split_batch(both)))
-    return passes
+    views = scaled_views(images, scales, encoder.patch_size, known=first is not None)
+    factors = torch.cat(list(keep), dim=-1) if keep else None
+    return pair_mirrored(encoder.forward_packed(views, factors, aux_only=aux_only), first)
+
+
+def scaled_views(images: Tensor, scales: Sequence[float], patch_size: int, *, known: bool = False) -> list[Tensor]:
+    """Resize images to every scale and add their mirror images.
+
+    Args:
+        images: (B, 3, H, W), normalised.
+        scales: the first is 1.0.
+        patch_size: pixels.
+        known: leave out the images at the first scale, whose features are known.
+
+    Returns:
+        One (2B, 3, h, w) a scale, images first; without `known` images (B, 3, h, w) at the first.
+    """
+    size = (images.shape[-2], images.shape[-1])
+    scaled = [resize_images(images, scaled_size(size, scale, patch_size)) for scale in scales]
+    whole = [torch.cat([one, one.flip(-1)]) for one in scaled[known:]]
+    return [scaled[0].flip(-1), *whole] if known else whole
+
+
+def pair_mirrored(features: Sequence[Features], first: Features | None = None) -> list[ScalePass]:
+    """Part the features of `scaled_views` into those of images and of mirror images.
+
+    Args:
+        features: of each scale.
+        first: features of the images at the first scale, if they were known.
+    """
+    if first is None:
+        return [ScalePass(*split_batch(one)) for one in features]
+    return [ScalePass(first, features[0]), *pair_mirrored(features[1:])]
 
 
 def split_batch(features: Features) -> tuple[Features, Features]:

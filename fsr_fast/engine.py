@@ -7,13 +7,14 @@ from torch.nn.functional import interpolate
 
 from fsr_fast import reference
 from fsr_fast.config import Config
+from fsr_fast.draws import Draws
 from fsr_fast.errors import UserError
 from fsr_fast.kernels import MergedCams
 from fsr_fast.models import Network
 from fsr_fast.pseudo_labels import half_size
 from fsr_fast.runtime.distributed import world_size
 from fsr_fast.schedules import Schedule
-from fsr_fast.step import Draws, FSRStep, StepOutput
+from fsr_fast.step import FSRStep, StepOutput
 
 
 class ReferenceStep(FSRStep):

@@ -10,49 +10,22 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fsr_fast.cam import (
-    ScalePass,
-    dense_cams,
-    merge_passes,
-    merged_labels,
-    multi_scale_passes,
-    normalise_cam,
-    split_batch,
-)
+from fsr_fast.cam import ScalePass, merge_passes, merged_labels, pair_mirrored, scaled_views, split_batch
 from fsr_fast.config import Config, LossConfig
 from fsr_fast.distillation import Distillation, gather_tokens
+from fsr_fast.draws import Draws, draw_step
 from fsr_fast.kernels import MergedCams
 from fsr_fast.losses import classification_loss, energy_loss, global_affinity_loss, global_segmentation_loss
-from fsr_fast.masking import (
-    MaskedPatches,
-    mask_edges,
-    mask_from_cam,
-    mask_from_features,
-    mask_randomly,
-    mask_shape,
-)
+from fsr_fast.mask_guide import select_patches
+from fsr_fast.masking import MaskedPatches, mask_shape
 from fsr_fast.models import Network
 from fsr_fast.models.encoder import Features
-from fsr_fast.models.network import activate, classify, to_map
+from fsr_fast.models.network import classify, to_map
+from fsr_fast.models.work import TrunkPass, Work
 from fsr_fast.pseudo_labels import denormalise, generate_pseudo_labels, grey_levels, half_size
 from fsr_fast.runtime.precision import autocast
 from fsr_fast.schedules import Schedule
 from fsr_fast.teacher import Teacher
-
-
-class Draws(NamedTuple):
-    """All that is random in a step."""
-
-    uniform: Tensor
-    """(B, blocks), u of Eq. 3."""
-    student: Tensor
-    """(depth, 2, 2B), stochastic depth of the student: view 1, then masked view 2."""
-    teacher: Tensor | None = None
-    """(depth, 2, 2B), of the teacher; none: not drawn."""
-    mask_cam: list[Tensor] | None = None
-    """(depth, 2, 2B) a scale, of the CAM passes of view 2."""
-    cam: list[Tensor] | None = None
-    """(depth, 2, 2B) a scale, of the CAM passes of view 1."""
 
 
 class StepOutput(NamedTuple):
@@ -68,6 +41,8 @@ class StepOutput(NamedTuple):
     """(B, H, W), uint8, likewise."""
     mask: Tensor | None
     """(B, N), bool, masked patches of view 2."""
+    work: Work | None = None
+    """The trunk's passes; none where the reference made them."""
 
 
 class FSRStep(nn.Module):
@@ -95,16 +70,9 @@ class FSRStep(nn.Module):
 
     def draw(self, batch: int, generator: torch.Generator) -> Draws:
         """Draw all that is random in a step on `batch` images."""
-
-        def keep() -> Tensor:
-            return self.student.encoder.draw_keep(2 * batch, generator).to(self.mean.device)
-
-        uniform = torch.rand(batch, self.mask_shape.blocks, generator=generator).to(self.mean.device)
-        student = keep()
-        if not self.config.teacher.stochastic_depth:
-            return Draws(uniform, student)
-        scales = self.config.cam.scales
-        return Draws(uniform, student, keep(), [keep() for _ in scales], [keep() for _ in scales])
+        passes = len(self.config.cam.scales) if self.config.teacher.stochastic_depth else 0
+        blocks = self.mask_shape.blocks
+        return draw_step(self.student.encoder, batch, blocks, generator, self.mean.device, passes=passes)
 
     def denormalise(self, images: Tensor) -> Tensor:
         """Undo the normalisation of images (B, 3, H, W): grey levels 0…255."""
@@ -122,34 +90,48 @@ class FSRStep(nn.Module):
         view1, view2 = views
         weights = schedule.weights
         distils = weights.uncertain > 0 or weights.class_token > 0
+        needs_cams = weights.affinity > 0 or weights.segmentation > 0 or weights.energy > 0
+        made = self._count_passes()
 
-        unmasked = self._pass_unmasked(view2) if distils and self.shares_passes else None
-        masked = self._select_patches(view2, unmasked, labels, draws, schedule) if distils else None
+        unmasked, scaled = self._pass_unmasked(view1 if needs_cams else None, view2 if distils else None, draws)
+        masked = self._select_patches(view2, unmasked, labels, draws, schedule.random_mask) if distils else None
         features, masked_features = self._pass_student(view1, view2, masked, draws.student)
         with self._autocast():
             top = self.student.encoder.norm(features.tokens)
 
         losses = {"classification": self._classify(top, features.aux, labels)}
         cams = pseudo_labels = None
-        passes = self._pass_scales(view1, features, draws) if _needs_cams(weights) else []
+        passes = pair_mirrored(scaled, _detach(features) if self.shares_passes else None) if needs_cams else []
         if weights.affinity > 0:
             losses["affinity"] = self._contrast(top, passes, labels, _size(view1), features.grid)
         if weights.segmentation > 0 or weights.energy > 0:
             cams, pseudo_labels = self._label_pixels(view1, passes, labels)
             losses |= self._segment(to_map(top, features.grid), view1, pseudo_labels, weights)
         if masked is not None and masked_features is not None:
-            teacher = self._pass_teacher(view1, view2, features, unmasked, draws)
+            teacher = self._pass_teacher(views, (features, unmasked), draws, weights)
             losses |= self._distil(masked_features, masked, teacher, schedule)
 
         total = torch.stack([getattr(weights, name) * loss for name, loss in losses.items()]).sum()
         detached = {name: loss.detach() for name, loss in losses.items()}
-        return StepOutput(total, detached, cams, pseudo_labels, masked.mask if masked else None)
+        work = self.student.encoder.shape.work(made, images=len(labels))
+        return StepOutput(total, detached, cams, pseudo_labels, masked.mask if masked else None, work)
 
     # --- passes through the trunk
 
-    def _pass_unmasked(self, view2: Tensor, keep: Tensor | None = None) -> Features:
+    def _pass_unmasked(
+        self, view1: Tensor | None, view2: Tensor | None, draws: Draws
+    ) -> tuple[Features | None, list[Features]]:
+        """Give view 2's features, where the teacher shares them, and those of view 1's scaled and mirrored images."""
+        encoder, shared = self.student.encoder, self.shares_passes
+        views = [] if view2 is None or not shared else [view2]
+        if view1 is not None:
+            views += scaled_views(view1, self.config.cam.scales, encoder.patch_size, known=shared)
+        if not views:
+            return None, []
+        keep = torch.cat(draws.cam, dim=-1) if draws.cam else None
         with torch.no_grad(), self._autocast():
-            return self.student.encoder(view2, keep=keep)
+            features = encoder.forward_packed(views, keep)
+        return (features[0], features[1:]) if view2 is not None and shared else (None, features)
 
     def _pass_student(
         self, view1: Tensor, view2: Tensor, masked: MaskedPatches | None, keep: Tensor
@@ -160,56 +142,29 @@ class FSRStep(nn.Module):
             mask = torch.cat([torch.zeros_like(masked.mask), masked.mask])
             return split_batch(self.student.encoder(torch.cat([view1, view2]), mask, keep))
 
-    def _pass_scales(self, view1: Tensor, features: Features, draws: Draws) -> list[ScalePass]:
-        known = Features(features.tokens.detach(), features.aux.detach(), features.grid) if self.shares_passes else None
-        with torch.no_grad(), self._autocast():
-            return multi_scale_passes(self.student.encoder, view1, self.config.cam.scales, first=known, keep=draws.cam)
-
     def _pass_teacher(
-        self, view1: Tensor, view2: Tensor, features: Features, unmasked: Features | None, draws: Draws
-    ) -> tuple[Tensor, Tensor]:
-        """Give the teacher's bottleneck vectors of view 1's class token (B, E) and view 2's patches (B, N, E)."""
-        encoder = (self.teacher.network or self.student).encoder
+        self, views: tuple[Tensor, Tensor], known: tuple[Features, Features | None], draws: Draws, weights: LossConfig
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Give the bottleneck vectors of view 1's class token (B, E) and of view 2's patches (B, N, E) where wanted."""
+        encoder, projector = (self.teacher.network or self.student).encoder, self.teacher.projector
+        wanted = [index for index, weight in enumerate((weights.class_token, weights.uncertain)) if weight > 0]
         with torch.no_grad(), self._autocast():
-            if unmasked is None:
-                features, unmasked = split_batch(encoder(torch.cat([view1, view2]), keep=draws.teacher))
-            class_token = encoder.aggregate(features.tokens.detach())
-            return self.teacher.projector(class_token), self.teacher.projector(encoder.norm(unmasked.tokens))
+            if self.shares_passes:
+                tokens = {index: one.tokens.detach() for index, one in enumerate(known) if one is not None}
+            else:
+                keep = None if draws.teacher is None else torch.cat([draws.teacher.chunk(2, -1)[i] for i in wanted], -1)
+                passed = encoder.forward_packed([views[index] for index in wanted], keep)
+                tokens = {index: one.tokens for index, one in zip(wanted, passed, strict=True)}
+            class_token = projector(encoder.aggregate(tokens[0])) if 0 in wanted else None
+            return class_token, projector(encoder.norm(tokens[1])) if 1 in wanted else None
 
-    # --- view 2's mask
-
-    @torch.no_grad()
     def _select_patches(
-        self, view2: Tensor, unmasked: Features | None, labels: Tensor, draws: Draws, schedule: Schedule
+        self, view2: Tensor, unmasked: Features | None, labels: Tensor, draws: Draws, random: bool
     ) -> MaskedPatches:
-        mask, shape = self.config.mask, self.mask_shape
-        if schedule.random_mask or mask.strategy == "random":
-            return mask_randomly(draws.uniform, shape, mask)
-        if mask.strategy == "edge_strict":
-            return mask_edges(self.denormalise(view2), shape)
-        if mask.multi_scale:
-            return mask_from_cam(self._guide(view2, unmasked, labels, draws), labels, draws.uniform, shape, mask)
-        keep = None if draws.mask_cam is None else draws.mask_cam[0][..., : len(view2)]
-        tokens, aux, grid = self._pass_unmasked(view2, keep) if unmasked is None else unmasked
-        top = mask.source == "top"
-        guide = self.student.encoder.norm(tokens) if top else aux
-        classifier = self.student.top_classifier if top else self.student.aux_classifier
-        if mask.strategy == "uncertain" and mask.block == 1:
-            return mask_from_features(guide, classifier.weight.flatten(1), labels, draws.uniform, shape, mask)
-        return mask_from_cam(normalise_cam(activate(guide, classifier, grid)), labels, draws.uniform, shape, mask)
-
-    def _guide(self, view2: Tensor, unmasked: Features | None, labels: Tensor, draws: Draws) -> Tensor:
-        source = self.config.mask.source
-        with self._autocast():
-            passes = multi_scale_passes(
-                self.student.encoder,
-                view2,
-                self.config.cam.scales,
-                first=unmasked,
-                keep=draws.mask_cam,
-                aux_only=source == "aux" and unmasked is None,
-            )
-        return dense_cams(self._merge(passes, labels, source, _size(view2)), labels.shape[1])
+        config, shape = self.config, self.mask_shape
+        return select_patches(
+            self.student, view2, unmasked, labels, draws, config, shape, slots=self.slots, random=random
+        )
 
     # --- losses
 
@@ -245,22 +200,33 @@ class FSRStep(nn.Module):
         return losses
 
     def _distil(
-        self, features: Features, masked: MaskedPatches, teacher: tuple[Tensor, Tensor], schedule: Schedule
+        self,
+        features: Features,
+        masked: MaskedPatches,
+        teacher: tuple[Tensor | None, Tensor | None],
+        schedule: Schedule,
     ) -> dict[str, Tensor]:
         class_target, patch_targets = teacher
         encoder, projector = self.student.encoder, self.student.projector
         heads, temperature = (projector, self.teacher.projector), schedule.teacher_temperature
         losses = {}
         with self._autocast():
-            if schedule.weights.uncertain > 0:
+            if patch_targets is not None:
                 patches = projector(encoder.norm(gather_tokens(features.tokens, masked.index)))
                 losses["uncertain"] = self.distillation.patch_loss(patches, patch_targets, masked, heads, temperature)
-            if schedule.weights.class_token > 0:
+            if class_target is not None:
                 class_token = projector(encoder.aggregate(features.tokens, masked.mask))
                 losses["class_token"] = self.distillation.class_loss(class_token, class_target, heads, temperature)
         return losses
 
     # --- shared parts
+
+    def _count_passes(self) -> list[TrunkPass]:
+        made: list[TrunkPass] = []
+        for network in (self.student, self.teacher.network):
+            if network is not None:
+                network.encoder.passes = made
+        return made
 
     @torch.no_grad()
     def _merge(
@@ -286,8 +252,8 @@ class FSRStep(nn.Module):
         return autocast(self.mean.device, self.config.run.amp)
 
 
-def _needs_cams(weights: LossConfig) -> bool:
-    return weights.affinity > 0 or weights.segmentation > 0 or weights.energy > 0
+def _detach(features: Features) -> Features:
+    return Features(features.tokens.detach(), features.aux.detach(), features.grid)
 
 
 def _size(images: Tensor) -> tuple[int, int]:

@@ -6,10 +6,10 @@ from hypothesis import strategies as st
 
 from fsr_fast import reference
 from fsr_fast.config import MaskConfig
+from fsr_fast.edges import canny_edges
 from fsr_fast.errors import UserError
 from fsr_fast.masking import (
     MaskShape,
-    canny_edges,
     mask_edges,
     mask_from_cam,
     mask_from_features,

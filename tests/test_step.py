@@ -1,3 +1,4 @@
+import math
 from typing import NamedTuple
 
 import pytest
@@ -6,7 +7,7 @@ import torch
 from fsr_fast.schedules import schedule_at
 from fsr_fast.step import FSRStep, StepOutput
 from tests import helpers
-from tests.helpers import IMAGE_SIZE, OFFICIAL, N
+from tests.helpers import DEPTH, OFFICIAL, N
 
 B = 2
 LATE = 3
@@ -14,14 +15,12 @@ LATE = 3
 
 
 class Pass(NamedTuple):
-    """One call of the trunk."""
+    """Images of one size in one pass through the trunk."""
 
     images: int
     scale: float
     gradient: bool
     aux_only: bool
-    own: bool
-    """Whether the student's encoder made it."""
 
 
 def run(step: FSRStep, iteration: int = LATE, seed: int = 0) -> StepOutput:
@@ -29,24 +28,12 @@ def run(step: FSRStep, iteration: int = LATE, seed: int = 0) -> StepOutput:
     return step(helpers.views(B), helpers.labels(B), draws, schedule_at(step.config, iteration))
 
 
-def passes(step: FSRStep, monkeypatch, iteration: int = LATE) -> list[Pass]:
-    made: list[Pass] = []
-
-    def watch(encoder, own: bool) -> None:
-        forward = encoder.forward
-
-        def spy(images, *arguments, aux_only=False, **options):
-            scale = images.shape[-1] / IMAGE_SIZE
-            made.append(Pass(len(images), scale, torch.is_grad_enabled(), aux_only, own))
-            return forward(images, *arguments, aux_only=aux_only, **options)
-
-        monkeypatch.setattr(encoder, "forward", spy)
-
-    watch(step.student.encoder, True)
-    if step.teacher.network is not None:
-        watch(step.teacher.network.encoder, False)
-    run(step, iteration)
-    return made
+def passes(step: FSRStep, iteration: int = LATE) -> list[Pass]:
+    return [
+        Pass(images, math.sqrt(tokens / N), one.gradient, one.blocks < DEPTH)
+        for one in run(step, iteration).work.passes
+        for images, tokens in one.groups
+    ]
 
 
 def work(one: Pass) -> float:
@@ -59,42 +46,53 @@ def work(one: Pass) -> float:
 
 def units(made: list[Pass]) -> float:
     """Work an image of the batch, in passes of one image through the trunk."""
-    return sum(map(work, made)) / work(Pass(1, 1.0, False, False, True)) / B
+    return sum(map(work, made)) / work(Pass(1, 1.0, False, False)) / B
 
 
 # --- no pass is made twice, and none that nothing reads
 
 
-def test_the_paper_s_step_takes_the_least_work(monkeypatch):
-    made = passes(helpers.step(helpers.config()), monkeypatch)
+def test_the_paper_s_step_takes_the_least_work():
+    made = passes(helpers.step(helpers.config()))
     assert sorted(made) == sorted(
         [
-            Pass(B, 1.0, False, False, True),  # unmasked view 2: its CAM, the mask, the teacher's patches
-            Pass(2 * B, 1.0, True, False, True),  # student: view 1 and masked view 2
-            Pass(B, 1.0, False, False, True),  # mirrored view 1; the plain one is the student's
-            Pass(2 * B, 0.5, False, False, True),
-            Pass(2 * B, 1.5, False, False, True),
+            # unmasked view 2 (its CAM, the mask, the teacher's patches) and mirrored view 1 (the plain one is the student's)
+            Pass(2 * B, 1.0, False, False),
+            Pass(2 * B, 1.0, True, False),  # student: view 1 and masked view 2
+            Pass(2 * B, 0.5, False, False),
+            Pass(2 * B, 1.5, False, False),
         ]
     )
     assert units(made) == pytest.approx(13.8, abs=0.06)
 
 
-def test_the_official_step_takes_the_least_work(monkeypatch):
-    made = passes(helpers.step(helpers.config(OFFICIAL)), monkeypatch)
+def test_the_counter_counts_what_the_formula_says():
+    output = run(helpers.step(helpers.config()))
+    width, block = helpers.WIDTH, 0
+    for images, tokens, times in ((2 * B, N, 3), (2 * B, N, 1), (2 * B, N // 4, 1), (2 * B, 9 * N // 4, 1)):
+        block += images * times * (24 * tokens * width**2 + 4 * tokens**2 * width)
+    patches = 2 * (2 * B * N * (3 + 1) + 2 * B * (N // 4 + 9 * N // 4)) * 3 * helpers.PATCH**2 * width
+    assert output.work.flops == DEPTH * block + patches
+    one = DEPTH * (24 * N * width**2 + 4 * N**2 * width) + 2 * N * 3 * helpers.PATCH**2 * width
+    assert output.work.units == pytest.approx(output.work.flops / one / B)
+
+
+def test_the_official_step_takes_the_least_work():
+    made = passes(helpers.step(helpers.config(OFFICIAL)))
     scales = (1.0, 0.5, 1.5)
     assert sorted(made) == sorted(
         [
-            *(Pass(2 * B, scale, False, True, True) for scale in scales),  # view 2's auxiliary CAM for the mask
-            Pass(2 * B, 1.0, True, False, True),
-            *(Pass(2 * B, scale, False, False, True) for scale in scales),  # view 1's CAM
-            Pass(2 * B, 1.0, False, False, False),  # teacher
+            *(Pass(2 * B, scale, False, True) for scale in scales),  # view 2's auxiliary CAM for the mask
+            Pass(2 * B, 1.0, True, False),
+            *(Pass(2 * B, scale, False, False) for scale in scales),  # view 1's CAM
+            Pass(2 * B, 1.0, False, False),  # teacher
         ]
     )
     assert units(made) == pytest.approx(22.2, abs=0.06)
 
 
-def test_random_masks_need_no_cam_of_view_2(monkeypatch):
-    made = passes(helpers.step(helpers.config(OFFICIAL, {"optim": {"iterations": 20}})), monkeypatch)
+def test_random_masks_need_no_cam_of_view_2():
+    made = passes(helpers.step(helpers.config(OFFICIAL, {"optim": {"iterations": 20}})))
     assert not any(one.aux_only for one in made)
     assert units(made) == pytest.approx(22.2 - 7.76 * 10 / 12, abs=0.06)
 
@@ -110,14 +108,14 @@ OFF = {"affinity": 0.0, "segmentation": 0.0, "uncertain": 0.0, "class_token": 0.
         ({"affinity": 0.2}, 3 + 6.76, 3 + 7.76),
         ({"segmentation": 0.1}, 3 + 6.76, 3 + 7.76),
         ({"energy": 0.05}, 3 + 6.76, 3 + 7.76),
-        ({"uncertain": 0.1}, 7.0, 6 + 2 + 6.47),
-        ({"class_token": 0.1}, 7.0, 6 + 2 + 6.47),
+        ({"uncertain": 0.1}, 7.0, 6 + 1 + 6.47),
+        ({"class_token": 0.1}, 7.0, 6 + 1 + 6.47),
     ],
     ids=lambda value: "+".join(value) or "classification" if isinstance(value, dict) else "",
 )
-def test_a_stage_whose_losses_weigh_0_is_not_computed(monkeypatch, preset, weights, paper, official):
+def test_a_stage_whose_losses_weigh_0_is_not_computed(preset, weights, paper, official):
     step = helpers.step(helpers.config(preset, {"loss": {**OFF, **weights}}))
-    assert units(passes(step, monkeypatch)) == pytest.approx(official if preset else paper, abs=0.06)
+    assert units(passes(step)) == pytest.approx(official if preset else paper, abs=0.06)
 
 
 @pytest.mark.parametrize(

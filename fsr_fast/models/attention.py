@@ -1,19 +1,110 @@
-"""Self-attention of the encoder, behind one function."""
+"""Self-attention of the encoder over packed images of several sizes, behind one function."""
 
+import functools
+import importlib.util
+from itertools import accumulate
+from typing import Any, Literal
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fsr_fast.errors import UserError
 
-def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+Groups = tuple[tuple[int, int], ...]
+"""Packed images: (images, tokens an image) of each size in turn."""
+Backend = Literal["sdpa", "xformers", "varlen"]
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, groups: Groups, backend: Backend) -> Tensor:
     """Compute softmax(QKᵀ/√d)V within each image.
 
     Args:
-        query: (B, N, heads, d), floating point.
+        query: (T, heads, d), floating point; the tokens of all images, one after another, T = Σ images·tokens.
         key: like `query`.
         value: like `query`.
+        groups: sizes of the images in T.
+        backend: `sdpa`, torch's own, one call per size; `xformers`, one call with a block-diagonal mask; `varlen`,
+            torch's own for sequences of any length, one call, CUDA and half precision alone.
 
     Returns:
-        (B, N, heads·d), in the dtype of `value`.
+        (T, heads·d), in the dtype of `value`.
     """
-    mixed = F.scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
-    return mixed.transpose(1, 2).flatten(2)
+    if backend == "xformers":
+        return _attend_xformers(query, key, value, groups)
+    if backend == "varlen":
+        return _attend_varlen(query, key, value, groups)
+    sizes = [images * tokens for images, tokens in groups]
+    parts = zip(query.split(sizes), key.split(sizes), value.split(sizes), groups, strict=True)
+    mixed = [_attend_sdpa(images, *part) for *part, (images, _) in parts]
+    return mixed[0] if len(mixed) == 1 else torch.cat(mixed)
+
+
+def choose_backend(wanted: Literal["auto", "sdpa", "xformers", "varlen"], device: torch.device, half: bool) -> Backend:
+    """Choose how attention is computed.
+
+    `auto` takes sdpa on a CPU, where it is the only one, and in full precision; for half precision on a GPU it takes
+    xformers where that is installed.
+
+    Args:
+        wanted: as `run.attention` says.
+        device: of the passes.
+        half: whether they run in half precision.
+
+    Raises:
+        UserError: the backend cannot run there; says what can.
+    """
+    if wanted == "auto":
+        return "xformers" if device.type == "cuda" and half and importlib.util.find_spec("xformers") else "sdpa"
+    if wanted != "sdpa" and device.type != "cuda":
+        raise UserError(f"run.attention: {wanted!r} has no operator for {device.type}; expected 'sdpa' or 'auto'")
+    if wanted == "xformers" and not importlib.util.find_spec("xformers"):
+        raise UserError("run.attention: 'xformers' is not installed; pip install xformers, or --run.attention sdpa")
+    if wanted == "varlen":
+        if not importlib.util.find_spec("torch.nn.attention.varlen"):
+            raise UserError(f"run.attention: torch {torch.__version__} has no 'varlen'; expected 'sdpa' or 'xformers'")
+        if not half:
+            raise UserError("run.attention: 'varlen' needs half precision; --run.amp bf16, or --run.attention sdpa")
+    return wanted
+
+
+def _attend_sdpa(images: int, *projected: Tensor) -> Tensor:
+    query, key, value = (tensor.unflatten(0, (images, -1)).transpose(1, 2) for tensor in projected)
+    return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2).flatten(0, 1)
+
+
+def _attend_xformers(query: Tensor, key: Tensor, value: Tensor, groups: Groups) -> Tensor:
+    from xformers.ops import memory_efficient_attention
+
+    images = groups[0][0] if len(groups) == 1 else 1  # images of one size are a batch and need no mask
+    bias = None if len(groups) == 1 else block_diagonal_mask(groups, query.device)
+    query, key, value = (tensor.unflatten(0, (images, -1)) for tensor in (query, key, value))
+    mixed: Tensor = memory_efficient_attention(query, key, value, attn_bias=bias)
+    return mixed.flatten(2).flatten(0, 1)
+
+
+def _attend_varlen(query: Tensor, key: Tensor, value: Tensor, groups: Groups) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    bounds, longest = boundaries(groups, query.device), max(tokens for _, tokens in groups)
+    mixed = varlen_attn(query, key, value, bounds, bounds, longest, longest)
+    assert isinstance(mixed, Tensor)
+    return mixed.flatten(1)
+
+
+@functools.lru_cache(maxsize=64)
+def block_diagonal_mask(groups: Groups, device: torch.device) -> Any:
+    """Give xformers' mask of packed images: each token attends to those of its own image."""
+    from xformers.ops.fmha.attn_bias import BlockDiagonalMask
+
+    return BlockDiagonalMask.from_seqlens(_lengths(groups), device=device)
+
+
+@functools.lru_cache(maxsize=64)
+def boundaries(groups: Groups, device: torch.device) -> Tensor:
+    """Give the position of each packed image's first token, and the end: (images + 1,), int32."""
+    return torch.tensor([0, *accumulate(_lengths(groups))], dtype=torch.int32, device=device)
+
+
+def _lengths(groups: Groups) -> list[int]:
+    return [tokens for images, tokens in groups for _ in range(images)]

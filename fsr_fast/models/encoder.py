@@ -1,5 +1,7 @@
 """Encoder F: the patch tokens of a plain vision transformer, with the aggregator's class token."""
 
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import timm
@@ -7,11 +9,13 @@ import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fsr_fast.config import ModelConfig
 from fsr_fast.errors import UserError, nearest
 from fsr_fast.models.aggregator import AggregatorBlock, pool_unmasked
-from fsr_fast.models.attention import attend
+from fsr_fast.models.attention import Backend, Groups, attend
+from fsr_fast.models.work import TrunkPass, TrunkShape
 
 
 class Features(NamedTuple):
@@ -67,6 +71,10 @@ class Encoder(nn.Module):
             )
             self.cls_blocks = nn.ModuleList(blocks)
         self.norm = vit.norm
+        self.attention: Backend = "sdpa"
+        self.checkpointing = False
+        self.passes: list[TrunkPass] | None = None
+        self._run_block: Callable[..., Tensor] = run_block
         self.register_buffer("drop_rates", torch.linspace(0, config.stochastic_depth, self.depth), persistent=False)
         self.drop_rates: Tensor
 
@@ -84,6 +92,16 @@ class Encoder(nn.Module):
         draw = torch.rand(self.depth, 2, batch, generator=generator)
         return ((draw < keep) / keep).float()
 
+    @property
+    def shape(self) -> TrunkShape:
+        """Sizes that decide the arithmetic of a pass."""
+        hidden, tokens = self.blocks[0].mlp.fc1.out_features, self.grid[0] * self.grid[1]
+        return TrunkShape(self.width, hidden, 3 * self.patch_size**2, self.depth, tokens)
+
+    def compile_blocks(self) -> None:
+        """Compile the blocks, one program for all of them; names and weights stay as they are."""
+        self._run_block = torch.compile(run_block, dynamic=False)
+
     def forward(
         self, images: Tensor, mask: Tensor | None = None, keep: Tensor | None = None, *, aux_only: bool = False
     ) -> Features:
@@ -98,18 +116,59 @@ class Encoder(nn.Module):
         Returns:
             Features of the last and of the auxiliary block.
         """
+        (features,) = self._pass([self._embed(images, mask)], keep, aux_only)
+        return features
+
+    def forward_packed(
+        self, images: Sequence[Tensor], keep: Tensor | None = None, *, aux_only: bool = False
+    ) -> list[Features]:
+        """Pass images of several sizes through the trunk as one sequence.
+
+        Args:
+            images: one (B, 3, H, W) for each size, as `forward` takes them.
+            keep: (depth, 2, ΣB), factors of the branches of all images.
+            aux_only: stop after the auxiliary block.
+
+        Returns:
+            Features of each entry of `images`.
+        """
+        return self._pass([self._embed(one, None) for one in images], keep, aux_only)
+
+    def _embed(self, images: Tensor, mask: Tensor | None) -> tuple[Tensor, tuple[int, int]]:
         embedded = self.patch_embed["proj"](images)
-        grid = embedded.shape[-2:]
+        grid = (embedded.shape[-2], embedded.shape[-1])
         tokens = embedded.flatten(2).transpose(1, 2)
         if mask is not None:
             tokens = torch.where(mask.unsqueeze(-1), self.mask_token.to(tokens.dtype), tokens)
-        tokens = tokens + resize_position_embedding(self.pos_embed, self.grid, grid)[:, 1:]
+        return tokens + resize_position_embedding(self.pos_embed, self.grid, grid)[:, 1:], grid
+
+    def _pass(
+        self, embedded: Sequence[tuple[Tensor, tuple[int, int]]], keep: Tensor | None, aux_only: bool
+    ) -> list[Features]:
+        shapes = [(one.shape[0], one.shape[1]) for one, _ in embedded]
+        alike = itertools.groupby(shapes, key=lambda shape: shape[1])
+        groups = tuple((sum(images for images, _ in group), tokens) for tokens, group in alike)
+        depth = self.aux_block + 1 if aux_only else self.depth
+        if self.passes is not None:
+            self.passes.append(TrunkPass(groups, depth, torch.is_grad_enabled()))
+        tokens = torch.cat([one.flatten(0, 1) for one, _ in embedded])
+        factors = None if keep is None else _spread(keep.to(tokens.dtype), groups)
         aux = tokens
-        for index, block in enumerate(self.blocks[: self.aux_block + 1] if aux_only else self.blocks):
-            tokens = _run_block(block, tokens, None if keep is None else keep[index])
+        for index, block in enumerate(self.blocks[:depth]):
+            arguments = block, tokens, None if factors is None else factors[index], groups, self.attention
+            if self.checkpointing and torch.is_grad_enabled():
+                tokens = checkpoint(self._run_block, *arguments, use_reentrant=False, preserve_rng_state=False)
+            else:
+                tokens = self._run_block(*arguments)
             if index == self.aux_block:
                 aux = tokens
-        return Features(tokens, aux, (grid[0], grid[1]))
+        sizes = [images * count for images, count in shapes]
+        return [
+            Features(top.unflatten(0, (images, -1)), low.unflatten(0, (images, -1)), grid)
+            for top, low, (images, _), (_, grid) in zip(
+                tokens.split(sizes), aux.split(sizes), shapes, embedded, strict=True
+            )
+        ]
 
     def aggregate(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """Gather the class token of each image from its patches.
@@ -174,16 +233,35 @@ def resize_position_embedding(embedding: Tensor, grid: tuple[int, int], size: tu
     return torch.cat([embedding[:, :1], patches.flatten(2).transpose(1, 2).to(embedding.dtype)], dim=1)
 
 
-def _run_block(block: Any, tokens: Tensor, keep: Tensor | None) -> Tensor:
+def run_block(block: Any, tokens: Tensor, keep: Tensor | None, groups: Groups, backend: Backend) -> Tensor:
+    """Run one block on packed images.
+
+    Args:
+        block: of timm's transformer.
+        tokens: (T, D).
+        keep: (2, T, 1), factors of the attention's and the MLP's branch; none: both count.
+        groups: sizes of the images in T.
+        backend: how attention is computed.
+
+    Returns:
+        (T, D).
+    """
     attention = block.attn
-    query, key, value = attention.qkv(block.norm1(tokens)).unflatten(-1, (3, attention.num_heads, -1)).unbind(2)
-    mixed = attention.proj(attend(attention.q_norm(query), attention.k_norm(key), value))
-    tokens = _add(tokens, block.ls1(mixed), None if keep is None else keep[0])
+    query, key, value = attention.qkv(block.norm1(tokens)).unflatten(-1, (3, attention.num_heads, -1)).unbind(1)
+    mixed = attend(attention.q_norm(query), attention.k_norm(key), value, groups, backend)
+    tokens = _add(tokens, block.ls1(attention.proj(mixed)), None if keep is None else keep[0])
     return _add(tokens, block.ls2(block.mlp(block.norm2(tokens))), None if keep is None else keep[1])
 
 
 def _add(tokens: Tensor, branch: Tensor, keep: Tensor | None) -> Tensor:
-    return tokens + branch if keep is None else torch.addcmul(tokens, branch, keep.to(branch.dtype).view(-1, 1, 1))
+    return tokens + branch if keep is None else torch.addcmul(tokens, branch, keep.to(branch.dtype))
+
+
+def _spread(keep: Tensor, groups: Groups) -> Tensor:
+    """Give each image's factors (…, ΣB) to all of its tokens: (…, T, 1)."""
+    parts = keep.split([images for images, _ in groups], dim=-1)
+    spread = [part.unsqueeze(-1).expand(*part.shape, tokens) for part, (_, tokens) in zip(parts, groups, strict=True)]
+    return torch.cat([part.flatten(-2) for part in spread], dim=-1).unsqueeze(-1)
 
 
 def _not_plain(vit: Any) -> str | None:
