@@ -56,7 +56,7 @@ def test_the_paper_s_step_takes_the_least_work():
     made = passes(helpers.step(helpers.config()))
     assert sorted(made) == sorted(
         [
-            # unmasked view 2 (its CAM, the mask, the teacher's patches) and mirrored view 1 (the plain one is the student's)
+            # unmasked view 2: CAM, mask and the teacher's patches; mirrored view 1: the plain one is the student's
             Pass(2 * B, 1.0, False, False),
             Pass(2 * B, 1.0, True, False),  # student: view 1 and masked view 2
             Pass(2 * B, 0.5, False, False),
