@@ -110,7 +110,7 @@ def main(arguments: Sequence[str]) -> None:
         print("\n".join(f"# {row}\n{dump_config(runs[row, seeds[0]])}" for row in chosen))
         return
     scores = {key: read_finished(config) for key, config in runs.items()}
-    process = start_process(base.run.device)
+    process = start_process(base.run.device, base.run.timeout)
     try:
         for row, seed in ((row, seed) for row in chosen for seed in seeds):
             if scores[row, seed] is None:

@@ -49,8 +49,16 @@ class RunConfig(Section):
     """Iterations between two sets of TensorBoard pictures; 0: none."""
     checkpoint_every: Count = 1000
     """Iterations between two checkpoints; the last iteration always writes one."""
+    keep_checkpoints: Count = 2
+    """Newest checkpoints that stay, beside the best one (`best.pt`: highest seg mIoU of the evaluations)."""
+    keep_every: Iterations = 0
+    """Checkpoints at multiples of this iteration stay for good; 0: none does."""
     evaluate_every: Iterations = 2000
     """Iterations between two evaluations on the validation list; 0: only at the end."""
+    timeout: float = Field(1800.0, ge=0.0, le=1e6)
+    """Seconds without a finished iteration after which a process reports where it hangs, and ends; 0: never."""
+    profile: bool = False
+    """Write a profile of iterations 6 to 10 after the start, a process, to the run folder (`profile/`)."""
 
 
 class DataConfig(Section):

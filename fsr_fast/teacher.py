@@ -36,16 +36,30 @@ class Teacher(nn.Module):
         return projector
 
     @torch.no_grad()
-    def follow(self, student: Network, encoder_momentum: float, projector_momentum: float) -> None:
-        """Move the weights towards the student's: θ ← m·θ + (1 - m)·θ_student."""
+    def follow(
+        self, student: Network, encoder_momentum: float, projector_momentum: float, skip: Tensor | None = None
+    ) -> None:
+        """Move the weights towards the student's: θ ← m·θ + (1 - m)·θ_student.
+
+        Args:
+            student: network to follow.
+            encoder_momentum: m of encoder and aggregator, 0 to 1.
+            projector_momentum: m of the projector, 0 to 1.
+            skip: scalar, bool, on the device: whether the weights stay as they are.
+        """
         projector = list(student.projector.parameters())
-        _lerp(list(self.projector.parameters()), projector, 1 - projector_momentum)
+        _lerp(list(self.projector.parameters()), projector, 1 - projector_momentum, skip)
         if self.network is not None:
             averaged = {id(parameter) for parameter in projector}
             pairs = zip(self.network.parameters(), student.parameters(), strict=True)
             rest = [(own, other) for own, other in pairs if id(other) not in averaged]
-            _lerp([own for own, _ in rest], [other for _, other in rest], 1 - encoder_momentum)
+            _lerp([own for own, _ in rest], [other for _, other in rest], 1 - encoder_momentum, skip)
 
 
-def _lerp(own: Sequence[Tensor], other: Sequence[Tensor], weight: float) -> None:
-    torch._foreach_lerp_(list(own), list(other), weight)
+def _lerp(own: Sequence[Tensor], other: Sequence[Tensor], weight: float, skip: Tensor | None) -> None:
+    if skip is None:
+        torch._foreach_lerp_(list(own), list(other), weight)
+        return
+    steps = torch._foreach_sub(list(other), list(own))
+    torch._foreach_mul_(steps, weight * (~skip).to(own[0].dtype))
+    torch._foreach_add_(list(own), steps)

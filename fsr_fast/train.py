@@ -19,7 +19,7 @@ def main(arguments: Sequence[str]) -> None:
     if print_only:
         print(dump_config(config), end="")
         return
-    process = start_process(config.run.device)
+    process = start_process(config.run.device, config.run.timeout)
     try:
         trainer = Trainer(config, process)
         try:

@@ -1,15 +1,12 @@
 """The training loop: data → step → optimiser → teacher → log → checkpoint. No maths."""
 
-import math
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 from rich import print as rich_print
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from fsr_fast.config import Config
 from fsr_fast.dataloading.batch import Batch
@@ -20,14 +17,18 @@ from fsr_fast.errors import UserError
 from fsr_fast.evaluation.evaluator import Evaluation, evaluate_network
 from fsr_fast.models.build import build_network, without_start
 from fsr_fast.optim import build_optimiser, fill_missing_gradients, set_learning_rate
+from fsr_fast.reporting.averages import Averages
 from fsr_fast.reporting.pictures import evaluation_grid, training_grid
 from fsr_fast.reporting.progress import TrainingProgress
 from fsr_fast.reporting.tables import score_table
 from fsr_fast.reporting.tracking import Tracker, read_metrics
-from fsr_fast.runtime.checkpoint import read_checkpoint, write_checkpoint
-from fsr_fast.runtime.distributed import Process, sum_over_ranks, wait_for_all, world_size
+from fsr_fast.runtime.checkpoint import Survivors, read_newest
+from fsr_fast.runtime.distributed import Process, distribute, wait_for_all
+from fsr_fast.runtime.guard import Guard, gradient_norm
+from fsr_fast.runtime.loading import SteadyLoader
 from fsr_fast.runtime.run_folder import claim_run_folder, open_run_folder
 from fsr_fast.runtime.seeding import stream
+from fsr_fast.runtime.supervision import Supervisor
 from fsr_fast.schedules import schedule_at
 from fsr_fast.step import StepOutput
 
@@ -61,21 +62,31 @@ class Trainer:
         self.network = build_network(model, self.train_set.classes, config.data.image_size).to(process.device)
         self.step = build_step(self.network, config, self.train_set.max_labels).to(process.device)
         self.optimiser = build_optimiser(self.network, config.optim)
-        self.iteration = 0
+        self.guard = Guard(self.optimiser, self.step.distillation.buffers())
         self.tracker: Tracker | None = None
-        self.loader = build_train_loader(
-            self.train_set,
-            config.data,
-            config.augment,
-            batch_size=config.optim.batch_size // process.world_size,
-            rank=process.rank,
-            world_size=process.world_size,
-            seed=config.run.seed,
-            mean=self.network.mean,
-            std=self.network.deviation,
+        self.loader = SteadyLoader(
+            build_train_loader(
+                self.train_set,
+                config.data,
+                config.augment,
+                batch_size=config.optim.batch_size // process.world_size,
+                rank=process.rank,
+                world_size=process.world_size,
+                seed=config.run.seed,
+                mean=self.network.mean,
+                std=self.network.deviation,
+            )
         )
-        if newest is not None:
-            self._restore(read_checkpoint(newest), newest)
+        self.survivors = Survivors(
+            student=self.network,
+            teacher=self.step.teacher,
+            centres=self.step.distillation,
+            optimiser=self.optimiser,
+            loader=self.loader,
+            guard=self.guard,
+        )
+        self.iteration = 0 if newest is None else self.survivors.restore(*read_newest(config.run.output))
+        self.supervisor = Supervisor(config.run, process, self._state, None if newest is None else self.iteration)
 
     def run(self) -> dict[str, Any]:
         """Train to the end, evaluate, and write the summary.
@@ -84,30 +95,16 @@ class Trainer:
             The content of summary.json; empty on all processes but the first.
 
         Raises:
-            UserError: the loss is no longer finite.
+            UserError: the losses are no longer finite, an image cannot be read, another run has the folder.
+            Stopped: SIGTERM or SIGINT came; the state is saved.
         """
         wait_for_all()  # every process has looked at the folder before the first one fills it
-        if self.process.is_main:
-            open_run_folder(self.config)
-            self.tracker = Tracker(self.config.run.output, iteration=self.iteration)
-        forward = self._distribute()
-        optim = self.config.optim
-        averages = _Averages()
-        progress = TrainingProgress(optim.iterations, start=self.iteration, device=self.process.device)
-        with progress:
-            while self.iteration < optim.iterations:
-                began = time.perf_counter()
-                batch = next(self.loader)
-                waited = time.perf_counter() - began
-                output = self._iterate(forward, batch)
-                averages.add(output)
-                progress.step(images=optim.batch_size, data_seconds=waited)
-                if self._is_due(self.config.run.log_every):
-                    losses = averages.take()
-                    rates = progress.report(losses["total"])
-                    self._log(losses, rates)
-                self._record(batch, output, progress)
-        return self._finish()
+        with self.supervisor:
+            if self.process.is_main:
+                open_run_folder(self.config)
+                self.tracker = Tracker(self.config.run.output, iteration=self.iteration)
+            self._train(distribute(self.step, self.process))
+            return self._finish()
 
     def close(self) -> None:
         """Stop the loader's processes and write out what is buffered."""
@@ -115,7 +112,26 @@ class Trainer:
         if self.tracker is not None:
             self.tracker.close()
 
-    def _iterate(self, forward: torch.nn.Module, batch: Batch) -> StepOutput:
+    def _train(self, forward: torch.nn.Module) -> None:
+        optim = self.config.optim
+        averages = Averages()
+        progress = TrainingProgress(optim.iterations, start=self.iteration, device=self.process.device)
+        with progress:
+            while self.iteration < optim.iterations:
+                self.supervisor.beat(f"the data of iteration {self.iteration + 1}")
+                began = time.perf_counter()
+                batch = next(self.loader)
+                waited = time.perf_counter() - began
+                self.supervisor.beat(f"the computation of iteration {self.iteration + 1}")
+                output, skipped = self._iterate(forward, batch)
+                averages.add({**output.losses, "total": output.loss}, skipped)
+                progress.step(images=optim.batch_size, data_seconds=waited)
+                if self._is_due(self.config.run.log_every):
+                    self._log(averages, progress)
+                self.supervisor.boundary(self.iteration)
+                self._record(batch, output, progress)
+
+    def _iterate(self, forward: torch.nn.Module, batch: Batch) -> tuple[StepOutput, Tensor]:
         config, device = self.config, self.process.device
         schedule = schedule_at(config, self.iteration)
         set_learning_rate(self.optimiser, schedule.learning_rate_factor)
@@ -124,16 +140,16 @@ class Trainer:
         rank = self.process.rank if config.run.seed_per_rank else 0
         draws = self.step.draw(len(labels), stream(config.run.seed, "step", rank, self.iteration))
 
+        self.guard.hold()
         output: StepOutput = forward(views, labels, draws, schedule)
         self.optimiser.zero_grad()
         output.loss.backward()
         fill_missing_gradients(self.optimiser)
-        if config.optim.clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self.network.parameters(), config.optim.clip_norm, foreach=True)
+        skipped = self.guard.judge(output.loss, gradient_norm(self.network.parameters(), config.optim.clip_norm))
         self.optimiser.step()
-        self.step.teacher.follow(self.network, schedule.encoder_momentum, schedule.projector_momentum)
+        self.step.teacher.follow(self.network, schedule.encoder_momentum, schedule.projector_momentum, skipped)
         self.iteration += 1
-        return output
+        return output, skipped
 
     def _record(self, batch: Batch, output: StepOutput, progress: TrainingProgress) -> None:
         run, tracker = self.config.run, self.tracker
@@ -142,28 +158,32 @@ class Trainer:
                 images = self.step.denormalise(batch.views[0])
                 grid = training_grid(images, output, self.network.classes, self.network.encoder.grid, PICTURES)
                 tracker.pictures(self.iteration, grid, "training")
-        if tracker and self._is_due(run.checkpoint_every):
-            with progress.paused():
-                write_checkpoint(run.output, self._state())
+        if self._is_due(run.checkpoint_every):
+            self.supervisor.save()
         if self._is_due(run.evaluate_every, last=False) and self.iteration < self.config.optim.iterations:
             with progress.paused():
-                evaluation = evaluate_network(self.network, self.val_set, self.config, self.process)
+                scores = _mean_ious(self._evaluate())
             if tracker:
-                tracker.log(self.iteration, _mean_ious(evaluation))
+                tracker.log(self.iteration, scores)
 
-    def _log(self, losses: dict[str, float], rates: dict[str, float]) -> None:
-        if not math.isfinite(losses["total"]):
-            raise UserError(
-                f"the loss is {losses['total']} at iteration {self.iteration} ({losses}); "
-                "start again in another run.output with a lower optim.learning_rate or with optim.clip_norm"
-            )
+    def _evaluate(self, examples: int = 0) -> Evaluation:
+        with self.supervisor.interlude():
+            evaluation = evaluate_network(self.network, self.val_set, self.config, self.process, examples=examples)
+        self.supervisor.mark_best(_mean_ious(evaluation)["seg_miou"])
+        return evaluation
+
+    def _log(self, averages: Averages, progress: TrainingProgress) -> None:
+        losses, (in_row, skipped) = averages.take(self.guard.counts)
+        rates = progress.report(losses["total"])
         if self.tracker is not None:
             rate = self.optimiser.param_groups[0]["lr"]
             named = {f"loss/{name}": value for name, value in losses.items()}
-            self.tracker.log(self.iteration, {**named, "learning_rate": rate, **rates})
+            self.tracker.log(self.iteration, {**named, "learning_rate": rate, "skipped": skipped, **rates})
+        self.supervisor.check(in_row, self.iteration)
 
     def _finish(self) -> dict[str, Any]:
-        evaluation = evaluate_network(self.network, self.val_set, self.config, self.process, examples=PICTURES)
+        evaluation = self._evaluate(examples=PICTURES)
+        self.supervisor.finish()
         if self.tracker is None:
             return {}
         picture = self.tracker.pictures(
@@ -188,59 +208,8 @@ class Trainer:
         return (every > 0 and self.iteration % every == 0) or (last and self.iteration == self.config.optim.iterations)
 
     def _state(self) -> dict[str, Any]:
-        return {
-            "iteration": self.iteration,
-            "config": self.config.model_dump(mode="json"),
-            "classes": list(self.network.classes),
-            "student": self.network.state_dict(),
-            "teacher": self.step.teacher.state_dict(),
-            "centres": self.step.distillation.state_dict(),
-            "optimiser": self.optimiser.state_dict(),
-            "loader": self.loader.state_dict(),
-        }
-
-    def _restore(self, state: dict[str, Any], origin: Path) -> None:
-        try:
-            self.network.load_state_dict(state["student"])
-            self.step.teacher.load_state_dict(state["teacher"])
-            self.step.distillation.load_state_dict(state["centres"])
-            self.optimiser.load_state_dict(state["optimiser"])
-            self.loader.load_state_dict(state["loader"])
-            self.iteration = state["iteration"]
-        except (KeyError, RuntimeError, ValueError) as error:
-            raise UserError(
-                f"{origin}: does not fit this run ({' '.join(str(error).split()[:30])}); delete it"
-            ) from None
-
-    def _distribute(self) -> torch.nn.Module:
-        if self.process.world_size == 1:
-            return self.step
-        devices = [self.process.device] if self.process.device.type == "cuda" else None
-        # stages that a weight of 0 switches off leave parameters without gradient
-        return DistributedDataParallel(
-            self.step, device_ids=devices, broadcast_buffers=False, find_unused_parameters=True
-        )
-
-
-class _Averages:
-    """Losses since the last log line, added up on the device and read when asked for."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}
-
-    def add(self, output: StepOutput) -> None:
-        for name, value in {**output.losses, "total": output.loss.detach()}.items():
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
-            self._counts[name] = self._counts.get(name, 0) + 1
-
-    def take(self) -> dict[str, float]:
-        means = torch.stack([value.float() / self._counts[name] for name, value in self._sums.items()])
-        values = (sum_over_ranks(means) / world_size()).tolist()
-        named = dict(zip(self._sums, values, strict=True))
-        self._sums.clear()
-        self._counts.clear()
-        return named
+        config = self.config.model_dump(mode="json")
+        return self.survivors.state(self.iteration, {"config": config, "classes": list(self.network.classes)})
 
 
 def _mean_ious(evaluation: Evaluation) -> dict[str, float]:

@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +18,7 @@ from fsr_fast.evaluate import main as evaluate
 from fsr_fast.optim import build_optimiser, fill_missing_gradients
 from fsr_fast.reporting.tracking import read_metrics
 from fsr_fast.runtime.checkpoint import read_checkpoint
-from fsr_fast.runtime.distributed import Process, sum_over_ranks, world_size
+from fsr_fast.runtime.distributed import Process, distribute, sum_over_ranks, world_size
 from fsr_fast.schedules import schedule_at
 from fsr_fast.trainer import Trainer
 from tests import helpers
@@ -60,7 +59,7 @@ def take_step(name: str, rank: int, size: int) -> dict[str, torch.Tensor]:
     draws = share_of(step.draw(BATCH, helpers.generator()), rows)
     first, second = helpers.views(BATCH)
     process = Process(rank, size, torch.device("cpu"))
-    forward = Trainer._distribute(SimpleNamespace(step=step, process=process, config=config))
+    forward = distribute(step, process)
     labels = helpers.labels(BATCH)[[0, 2, 1, 3]]  # one class an image in the first half, two in the second
     output = forward((first[rows], second[rows]), labels[rows], draws, schedule_at(config, iteration))
     output.loss.backward()

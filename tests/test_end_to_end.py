@@ -97,6 +97,8 @@ def test_the_run_folder_holds_configuration_environment_checkpoints_and_pictures
     assert {name for name in names if name.startswith("checkpoints/")} == {
         "checkpoints/0000004.pt",
         "checkpoints/0000006.pt",
+        "checkpoints/best.pt",
+        "checkpoints/best.json",
     }
     assert {name for name in names if name.startswith("pictures/")} == {
         "pictures/training_000003.png",

@@ -1,28 +1,96 @@
-"""Checkpoints: all that must survive, in one place.
+"""Checkpoints: all that must survive, in one place, and the file that holds it.
 
-A checkpoint is one file of tensors and plain values, `checkpoints/<iteration>.pt` of the run folder; loading it
-runs no pickled code. It holds the student, the teacher (projector average, or the whole network), the centres,
-the optimiser, the position of the loader, and the configuration and class names that describe the network.
+A checkpoint is one file, `checkpoints/<iteration>.pt` of the run folder: a zip archive of tensors and plain values as
+`torch.save` writes it, whose comment holds the SHA-256 of all bytes before it. Loading it runs no pickled code.
 Random draws need no state: they are functions of seed, process and iteration.
 """
 
+import hashlib
+import mmap
 import os
 import re
+import struct
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from fsr_fast.errors import UserError
+from fsr_fast.runtime.log import LOGGER
 
-FORMAT = "fsr_fast checkpoint 1"
+FORMAT = "fsr_fast checkpoint 2"
 FOLDER = "checkpoints"
-KEPT = 2
-"""Number of newest checkpoints that stay."""
+_MARK = b"sha256:"
+_COMMENT = len(_MARK) + 64
+_COMMENT_LENGTH = struct.Struct("<H")
+"""Last field of a zip archive without comment: 0."""
+
+
+class Stateful(Protocol):
+    """What has a state of tensors and plain values."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give the state."""
+        ...
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> Any:
+        """Take the state over."""
+        ...
+
+
+@dataclass(frozen=True)
+class Survivors:
+    """All that must survive an interruption, beside the number of iterations done."""
+
+    student: Stateful
+    """The network."""
+    teacher: Stateful
+    """Average of the projector, or of the whole network."""
+    centres: Stateful
+    """Patch centre and class centre."""
+    optimiser: Stateful
+    """Moments, step counts, base rates."""
+    loader: Stateful
+    """Position in the stream of images, over all processes."""
+    guard: Stateful
+    """Number of skipped steps."""
+
+    def state(self, iteration: int, description: dict[str, Any]) -> dict[str, Any]:
+        """Give what a checkpoint holds.
+
+        Args:
+            iteration: iterations done.
+            description: configuration and class names, from which the network can be built again.
+        """
+        parts = {field.name: getattr(self, field.name).state_dict() for field in fields(self)}
+        return {"format": FORMAT, "iteration": iteration, **description, **parts}
+
+    def restore(self, state: dict[str, Any], origin: Path) -> int:
+        """Take everything over.
+
+        Args:
+            state: of a checkpoint.
+            origin: its file, for messages.
+
+        Returns:
+            Iterations done.
+
+        Raises:
+            UserError: the state is not of this run.
+        """
+        try:
+            for field in fields(self):
+                getattr(self, field.name).load_state_dict(state[field.name])
+            return int(state["iteration"])
+        except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{origin}: does not fit this run ({' '.join(str(error).split()[:30])}); delete it"
+            ) from None
 
 
 def write_checkpoint(run: Path, state: dict[str, Any]) -> Path:
-    """Write a checkpoint whole or not at all, then drop all but the newest.
+    """Write a checkpoint whole or not at all.
 
     Args:
         run: run folder.
@@ -30,18 +98,28 @@ def write_checkpoint(run: Path, state: dict[str, Any]) -> Path:
 
     Returns:
         The file.
+
+    Raises:
+        OSError: no space, or no permission; nothing of the file is left then.
     """
     folder = run / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{state['iteration']:07d}.pt"
     partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
-        torch.save({"format": FORMAT, **state}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-    for old in list_checkpoints(run)[:-KEPT]:
-        old.unlink()
+    try:
+        with partial.open("w+b") as file:
+            torch.save({"format": FORMAT, **state}, file)
+            file.seek(-_COMMENT_LENGTH.size, os.SEEK_END)
+            file.write(_COMMENT_LENGTH.pack(_COMMENT))
+            file.seek(0)
+            digest = hashlib.file_digest(file, "sha256")
+            file.write(_MARK + digest.hexdigest().encode())
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    _sync_folder(folder)
     return path
 
 
@@ -55,18 +133,45 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint.
 
     Args:
-        path: a run folder, whose newest checkpoint is read, or a file.
+        path: a run folder, whose newest sound checkpoint is read, or a file.
 
     Raises:
         UserError: there is none, or the file is damaged or something else.
     """
-    if path.is_dir():
-        found = list_checkpoints(path)
-        if not found:
-            raise UserError(f"{path}: no checkpoint in this folder; expected {FOLDER}/<iteration>.pt of a run")
-        path = found[-1]
+    return read_newest(path)[0] if path.is_dir() else _read(path)
+
+
+def read_newest(run: Path) -> tuple[dict[str, Any], Path]:
+    """Read the newest checkpoint of a run folder that is not damaged, and warn of those that are.
+
+    Args:
+        run: run folder.
+
+    Returns:
+        Its content and its file.
+
+    Raises:
+        UserError: there is none.
+    """
+    damaged: list[str] = []
+    for path in reversed(list_checkpoints(run)):
+        try:
+            state = _read(path)
+        except UserError as error:
+            damaged.append(str(error))
+            continue
+        for message in damaged:
+            LOGGER.warning("%s; %s is read in its place", message, path.name)
+        return state, path
+    if damaged:
+        raise UserError(f"{damaged[0]}; no other checkpoint is left: delete the folder to start anew")
+    raise UserError(f"{run}: no checkpoint in this folder; expected {FOLDER}/<iteration>.pt of a run")
+
+
+def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint; give a run folder or a .pt file")
+    summed = _check_sum(path)
     try:
         state = torch.load(path, "cpu", weights_only=True)
     except Exception as error:  # a broken file raises whatever its bytes happen to mean
@@ -74,4 +179,29 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not a readable checkpoint ({type(error).__name__}: {first_line})") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise UserError(f"{path}: not a checkpoint of a run; expected the format {FORMAT!r}")
+    if not summed:
+        raise UserError(f"{path}: not a readable checkpoint (its checksum is gone)")
     return state
+
+
+def _check_sum(path: Path) -> bool:
+    """Compare the file with its checksum; tell whether it has one."""
+    if path.stat().st_size <= _COMMENT:
+        return False
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        comment = content[-_COMMENT:]
+        if not comment.startswith(_MARK):
+            return False
+        with memoryview(content) as view, view[:-_COMMENT] as summed:
+            digest = hashlib.sha256(summed).hexdigest()
+    if comment != _MARK + digest.encode():
+        raise UserError(f"{path}: not a readable checkpoint (its bytes differ from its checksum)")
+    return True
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

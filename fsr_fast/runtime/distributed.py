@@ -2,10 +2,12 @@
 
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from fsr_fast.errors import UserError
 
@@ -24,11 +26,13 @@ class Process:
         return self.rank == 0
 
 
-def start_process(device: str) -> Process:
+def start_process(device: str, timeout: float = 1800.0) -> Process:
     """Join the process group that torchrun describes, or be the only process.
 
     Args:
         device: `auto`, `cpu` or `cuda`.
+        timeout: seconds without a sign of life after which a process ends itself; 0: never. Collective operations
+            wait twice as long, so that the process that hangs can say so first.
 
     Raises:
         UserError: CUDA is asked for where there is none.
@@ -44,7 +48,7 @@ def start_process(device: str) -> Process:
     if cuda:
         torch.cuda.set_device(target)
     if size > 1:
-        dist.init_process_group("nccl" if cuda else "gloo")
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=2 * timeout or _NEVER))
     return Process(rank, size, target)
 
 
@@ -60,6 +64,15 @@ def wait_for_all() -> None:
         dist.barrier()
 
 
+def distribute(step: torch.nn.Module, process: Process) -> torch.nn.Module:
+    """Let the processes share the gradients of a step; alone, it stays as it is."""
+    if process.world_size == 1:
+        return step
+    devices = [process.device] if process.device.type == "cuda" else None
+    # stages that a weight of 0 switches off leave parameters without gradient
+    return DistributedDataParallel(step, device_ids=devices, broadcast_buffers=False, find_unused_parameters=True)
+
+
 def world_size() -> int:
     """Number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
@@ -73,4 +86,5 @@ def sum_over_ranks(value: Tensor) -> Tensor:
     return value
 
 
+_NEVER = 1e6
 _VARIABLES = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))

@@ -17,6 +17,7 @@ from fsr_fast.masking import mask_shape
 from fsr_fast.models import Network, build_network
 from fsr_fast.optim import build_optimiser
 from fsr_fast.runtime.distributed import Process
+from fsr_fast.runtime.guard import Guard
 from fsr_fast.runtime.seeding import stream
 from fsr_fast.step import FSRStep, StepOutput
 from fsr_fast.trainer import Trainer
@@ -95,7 +96,8 @@ def build_trainer(
         process=Process(rank, 1, torch.device("cpu")),
         network=network,
         step=step,
-        optimiser=build_optimiser(network, config.optim),
+        optimiser=(optimiser := build_optimiser(network, config.optim)),
+        guard=Guard(optimiser, step.distillation.buffers()),
         iteration=0,
     )
 
@@ -103,7 +105,7 @@ def build_trainer(
 def iterate(trainer: SimpleNamespace, views: tuple[Tensor, Tensor], labels: Tensor) -> StepOutput:
     """Make one iteration of the trainer's own loop."""
     batch = Batch(views, labels, torch.arange(len(labels)))
-    return Trainer._iterate(trainer, trainer.step, batch)  # type: ignore[arg-type]
+    return Trainer._iterate(trainer, trainer.step, batch)[0]  # type: ignore[arg-type]
 
 
 def state_of(trainer: SimpleNamespace) -> dict[str, Tensor]:

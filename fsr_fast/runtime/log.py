@@ -1,0 +1,50 @@
+"""Messages of a run: warnings on the terminal, everything in one file a process."""
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch.distributed as dist
+
+LOGGER = logging.getLogger("fsr_fast")
+FOLDER = "logs"
+
+
+class _Terminal(logging.Handler):
+    """Warnings of the first process and errors of all, on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno >= logging.ERROR or not dist.is_initialized() or dist.get_rank() == 0:
+            print(f"{record.levelname.lower()}: {record.getMessage()}", file=sys.stderr, flush=True)
+
+
+LOGGER.setLevel(logging.INFO)
+LOGGER.addHandler(_Terminal(logging.WARNING))
+
+
+@contextmanager
+def rank_log(run: Path, rank: int) -> Iterator[Path]:
+    """Write all messages of this process to `logs/rank_<rank>.log` of the run folder, too.
+
+    Args:
+        run: run folder.
+        rank: of this process.
+
+    Returns:
+        A context that gives the file. An error that leaves the context is recorded with its stack.
+    """
+    path = run / FOLDER / f"rank_{rank}.log"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    LOGGER.addHandler(handler)
+    try:
+        yield path
+    except Exception as error:
+        LOGGER.info("ended by %s", type(error).__name__, exc_info=error)
+        raise
+    finally:
+        LOGGER.removeHandler(handler)
+        handler.close()

@@ -1,0 +1,93 @@
+"""Requests to stop: SIGTERM and SIGINT end a run behind a checkpoint."""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+
+
+class Stopped(SystemExit):
+    """A signal asked for the end; the exit code is 128 + its number, 143 for SIGTERM and 130 for SIGINT."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(128 + number)
+
+
+class Signals:
+    """Notes SIGTERM and SIGINT while its context is open.
+
+    Outside of torchrun, which passes on what the terminal sends anyway, a second SIGINT ends the process at once.
+    """
+
+    def __init__(self) -> None:
+        self.caught = 0
+        """Number of the first signal; 0: none."""
+        self._at_once = False
+        self._former: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            self._former = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Within this context, whose state must be saved before, a signal raises `Stopped` where it comes."""
+        self._at_once = True
+        try:
+            if self.caught:
+                raise Stopped(self.caught)
+            yield
+        finally:
+            self._at_once = False
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.caught = self.caught or number
+        if "TORCHELASTIC_RUN_ID" not in os.environ:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        if self._at_once:
+            raise Stopped(self.caught)
+
+
+class Vote:
+    """A number a process and iteration; all processes learn the largest one an iteration later.
+
+    The exchange runs on the CPU while the next iteration is computed: nothing waits for a GPU.
+    """
+
+    def __init__(self) -> None:
+        self._group: Any = (
+            dist.new_group(backend="gloo") if dist.is_initialized() and dist.get_world_size() > 1 else None
+        )
+        self._pending: tuple[Any, torch.Tensor] | None = None
+
+    def cast(self, number: int) -> int:
+        """Give this process's number and get the largest of the iteration before; alone: the number itself."""
+        if self._group is None:
+            return number
+        ballot = torch.tensor(number)
+        earlier, self._pending = (
+            self._pending,
+            (dist.all_reduce(ballot, dist.ReduceOp.MAX, self._group, async_op=True), ballot),
+        )
+        if earlier is None:
+            return 0
+        earlier[0].wait()
+        return int(earlier[1])
+
+    def meet(self) -> None:
+        """Wait until every process has come here."""
+        if self._group is not None:
+            dist.barrier(self._group)
