@@ -28,7 +28,7 @@ setup(
         "fsr_fast.dataloading",
         "fsr_fast.configs",
     ],
-    package_data={"fsr_fast.configs": ["*.yaml"]},
+    package_data={"fsr_fast.configs": ["*.yaml"], "fsr_fast.reporting": ["templates/*"]},
     install_requires=[
         "torch>=2.11",
         "torchvision>=0.26",
@@ -43,6 +43,7 @@ setup(
         "numpy>=1.26",
         "pillow>=10.0",
         "safetensors>=0.5",
+        "jinja2>=3.1",
         "rich>=13.0",
         "tensorboard>=2.18",
         "matplotlib>=3.9",

@@ -43,6 +43,9 @@ VERBS = {
     "ablate": Verb(
         "fsr_fast.ablate", "run one of the paper's tables, row by row", "--table 4 --config synthetic --seeds 0 1 2"
     ),
+    "report": Verb(
+        "fsr_fast.report", "show a run, or compare several, on one HTML page", "runs/synthetic --output report.html"
+    ),
     "completion": Verb(
         "fsr_fast.completion", "print a script that completes verbs and options in a shell", "bash > ~/.fsr-fast.bash"
     ),

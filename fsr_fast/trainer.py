@@ -155,8 +155,7 @@ class Trainer:
         run, tracker = self.config.run, self.tracker
         if tracker and output.pseudo_labels is not None and self._is_due(run.picture_every, last=False):
             with progress.paused():
-                images = self.step.denormalise(batch.views[0])
-                grid = training_grid(images, output, self.network.classes, self.network.encoder.grid, PICTURES)
+                grid = training_grid(self.step, batch.views, output, PICTURES)
                 tracker.pictures(self.iteration, grid, "training")
         if self._is_due(run.checkpoint_every):
             self.supervisor.save()

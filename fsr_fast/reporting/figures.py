@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import BinaryIO
 
 import matplotlib
 import numpy as np
@@ -94,12 +95,12 @@ def heatmap(image: np.ndarray, cam: np.ndarray, opacity: float = 0.5) -> np.ndar
     return _blend(image, colours, opacity)
 
 
-def save_palette_png(mask: np.ndarray, path: Path) -> None:
+def save_palette_png(mask: np.ndarray, path: Path | BinaryIO) -> None:
     """Save labels as a PNG with VOC's palette: the pixel values are the labels.
 
     Args:
         mask: (H,W) integer labels, 0 to 255.
-        path: the file.
+        path: the file, or an open one.
 
     Raises:
         TypeError: labels that are not integers.

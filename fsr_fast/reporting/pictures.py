@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from fsr_fast.evaluation.evaluator import Example
 from fsr_fast.reporting.figures import heatmap, picture_grid
-from fsr_fast.step import StepOutput
+from fsr_fast.step import FSRStep, StepOutput
 
 
 def evaluation_grid(examples: Sequence[Example], classes: Sequence[str]) -> Image.Image:
@@ -21,34 +22,37 @@ def evaluation_grid(examples: Sequence[Example], classes: Sequence[str]) -> Imag
     return picture_grid(rows, ["image", "truth", "CAM", "pseudo", "seg"], classes)
 
 
-def training_grid(
-    images: Tensor, output: StepOutput, classes: Sequence[str], grid: tuple[int, int], count: int
-) -> Image.Image:
-    """Lay out view 1 | CAM | pseudo label | view 2's mask, one row an image.
+def training_grid(step: FSRStep, views: Sequence[Tensor], output: StepOutput, count: int) -> Image.Image:
+    """Lay out view 1 | CAM | uncertain | pseudo label | view 2 without its masked patches, one row an image.
+
+    Uncertain are the pixels of view 1 whose activation lies between the mask's two thresholds; they are bright.
 
     Args:
-        images: (B, 3, H, W), view 1, 0…255.
-        output: of the step on it, with pseudo labels.
-        classes: names of the foreground classes.
-        grid: h and w, patches.
+        step: that gave the output.
+        views: two of (B, 3, H, W), normalised.
+        output: with CAMs and pseudo labels.
         count: largest number of rows.
     """
     assert output.cams is not None
     assert output.pseudo_labels is not None
-    size = images.shape[-2:]
-    pictures = images[:count].permute(0, 2, 3, 1).to(torch.uint8).cpu().numpy()
-    cams = (
-        F.interpolate(output.cams.values[:count].amax(1, keepdim=True), size=size, mode="bilinear")[:, 0].cpu().numpy()
-    )
-    pseudo_labels = output.pseudo_labels[:count].cpu().numpy()
-    titles = ["view 1", "CAM", "pseudo label"]
+    size = views[0].shape[-2:]
+    pictures = _pixels(step.denormalise(views[0][:count]))
+    cams = F.interpolate(output.cams.values[:count].amax(1, keepdim=True), size=size, mode="bilinear")[:, 0]
+    uncertain = ((cams > step.config.mask.low) & (cams < step.config.mask.high)).cpu().numpy()
+    titles = ["view 1", "CAM", "uncertain", "pseudo label"]
     columns = [
         list(pictures),
-        [heatmap(picture, cam) for picture, cam in zip(pictures, cams, strict=True)],
-        list(pseudo_labels),
+        [heatmap(picture, cam) for picture, cam in zip(pictures, cams.cpu().numpy(), strict=True)],
+        [np.where(mask[..., None], picture, picture // 4) for picture, mask in zip(pictures, uncertain, strict=True)],
+        list(output.pseudo_labels[:count].cpu().numpy()),
     ]
     if output.mask is not None:
-        masks = F.interpolate(output.mask[:count].float().unflatten(1, grid)[:, None], size=size, mode="nearest")
-        titles.append("mask of view 2")
-        columns.append(list((masks.expand(-1, 3, -1, -1) * 255).permute(0, 2, 3, 1).to(torch.uint8).cpu().numpy()))
-    return picture_grid([list(row) for row in zip(*columns, strict=True)], titles, classes)
+        masked = output.mask[:count].float().unflatten(1, step.student.encoder.grid)[:, None]
+        shown = step.denormalise(views[1][:count]) * (F.interpolate(masked, size=size, mode="nearest") == 0)
+        titles.append("view 2, masked")
+        columns.append(list(_pixels(shown)))
+    return picture_grid([list(row) for row in zip(*columns, strict=True)], titles, step.student.classes)
+
+
+def _pixels(images: Tensor) -> np.ndarray:
+    return images.permute(0, 2, 3, 1).to(torch.uint8).cpu().numpy()

@@ -1,0 +1,203 @@
+"""What a trained network sees: scores on the validation list, its best, worst and random pictures, its attention."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fsr_fast.analysis import attention_entropy, class_attention
+from fsr_fast.cam import merged_labels, resize_images
+from fsr_fast.config import Config
+from fsr_fast.dataloading.batch import EvaluationSample
+from fsr_fast.dataloading.datasets import SegmentationDataset
+from fsr_fast.dataloading.torch_pipeline import evaluation_samples
+from fsr_fast.errors import UserError
+from fsr_fast.evaluation.crf import dense_crf
+from fsr_fast.evaluation.inference import Inference, infer
+from fsr_fast.evaluation.metrics import ConfusionMatrix
+from fsr_fast.models import Network
+from fsr_fast.reporting.progress import track
+
+CHOICES = ("best", "worst", "random")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One picture of the gallery; all maps in its size."""
+
+    name: str
+    choices: tuple[str, ...]
+    """Which of `CHOICES` it belongs to."""
+    iou: float
+    """Mean IoU of the segmentation over the classes of its truth, percent."""
+    classes: tuple[str, ...]
+    """Its image labels."""
+    image: np.ndarray
+    """(H, W, 3), uint8."""
+    truth: np.ndarray
+    """(H, W), uint8; so are the next three but the CAM."""
+    cam: np.ndarray
+    """(H, W), float32 in 0…1, largest activation over the classes of the picture."""
+    pseudo: np.ndarray
+    seg: np.ndarray
+    crf: np.ndarray
+    attention: list[np.ndarray]
+    """Attention of the class token to the patches, (h, w) a block, 0…1 (paper, Fig. 7); none where it pools."""
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Result of looking at a validation list."""
+
+    matrix: ConfusionMatrix
+    """Of the segmentation, over all pictures that were looked at."""
+    seen: int
+    """Pictures looked at."""
+    listed: int
+    """Pictures of the list."""
+    entries: list[Entry]
+    """By falling IoU."""
+    entropy: Tensor
+    """(depth, heads), nats, mean over the entries (paper, Fig. 6)."""
+    patches: int
+    """Number N of patches at which the entropy was taken."""
+
+
+def look(
+    network: Network,
+    dataset: SegmentationDataset,
+    config: Config,
+    device: torch.device,
+    *,
+    limit: int | None,
+    rows: int,
+) -> Gallery:
+    """Segment the pictures of a validation list and keep the best, the worst and some random ones.
+
+    Args:
+        network: in eval mode, on the device.
+        dataset: with masks.
+        config: sections `evaluate`, `cam`, `data` and `run.amp`.
+        device: of the network.
+        limit: look at the first pictures alone; none: at all.
+        rows: pictures to keep of each choice.
+
+    Raises:
+        UserError: a picture or its mask is missing.
+    """
+    matrix, ious = ConfusionMatrix(len(network.classes)), []
+    seen = min(len(dataset), limit or len(dataset))
+    for sample, result in _infer_all(network, dataset, config, device, limit, None):
+        alone = ConfusionMatrix(len(network.classes))
+        alone.update(result.seg_logits[0].argmax(0).cpu(), _truth(sample))
+        matrix.merge(alone)
+        ious.append(alone.mean_iou())
+    chosen = _choose(ious, rows)
+    entries = [
+        _entry(network, dataset, config, sample, result, ious[sample.index], chosen[sample.index])
+        for sample, result in _infer_all(network, dataset, config, device, limit, set(chosen))
+    ]
+    side = network.image_size
+    pictures = [resize_images(_normalised(network, entry.image, device), (side, side)) for entry in entries]
+    entropies = [attention_entropy(network, picture).cpu() for picture in pictures]
+    return Gallery(
+        matrix,
+        seen,
+        len(dataset),
+        sorted(entries, key=lambda entry: -entry.iou),
+        torch.stack(entropies).mean(0),
+        network.encoder.grid[0] * network.encoder.grid[1],
+    )
+
+
+def _infer_all(
+    network: Network,
+    dataset: SegmentationDataset,
+    config: Config,
+    device: torch.device,
+    limit: int | None,
+    wanted: set[int] | None,
+) -> Iterator[tuple[EvaluationSample, Inference]]:
+    samples = evaluation_samples(
+        dataset, mean=network.mean, std=network.deviation, workers=config.data.workers, limit=limit
+    )
+    total = min(len(dataset), limit or len(dataset))
+    for sample in track(samples, "segmenting" if wanted is None else "drawing", total):
+        if wanted is None or sample.index in wanted:
+            yield (
+                sample,
+                infer(
+                    network,
+                    sample.image[None].to(device),
+                    sample.labels[None].to(device),
+                    cam_scales=config.cam.scales,
+                    scales=config.evaluate.scales,
+                    flip=config.evaluate.flip,
+                    amp=config.run.amp,
+                ),
+            )
+
+
+def _choose(ious: list[float], rows: int) -> dict[int, tuple[str, ...]]:
+    order = sorted(range(len(ious)), key=lambda index: (-np.nan_to_num(ious[index]), index))
+    drawn = random.Random(0).sample(order, min(rows, len(order)))
+    sets = {"best": order[:rows], "worst": order[-rows:], "random": drawn}
+    return {
+        index: tuple(choice for choice in CHOICES if index in sets[choice])
+        for index in order
+        if any(index in members for members in sets.values())
+    }
+
+
+def _entry(
+    network: Network,
+    dataset: SegmentationDataset,
+    config: Config,
+    sample: EvaluationSample,
+    result: Inference,
+    iou: float,
+    choices: tuple[str, ...],
+) -> Entry:
+    image = np.asarray(dataset.image(sample.index))
+    threshold = config.evaluate.threshold
+    probabilities = result.seg_logits[0].softmax(0).float().cpu().numpy()
+    return Entry(
+        name=sample.name,
+        choices=choices,
+        iou=iou,
+        classes=tuple(name for name, label in zip(network.classes, sample.labels, strict=True) if label > 0),
+        image=image,
+        truth=_truth(sample),
+        cam=result.cams.values[0].amax(0).float().cpu().numpy(),
+        pseudo=merged_labels(result.cams, high=threshold, low=threshold)[0].cpu().numpy().astype(np.uint8),
+        seg=probabilities.argmax(0).astype(np.uint8),
+        crf=dense_crf(image, probabilities).argmax(0).astype(np.uint8),
+        attention=_attention(network, image, result.seg_logits.device),
+    )
+
+
+def _attention(network: Network, image: np.ndarray, device: torch.device) -> list[np.ndarray]:
+    if network.encoder.aggregation != "mca":
+        return []
+    patch = network.encoder.patch_size
+    size = tuple(max(1, round(side / patch)) * patch for side in image.shape[:2])
+    weights = class_attention(network, resize_images(_normalised(network, image, device), (size[0], size[1])))[0]
+    means = weights.mean(1).cpu()
+    return [((block - block.min()) / (block.max() - block.min()).clamp(min=1e-12)).numpy() for block in means]
+
+
+def _normalised(network: Network, image: np.ndarray, device: torch.device) -> Tensor:
+    mean, deviation = (torch.tensor(values).view(3, 1, 1) for values in (network.mean, network.deviation))
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+    return ((pixels - mean) / deviation)[None].to(device)
+
+
+def _truth(sample: EvaluationSample) -> np.ndarray:
+    if sample.mask is None:
+        raise UserError(f"{sample.name}: no mask; a report needs the mask of every picture of the validation list")
+    return np.asarray(sample.mask)

@@ -1,0 +1,71 @@
+"""What a run folder says of its run, read back for reports and model cards."""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fsr_fast.config import read_yaml
+from fsr_fast.errors import UserError
+from fsr_fast.reporting.tracking import read_metrics
+from fsr_fast.runtime.run_folder import CONFIG_FILE
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """The record of one run; what it has not come to yet is empty."""
+
+    name: str
+    """Name of the folder."""
+    folder: Path
+    config: dict[str, Any]
+    """The resolved configuration, sections by name."""
+    environment: dict[str, Any]
+    """environment.json."""
+    metrics: list[dict[str, Any]]
+    """Lines of metrics.jsonl."""
+    summary: dict[str, Any]
+    """summary.json; empty before the run's end."""
+    pictures: list[tuple[int, Path]]
+    """Training pictures, by iteration."""
+
+    @property
+    def results(self) -> dict[str, dict[str, Any]]:
+        """Scores of the final evaluation by kind (`pseudo`, `seg`, …); empty before the run's end."""
+        return self.summary.get("results", {})
+
+
+def read_run(folder: Path) -> RunRecord:
+    """Read the record of a run.
+
+    Args:
+        folder: run folder.
+
+    Raises:
+        UserError: it is no run folder, or a file of it is damaged.
+    """
+    if not (folder / CONFIG_FILE).is_file():
+        raise UserError(f"{folder}: no run (it has no {CONFIG_FILE}); give the folder of a run, as run.output named it")
+    numbered = ((re.fullmatch(r"training_(\d+)", path.stem), path) for path in (folder / "pictures").glob("*.png"))
+    return RunRecord(
+        name=folder.resolve().name,
+        folder=folder,
+        config=read_yaml(folder / CONFIG_FILE),
+        environment=_read_json(folder / "environment.json"),
+        metrics=read_metrics(folder),
+        summary=_read_json(folder / "summary.json"),
+        pictures=sorted((int(match[1]), path) for match, path in numbered if match),
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error}); mend the file or move it away") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected a JSON object; mend the file or move it away")
+    return content
