@@ -1,12 +1,6 @@
-"""Data sets in PASCAL VOC layout, with the labels of each image and, where there are any, its mask.
+"""The training and the validation set, from whichever layout the data set has on disk.
 
-    ROOT/JPEGImages/ID.jpg                      images (.jpeg and .png will do as well)
-    ROOT/ImageSets/Segmentation/LIST.txt        one ID a line
-    ROOT/SegmentationClassAug/ID.png            masks: 0 background, 1… classes, 255 ignored
-    ROOT/SegmentationClass/ID.png               the same, for images without a mask there
-    ROOT/Annotations/ID.xml, ROOT/labels.csv    image labels, see `labels.py`
-
-Training needs no masks, unless the labels are read from them; validation does.
+`voc.py`, `coco.py` and `own.py` open the layouts; here the labels are read, the classes chosen and the files looked up.
 """
 
 from __future__ import annotations
@@ -23,14 +17,16 @@ from PIL import Image
 from fsr_fast.config import DataConfig
 from fsr_fast.dataloading import synthetic
 from fsr_fast.dataloading.class_names import COCO_CLASSES, VOC_CLASSES
-from fsr_fast.dataloading.images import IGNORE, DamagedFileError, check_name, image_size, inside, read_image, read_mask
-from fsr_fast.dataloading.labels import read_labels
+from fsr_fast.dataloading.coco import has_instances, open_coco
+from fsr_fast.dataloading.images import IGNORE, DamagedFileError, image_size, read_image
+from fsr_fast.dataloading.labels import open_labels, read_labels
+from fsr_fast.dataloading.layout import Files, Split
+from fsr_fast.dataloading.names import Names
+from fsr_fast.dataloading.own import open_own
+from fsr_fast.dataloading.voc import LISTS, open_voc
 from fsr_fast.errors import UserError, nearest
 
 SYNTHETIC_ROOT = Path("data/synthetic")
-IMAGE_FOLDERS, IMAGE_ENDINGS = ("JPEGImages",), (".jpg", ".jpeg", ".png")
-MASK_FOLDERS, MASK_ENDINGS = ("SegmentationClassAug", "SegmentationClass"), (".png",)
-
 CLASSES = {"synthetic": synthetic.CLASSES, "voc": VOC_CLASSES, "coco": COCO_CLASSES}
 
 logger = logging.getLogger(__name__)
@@ -41,7 +37,7 @@ class SegmentationDataset:
     """The images of one list.
 
     Args:
-        root: folder of the data set.
+        files: gives image and mask of a name.
         ids: names of the n images.
         classes: names of the C foreground classes.
         labels: (n, C) float32, 1 where the image shows the class, else 0.
@@ -49,8 +45,8 @@ class SegmentationDataset:
         dropped: number of images of the list that were left out because they show none of the classes.
     """
 
-    root: Path
-    ids: tuple[str, ...]
+    files: Files
+    ids: Names
     classes: tuple[str, ...]
     labels: NDArray[np.float32]
     mask_values: NDArray[np.uint8]
@@ -78,7 +74,7 @@ class SegmentationDataset:
         Raises:
             DamagedFileError: there is none.
         """
-        return _find_image(self.root, self.ids[index])
+        return self.files.image_path(self.ids[index])
 
     def mask(self, index: int) -> NDArray[np.uint8] | None:
         """Read a mask.
@@ -89,19 +85,36 @@ class SegmentationDataset:
         Raises:
             DamagedFileError: the file is damaged, has another size than its image, or holds an unknown class value.
         """
-        path = _find(self.root, MASK_FOLDERS, self.ids[index], MASK_ENDINGS)
-        if path is None:
+        mask = self.files.mask(self.ids[index])
+        if mask is None:
             return None
-        mask = read_mask(path, len(self.mask_values) - 1)
-        width, height = image_size(self.image_path(index))
-        if mask.shape != (height, width):
-            raise DamagedFileError(
-                f"{path}: {mask.shape[1]} x {mask.shape[0]} pixels, but its image (upright, as its EXIF data say) has "
-                f"{width} x {height}; the two must be of one size"
-            )
+        check_size(mask, image_size(self.image_path(index)), self.ids[index])
         table = np.full(256, IGNORE, np.uint8)
         table[: len(self.mask_values)] = self.mask_values
         return table[mask]
+
+
+def check_size(mask: NDArray[np.uint8], size: tuple[int, int], name: str) -> None:
+    """Refuse a mask that does not cover its image.
+
+    Args:
+        mask: (H, W).
+        size: width and height of the upright image.
+        name: of the image.
+
+    Raises:
+        DamagedFileError: the sizes differ.
+    """
+    height, width = mask.shape
+    if (width, height) == size:
+        return
+    turned = "the mask was drawn on the image as stored; turn it as the EXIF orientation says" * (
+        (height, width) == size
+    )
+    raise DamagedFileError(
+        f"{name}: the mask has {width} x {height} pixels, but its image has {size[0]} x {size[1]}; "
+        f"{turned or 'the two must be of one size'}"
+    )
 
 
 def build_datasets(config: DataConfig) -> tuple[SegmentationDataset, SegmentationDataset]:
@@ -116,41 +129,73 @@ def build_datasets(config: DataConfig) -> tuple[SegmentationDataset, Segmentatio
     Raises:
         UserError: a missing folder, list, image, label or mask, or an unknown class name.
     """
-    root = config.root or SYNTHETIC_ROOT
     if config.dataset == "synthetic":
-        synthetic.ensure(root)
-    _check_layout(root, config.dataset)
-    return _open(root, config, config.train_list, training=True), _open(root, config, config.val_list, training=False)
+        synthetic.ensure(config.root or SYNTHETIC_ROOT)
+    return _build(config, training=True), _build(config, training=False)
 
 
-def _open(root: Path, config: DataConfig, list_name: str, *, training: bool) -> SegmentationDataset:
-    names = config.classes or CLASSES[config.dataset]
+def open_split(config: DataConfig, *, training: bool, with_masks: bool) -> Split:
+    """Open a list as it stands on disk.
+
+    Args:
+        config: the section `data` of the configuration.
+        training: the training list, else the validation list.
+        with_masks: masks are wanted, where they cost memory.
+
+    Raises:
+        UserError: a missing folder or list, or a file of labels or annotations that cannot be read.
+    """
+    root = config.root or SYNTHETIC_ROOT
+    list_name, key = (config.train_list, "data.train_list") if training else (config.val_list, "data.val_list")
+    if not root.is_dir():
+        raise UserError(f"data.root: {root} is no folder; give the folder of the data set by --data.root FOLDER")
+    if config.dataset == "own":
+        split = open_own(root, list_name, key, config.classes)
+        return (
+            split
+            if config.labels == "auto"
+            else split._replace(labels=open_labels(root, split.classes, config.labels, split.files))
+        )
+    classes = tuple(config.classes or CLASSES[config.dataset])
+    if config.dataset == "coco" and has_instances(root) and not (root / LISTS).is_dir():
+        split = open_coco(root, list_name, key, classes, with_masks=with_masks or config.labels == "masks")
+        return (
+            split
+            if config.labels == "auto"
+            else split._replace(labels=open_labels(root, classes, config.labels, split.files))
+        )
+    return open_voc(root, list_name, key, classes, config.labels)
+
+
+def _build(config: DataConfig, *, training: bool) -> SegmentationDataset:
+    split = open_split(config, training=training, with_masks=not training)
+    names, files = split.classes, split.files
     chosen = _choose(names, config.subset)
-    ids = _read_list(root, list_name, "data.train_list" if training else "data.val_list")
-    for name in ids:
-        _find_image(root, name)
-        if not training:
-            _find_mask(root, name)
-    labels = read_labels(root, ids, names, config.labels, lambda name: read_mask(_find_mask(root, name), len(names)))
+    for name in split.ids:
+        files.image_path(name)
+        if not training and not files.has_mask(name):
+            raise DamagedFileError(f"{files.missing_mask(name)}, or take the id off the list")
+    labels = read_labels(split.ids, split.labels, len(names))
     empty = np.flatnonzero(~labels.any(1))
     if training and len(empty):
         raise UserError(
-            f"{root}: the training image {ids[empty[0]]!r} has no label ({len(empty)} of {len(ids)} have none); "
-            f"label it, or take it off the list {list_name}"
+            f"{split.origin}: the training image {split.ids[int(empty[0])]!r} has no label "
+            f"({len(empty)} of {len(labels)} have none); label it, or take it off the list"
         )
     labels = labels[:, chosen]
-    kept = np.flatnonzero(labels.any(1)) if training else np.arange(len(ids))
+    kept = np.flatnonzero(labels.any(1)) if training else np.arange(len(labels))
+    dropped = len(labels) - len(kept)
     if not len(kept):
-        raise UserError(f"data.subset: no training image of {root} shows any of {', '.join(config.subset or ())}")
-    if len(kept) < len(ids):
-        logger.warning(
-            "%d of %d training images show no class of data.subset: left out", len(ids) - len(kept), len(ids)
+        raise UserError(
+            f"data.subset: no training image of {config.root} shows any of {', '.join(config.subset or ())}"
         )
+    if dropped:
+        logger.warning("%d of %d training images show no class of data.subset: left out", dropped, len(labels))
     values = np.full(len(names) + 1, IGNORE, np.uint8)
     values[0] = 0
     values[[number + 1 for number in chosen]] = np.arange(1, len(chosen) + 1)
     classes = tuple(names[number] for number in chosen)
-    return SegmentationDataset(root, tuple(ids[i] for i in kept), classes, labels[kept], values, len(ids) - len(kept))
+    return SegmentationDataset(files, split.ids.take(kept), classes, labels[kept], values, dropped)
 
 
 def _choose(names: Sequence[str], subset: Sequence[str] | None) -> list[int]:
@@ -165,72 +210,3 @@ def _choose(names: Sequence[str], subset: Sequence[str] | None) -> list[int]:
         if name not in names:
             raise UserError(f"data.subset: unknown class {name!r}{nearest(name, names)}")
     return [names.index(name) for name in subset or names]
-
-
-def _check_layout(root: Path, dataset: str) -> None:
-    if not root.is_dir():
-        raise UserError(f"data.root: {root} is no folder; give the folder of the data set by --data.root FOLDER")
-    if (root / "JPEGImages").is_dir():
-        return
-    inside = next(
-        (path.parent for pattern in ("*", "*/*") for path in sorted(root.glob(f"{pattern}/JPEGImages"))), None
-    )
-    hint = (
-        f"did you mean {inside}?" if inside else "expected JPEGImages, ImageSets/Segmentation and masks or labels there"
-    )
-    if dataset == "coco" and (root / "annotations").is_dir():
-        hint = "MS COCO's own layout and JSON are not read; expected JPEGImages, ImageSets/Segmentation and " + (
-            "SegmentationClass, as in PASCAL VOC"
-        )
-    raise UserError(f"data.root: {root} has no folder JPEGImages; {hint}")
-
-
-def _read_list(root: Path, list_name: str, key: str) -> list[str]:
-    folder = root / "ImageSets/Segmentation"
-    path = folder / f"{list_name}.txt"
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except FileNotFoundError:
-        lists = [file.stem for file in folder.glob("*.txt")]
-        hint = nearest(list_name, lists) if lists else "; expected a text file with one id a line"
-        raise UserError(f"{key}: {path} does not exist{hint}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{key}: {path} is not text in UTF-8: {error}; write it anew, one id a line") from None
-    ids = [line.strip() for line in lines if line.strip()]
-    if not ids:
-        raise UserError(f"{key}: {path} is empty; expected one id a line")
-    seen: set[str] = set()
-    for name in ids:
-        try:
-            check_name(name)
-        except DamagedFileError as error:
-            raise UserError(f"{key}: {path}: {error}") from None
-        if name in seen:
-            raise UserError(f"{key}: {path}: {name!r} stands there twice; keep one")
-        seen.add(name)
-    return ids
-
-
-def _find(root: Path, folders: Sequence[str], name: str, endings: Sequence[str]) -> Path | None:
-    paths = (inside(root / folder, f"{name}{ending}") for folder in folders for ending in endings)
-    return next((path for path in paths if path.is_file()), None)
-
-
-def _find_image(root: Path, name: str) -> Path:
-    path = _find(root, IMAGE_FOLDERS, name, IMAGE_ENDINGS)
-    if path is None:
-        raise DamagedFileError(
-            f"{root / 'JPEGImages'}: no image for the id {name!r} (endings: {', '.join(IMAGE_ENDINGS)}); "
-            "add the file, or take the id off the list"
-        )
-    return path
-
-
-def _find_mask(root: Path, name: str) -> Path:
-    path = _find(root, MASK_FOLDERS, name, MASK_ENDINGS)
-    if path is None:
-        raise DamagedFileError(
-            f"{root}: no mask for the id {name!r} in {' or '.join(MASK_FOLDERS)}; add {name}.png, "
-            "or take the id off the list"
-        )
-    return path

@@ -7,8 +7,10 @@ orientation tag, if any, is not looked at.
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import numpy as np
@@ -111,12 +113,17 @@ def inside(folder: Path, name: str) -> Path:
     """
     check_name(name)
     path = folder / name
-    if not path.resolve().is_relative_to(folder.resolve()):
+    if not os.path.realpath(path).startswith(_real(folder)):
         raise DamagedFileError(
             f"{path}: a symbolic link that leads out of {folder}; put the file itself there, or let data.root be the "
             "folder that holds it"
         )
     return path
+
+
+@lru_cache
+def _real(folder: Path) -> str:
+    return os.path.join(os.path.realpath(folder), "")
 
 
 def check_name(name: str) -> None:

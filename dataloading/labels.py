@@ -4,35 +4,52 @@ ROOT/Annotations/ID.xml   PASCAL VOC: the name of every object
 ROOT/labels.csv           header `image,labels`; a row holds an ID and class names with spaces between them
                           (a space inside a name is written `_`: traffic_light)
 masks                     every class value that the mask holds
+
+A source is a function from the ID of an image to its classes, as numbers from 0. It raises `UserError` where they
+cannot be read, so that one bad entry can be reported beside the others.
 """
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fsr_fast.dataloading.layout import Files
+from fsr_fast.dataloading.names import Names
+from fsr_fast.dataloading.threads import map_ahead
 from fsr_fast.errors import UserError, nearest
 
-ReadMask = Callable[[str], NDArray[np.uint8]]
+LabelSource = Callable[[str], list[int]]
+HEADER = ("image", "labels")
 
 
-def read_labels(
-    root: Path, ids: Sequence[str], classes: Sequence[str], source: str, read_mask: ReadMask
-) -> NDArray[np.float32]:
-    """Read the labels of a list of images.
+def open_labels(root: Path, classes: Sequence[str], source: str, files: Files) -> LabelSource:
+    """Open the labels of a data set in VOC layout.
 
     Args:
         root: folder of the data set.
-        ids: names of the n images.
         classes: names of the C foreground classes, in the order of the mask values 1…C.
         source: `xml`, `csv`, `masks`, or `auto` for the first of these that exists.
-        read_mask: gives the mask of an id, (H, W) uint8 with the values 0…C and 255.
+        files: gives the masks.
+
+    Raises:
+        UserError: the CSV file is missing or is none.
+    """
+    if source == "auto":
+        source = "xml" if (root / "Annotations").is_dir() else "csv" if (root / "labels.csv").is_file() else "masks"
+    if source == "csv":
+        return TableLabels(root / "labels.csv", read_csv(root / "labels.csv"), classes)
+    return XmlLabels(root / "Annotations", classes) if source == "xml" else MaskLabels(files)
+
+
+def read_labels(ids: Names, source: LabelSource, classes: int) -> NDArray[np.float32]:
+    """Read the labels of n images.
 
     Returns:
         (n, C) float32, 1 where the image shows the class, else 0.
@@ -40,31 +57,98 @@ def read_labels(
     Raises:
         UserError: an image without an entry, a damaged file, an unknown class name.
     """
-    if source == "auto":
-        source = "xml" if (root / "Annotations").is_dir() else "csv" if (root / "labels.csv").is_file() else "masks"
-    numbers = {_key(name): number for number, name in enumerate(classes)}
-    if source == "csv":
-        rows = _read_csv(root / "labels.csv", ids, numbers, classes)
-    else:
-        with ThreadPoolExecutor(8) as pool:
-            if source == "xml":
-                paths = [root / "Annotations" / f"{name}.xml" for name in ids]
-                rows = list(pool.map(lambda path: _read_xml(path, numbers, classes), paths))
-            else:
-                rows = list(pool.map(lambda name: _shown(read_mask(name)), ids))
-    labels = np.zeros((len(ids), len(classes)), np.float32)
-    for row, shown in zip(labels, rows, strict=True):
+    labels = np.zeros((len(ids), classes), np.float32)
+    for row, shown in zip(labels, map_ahead(source, ids), strict=True):
         row[shown] = 1
     return labels
 
 
-def _read_csv(path: Path, ids: Sequence[str], numbers: dict[str, int], classes: Sequence[str]) -> list[list[int]]:
-    table: dict[str, list[int]] = {}
+class TableLabels:
+    """Labels from a table of images and class names.
+
+    Args:
+        path: file of the table, for messages.
+        rows: place in the file, image and class names, row by row.
+        classes: names of the foreground classes.
+    """
+
+    def __init__(self, path: Path, rows: Iterable[tuple[str, str, Sequence[str]]], classes: Sequence[str]) -> None:
+        self._path, self._classes = path, _Classes(classes)
+        self._rows: dict[str, tuple[str, Sequence[str]]] = {}
+        self._twice: dict[str, str] = {}
+        for where, name, shown in rows:
+            if name in self._rows:
+                self._twice[name] = where
+            self._rows[name] = (where, shown)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rows)
+
+    def __call__(self, name: str) -> list[int]:
+        """Give the classes of an image."""
+        if name not in self._rows:
+            raise UserError(
+                f"{self._path}: no row for the image {name!r}; add it, take the image off the list, or take the labels "
+                "from elsewhere by data.labels; `fsr-fast data check` lists all that are missing"
+            )
+        if name in self._twice:
+            raise UserError(f"{self._twice[name]}: the image {name!r} has a row already; keep one")
+        where, shown = self._rows[name]
+        return self._classes.numbers(shown, where)
+
+
+class XmlLabels:
+    """Labels from PASCAL VOC's annotations.
+
+    Args:
+        folder: Annotations.
+        classes: names of the foreground classes.
+    """
+
+    def __init__(self, folder: Path, classes: Sequence[str]) -> None:
+        self._folder, self._classes = folder, _Classes(classes)
+
+    def __call__(self, name: str) -> list[int]:
+        """Give the classes of an image."""
+        path = self._folder / f"{name}.xml"
+        try:
+            objects = ElementTree.parse(path).getroot().findall("object")
+        except FileNotFoundError:
+            raise UserError(f"{path}: no such file; add it, or take the labels from elsewhere by data.labels") from None
+        except ElementTree.ParseError as error:
+            raise UserError(f"{path}: not valid XML: {error}; replace the file") from None
+        return self._classes.numbers([(item.findtext("name") or "").strip() for item in objects], str(path))
+
+
+class MaskLabels:
+    """Labels from the masks.
+
+    Args:
+        files: gives the masks.
+    """
+
+    def __init__(self, files: Files) -> None:
+        self._files = files
+
+    def __call__(self, name: str) -> list[int]:
+        """Give the classes of an image."""
+        mask = self._files.mask(name)
+        if mask is None:
+            raise UserError(f"{self._files.missing_mask(name)}, or take the id off the list")
+        return shown_classes(mask)
+
+
+def read_csv(path: Path) -> Iterator[tuple[str, str, list[str]]]:
+    """Read the rows of a label file, one by one: place, image, class names.
+
+    Raises:
+        UserError: the file is missing, is not CSV in UTF-8, lacks the header, or a row has not two columns.
+    """
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file)
             header = next(reader, [])
-            if [name.strip() for name in header] != ["image", "labels"]:
+            if tuple(name.strip() for name in header) != HEADER:
                 raise UserError(f"{path}, line 1: the header is {','.join(header)!r}; expected 'image,labels'")
             for row in filter(None, reader):
                 where = f"{path}, line {reader.line_num}"
@@ -72,42 +156,81 @@ def _read_csv(path: Path, ids: Sequence[str], numbers: dict[str, int], classes: 
                     raise UserError(
                         f"{where}: {len(row)} columns; expected 2: an image, and its classes with spaces between them"
                     )
-                if row[0] in table:
-                    raise UserError(f"{where}: the image {row[0]!r} has a row already; keep one")
-                table[row[0]] = _numbers(row[1].split(), where, numbers, classes)
+                yield where, row[0], row[1].split()
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; add it, or take the labels from elsewhere by data.labels") from None
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: not a CSV file in UTF-8: {error}; write it anew") from None
-    missing = [name for name in ids if name not in table]
-    if missing:
-        raise UserError(
-            f"{path}: no row for the image {missing[0]!r} ({len(missing)} of {len(ids)} lack one); "
-            "add the rows, or take the labels from elsewhere by data.labels"
-        )
-    return [table[name] for name in ids]
 
 
-def _read_xml(path: Path, numbers: dict[str, int], classes: Sequence[str]) -> list[int]:
+def read_json(path: Path) -> Iterator[tuple[str, str, list[str]]]:
+    """Read the entries of a label file `[{"image": NAME, "labels": [CLASS, …]}, …]`: place, image, class names.
+
+    Raises:
+        UserError: the file is not JSON of that form.
+    """
     try:
-        objects = ElementTree.parse(path).getroot().findall("object")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; add it, or take the labels from elsewhere by data.labels") from None
-    except ElementTree.ParseError as error:
-        raise UserError(f"{path}: not valid XML: {error}; replace the file") from None
-    return _numbers([(item.findtext("name") or "").strip() for item in objects], str(path), numbers, classes)
+        entries = json.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON: {error}; write it anew") from None
+    form = 'expected [{"image": name, "labels": [class, …]}, …]'
+    if not isinstance(entries, list):
+        raise UserError(f"{path}: holds a {type(entries).__name__}; {form}")
+    for number, entry in enumerate(entries, 1):
+        where = f"{path}, entry {number}"
+        name, shown = (entry.get("image"), entry.get("labels")) if isinstance(entry, dict) else (None, None)
+        if not isinstance(name, str) or not isinstance(shown, list) or not all(isinstance(item, str) for item in shown):
+            raise UserError(f"{where}: {str(entry)[:80]!r}; {form}")
+        yield where, name, shown
 
 
-def _shown(mask: NDArray[np.uint8]) -> list[int]:
+def write_csv(path: Path, rows: Iterable[tuple[str, Iterable[str]]]) -> int:
+    """Write a label file; it appears only when it is complete.
+
+    Args:
+        path: file to write.
+        rows: image and class names.
+
+    Returns:
+        The number of rows.
+
+    Raises:
+        UserError: the file exists.
+    """
+    if path.exists():
+        raise UserError(f"{path} exists; delete it or give another name")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    count = 0
+    try:
+        with open(partial, "w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(HEADER)
+            for name, shown in rows:
+                writer.writerow((name, " ".join(_key(label) for label in shown)))
+                count += 1
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return count
+
+
+def shown_classes(mask: NDArray[np.uint8]) -> list[int]:
+    """Give the classes whose values a mask holds, as numbers from 0."""
     counts = np.bincount(mask.ravel(), minlength=256)
-    return [int(value) - 1 for value in np.flatnonzero(counts[1:255]) + 1]
+    return [int(value) for value in np.flatnonzero(counts[1:255])]
 
 
-def _numbers(names: Iterable[str], where: str, numbers: dict[str, int], classes: Sequence[str]) -> list[int]:
-    unknown = [name for name in names if _key(name) not in numbers]
-    if unknown:
-        raise UserError(f"{where}: unknown class {unknown[0]!r}{nearest(unknown[0], classes)}")
-    return [numbers[_key(name)] for name in names]
+class _Classes:
+    def __init__(self, names: Sequence[str]) -> None:
+        self._names = names
+        self._table = {_key(name): number for number, name in enumerate(names)}
+
+    def numbers(self, names: Sequence[str], where: str) -> list[int]:
+        unknown = [name for name in names if _key(name) not in self._table]
+        if unknown:
+            raise UserError(f"{where}: unknown class {unknown[0]!r}{nearest(unknown[0], self._names)}")
+        return [self._table[_key(name)] for name in names]
 
 
 def _key(name: str) -> str:

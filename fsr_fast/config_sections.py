@@ -62,22 +62,25 @@ class RunConfig(Section):
 
 
 class DataConfig(Section):
-    """The data set, in PASCAL VOC layout."""
+    """The data set."""
 
-    dataset: Literal["synthetic", "voc", "coco"] = "voc"
-    """`synthetic` is generated on first use; `voc` is any folder in VOC layout; `coco` is MS COCO 2014."""
+    dataset: Literal["synthetic", "voc", "coco", "own"] = "voc"
+    """`synthetic` is generated on first use; `voc` is any folder in VOC layout; `coco` is MS COCO 2014, from
+    its own annotations or in VOC layout; `own` is a folder of pictures with a table of labels (docs/custom_data.md)."""
     root: Path | None = None
     """Folder of the data set. `synthetic` needs none."""
     train_list: str = "train_aug"
-    """Name of the training list in ImageSets/Segmentation, without `.txt`."""
+    """Name of the training list, without ending (VOC layout: in ImageSets/Segmentation), or the path of a list file."""
     val_list: str = "val"
-    """Name of the validation list."""
+    """The same for the validation list."""
     classes: tuple[str, ...] | None = None
-    """Names of all foreground classes, in the order of the mask values 1, 2, …; none: the names of the data set."""
+    """Names of all foreground classes, in the order of the mask values 1, 2, …; none: the names of the data set, for
+    `own` those of its classes.txt."""
     subset: tuple[str, ...] | None = None
     """Train on these classes alone: labels are restricted to them, pixels of all others become 255 (ignored)."""
     labels: Literal["auto", "xml", "csv", "masks"] = "auto"
-    """Source of the image labels: Annotations/*.xml, labels.csv or the training masks; `auto`: the first one."""
+    """Source of the image labels: Annotations/*.xml, labels.csv or the training masks; `auto`: the first one, but for
+    `coco` its annotations and for `own` its tables."""
     image_size: int = Field(448, ge=32, le=4096)
     """Side of the square training views, in pixels; a multiple of the patch size."""
     workers: int = Field(4, ge=0, le=256)

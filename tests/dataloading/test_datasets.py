@@ -82,10 +82,10 @@ def test_a_subset_renumbers_its_classes_and_ignores_the_others(folder: Path, cap
     with caplog.at_level(logging.WARNING):
         train, val = build_datasets(config(folder, subset=("dog", "ant")))
     assert train.classes == ("dog", "ant")
-    assert (train.ids, train.dropped) == (("one", "three"), 2)
+    assert (tuple(train.ids), train.dropped) == (("one", "three"), 2)
     assert "2 of 4 training images" in caplog.text
     np.testing.assert_array_equal(train.labels, [[0, 1], [1, 1]])
-    assert val.ids == ("five", "six")
+    assert tuple(val.ids) == ("five", "six")
     mask = train.mask(0)
     assert mask is not None
     assert (mask[10, 6], mask[10, 16], mask[0, 0], mask[0, 10]) == (2, 255, 255, 0)
@@ -139,11 +139,6 @@ BAD: dict[str, tuple[Callable[[Path], object], dict[str, Any], list[str]]] = {
         {},
         ["no folder JPEGImages", "did you mean", "animals/VOC2012?"],
     ),
-    "COCO's own layout": (
-        lambda f: move(f / "JPEGImages", f / "annotations/JPEGImages2"),
-        {"dataset": "coco"},
-        ["MS COCO's own layout", "expected JPEGImages"],
-    ),
     "missing list": (lambda f: None, {"train_list": "train_au"}, ["data.train_list", "train_au.txt", "'train_aug'"]),
     "missing validation list": (lambda f: None, {"val_list": "vall"}, ["data.val_list", "vall.txt", "'val'"]),
     "empty list": (
@@ -167,7 +162,7 @@ BAD: dict[str, tuple[Callable[[Path], object], dict[str, Any], list[str]]] = {
     "validation id without mask": (
         lambda f: (f / "SegmentationClassAug/six.png").unlink(),
         {},
-        ["no mask for the id 'six'", "SegmentationClassAug or SegmentationClass", "add six.png"],
+        ["no mask for the id 'six'", "add six.png", "SegmentationClassAug or ", "off the list"],
     ),
     "labels from missing masks": (
         lambda f: (f / "SegmentationClassAug/two.png").unlink(),
@@ -219,7 +214,7 @@ BAD: dict[str, tuple[Callable[[Path], object], dict[str, Any], list[str]]] = {
     "CSV without a row": (
         lambda f: write_csv(f, ALL.replace("two,ant\n", "")),
         {"labels": "csv"},
-        ["labels.csv", "no row for the image 'two'", "1 of 4"],
+        ["labels.csv", "no row for the image 'two'", "fsr-fast data check"],
     ),
     "CSV that is not text": (
         lambda f: (f / "labels.csv").write_bytes(b"image,labels\n\xff\xfe"),
@@ -229,7 +224,7 @@ BAD: dict[str, tuple[Callable[[Path], object], dict[str, Any], list[str]]] = {
     "image without label": (
         lambda f: write_csv(f, ALL.replace("two,ant", "two,")),
         {"labels": "csv"},
-        ["training image 'two' has no label", "1 of 4", "take it off the list train_aug"],
+        ["train_aug.txt", "training image 'two' has no label", "1 of 4", "take it off the list"],
     ),
     "unknown class in the subset": (lambda f: None, {"subset": ("ant", "be")}, ["data.subset", "'be'", "'bee'?"]),
     "class twice in the subset": (lambda f: None, {"subset": ("ant", "ant")}, ["data.subset", "'ant'", "twice"]),
@@ -295,7 +290,7 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], Callable[[SegmentationDataset
     "mask of another size": (
         lambda f: write_mask(f / "SegmentationClassAug/two.png", np.zeros((30, 20), np.uint8)),
         read_mask,
-        ["two.png", "20 x 30 pixels", "its image has 30 x 20"],
+        ["two: the mask has 20 x 30 pixels", "its image has 30 x 20", "EXIF orientation"],
     ),
     "mask with an unknown value": (
         lambda f: write_mask(f / "SegmentationClassAug/two.png", np.full((20, 30), 9, np.uint8)),

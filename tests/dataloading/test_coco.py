@@ -1,0 +1,208 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools import mask as outlines
+from pycocotools.coco import COCO
+
+from fsr_fast.config import DataConfig
+from fsr_fast.dataloading.class_names import COCO_CLASSES
+from fsr_fast.dataloading.datasets import SegmentationDataset, build_datasets
+from fsr_fast.errors import UserError
+
+# Official ids: gaps after 11, 25, 28, …; 90 is the eightieth class.
+CATEGORIES = {1: "person", 3: "car", 13: "stop sign", 90: "toothbrush"}
+HEIGHT, WIDTH = 40, 60
+
+
+def rectangle(left: float, top: float, right: float, bottom: float) -> list[list[float]]:
+    return [[left, top, right, top, right, bottom, left, bottom]]
+
+
+def crowd(left: int, right: int) -> dict[str, Any]:
+    """Give columns left to right as an uncompressed run-length code."""
+    return {"size": [HEIGHT, WIDTH], "counts": [left * HEIGHT, (right - left) * HEIGHT, (WIDTH - right) * HEIGHT]}
+
+
+OBJECTS = {  # image: (category, outline, crowd)
+    "COCO_2": [(1, rectangle(10.3, 5.1, 50.7, 35.9), 0), (90, rectangle(20, 10, 30.5, 20.5), 0)],
+    "COCO_1": [(13, [[3.0, 3.0, 20.5, 4.0, 12.25, 30.0], [40.0, 2.0, 55.0, 2.0, 47.0, 20.0]], 0)],
+    "COCO_3": [(3, crowd(5, 40), 1), (1, rectangle(8, 8, 20, 20), 0), (1, rectangle(30, 8, 36, 20), 0)],
+    "COCO_4": [],
+}
+
+
+def write_part(root: Path, part: str, names: list[str]) -> Path:
+    """Write the images and the annotations of a part; give the annotation file."""
+    (root / part).mkdir(parents=True)
+    (root / "annotations").mkdir(exist_ok=True)
+    images, annotations = [], []
+    for number, name in enumerate(names, 100):
+        Image.new("RGB", (WIDTH, HEIGHT), (number, 0, 0)).save(root / part / f"{name}.jpg")
+        images.append({"id": number, "file_name": f"{name}.jpg", "height": HEIGHT, "width": WIDTH, "license": 1})
+        for category, outline, is_crowd in OBJECTS[name]:
+            code = outlines.frPyObjects(outline, HEIGHT, WIDTH)
+            area = float(outlines.area(outlines.merge(code) if isinstance(code, list) else code))
+            entry = {"image_id": number, "category_id": category, "segmentation": outline, "area": area}
+            annotations.append({"id": len(annotations) + 1, "iscrowd": is_crowd, **entry})
+    content = {
+        "info": {"year": 2014},
+        "licenses": [{"id": 1, "name": "none"}],
+        "images": images,
+        "annotations": annotations,
+        "categories": [{"id": key, "name": name, "supercategory": "thing"} for key, name in CATEGORIES.items()],
+    }
+    path = root / f"annotations/instances_{part}.json"
+    path.write_text(json.dumps(content))
+    return path
+
+
+@pytest.fixture
+def coco(tmp_path: Path) -> Path:
+    """MS COCO in small: three training images, one of them without objects, and two to validate on."""
+    write_part(tmp_path, "train2014", ["COCO_2", "COCO_4", "COCO_1"])
+    write_part(tmp_path, "val2014", ["COCO_3", "COCO_2"])
+    return tmp_path
+
+
+def config(root: Path, **changes: Any) -> DataConfig:
+    return DataConfig.model_validate(
+        {"dataset": "coco", "root": root, "train_list": "train", "val_list": "val", **changes}
+    )
+
+
+def shown(dataset: SegmentationDataset) -> dict[str, set[str]]:
+    return {
+        name: {dataset.classes[number] for number in np.flatnonzero(row)}
+        for name, row in zip(dataset.ids, dataset.labels, strict=True)
+    }
+
+
+def test_images_with_objects_are_listed_with_the_classes_of_their_objects(coco: Path) -> None:
+    train, val = build_datasets(config(coco))
+    assert shown(train) == {"COCO_1": {"stop sign"}, "COCO_2": {"person", "toothbrush"}}
+    assert shown(val) == {"COCO_2": {"person", "toothbrush"}, "COCO_3": {"car", "person"}}  # the car is a crowd
+    assert train.classes == COCO_CLASSES
+    assert train.labels.shape == (2, 80)
+    assert train.image(0).size == (WIDTH, HEIGHT)
+
+
+def test_masks_hold_eighty_one_contiguous_values(coco: Path) -> None:
+    mask = build_datasets(config(coco))[1].mask(0)
+    assert mask is not None
+    assert mask.dtype == np.uint8
+    assert set(np.unique(mask)) == {0, 1, 80}
+
+
+def test_masks_are_those_of_pycocotools_with_small_objects_above_large_ones(coco: Path) -> None:
+    _, val = build_datasets(config(coco))
+    official = COCO(str(coco / "annotations/instances_val2014.json"))
+    for index, image in enumerate((101, 100)):
+        expected = np.zeros((HEIGHT, WIDTH), np.uint8)
+        objects = official.loadAnns(official.getAnnIds(image))
+        for item in sorted(objects, key=lambda item: -item["area"]):
+            expected[official.annToMask(item) > 0] = COCO_CLASSES.index(CATEGORIES[item["category_id"]]) + 1
+        mask = val.mask(index)
+        assert mask is not None
+        np.testing.assert_array_equal(mask, expected)
+    assert mask is not None
+    assert (mask[12, 10], mask[12, 25], mask[12, 50]) == (1, 3, 0)  # person above the crowd of cars
+
+
+def test_training_keeps_no_outlines_unless_labels_come_from_them(coco: Path) -> None:
+    assert build_datasets(config(coco))[0].mask(0) is None
+    train, _ = build_datasets(config(coco, labels="masks"))
+    assert shown(train) == {"COCO_1": {"stop sign"}, "COCO_2": {"person", "toothbrush"}}
+
+
+def test_a_text_file_takes_some_of_the_images(coco: Path) -> None:
+    (coco / "train.txt").write_text("COCO_1\n")
+    train, _ = build_datasets(config(coco, train_list=str(coco / "train.txt")))
+    assert tuple(train.ids) == ("COCO_1",)
+
+
+def test_images_may_stand_below_jpegimages(coco: Path) -> None:
+    (coco / "JPEGImages").mkdir()
+    for part in ("train2014", "val2014"):
+        (coco / part).rename(coco / "JPEGImages" / part)
+    assert build_datasets(config(coco))[1].image(1).size == (WIDTH, HEIGHT)
+
+
+def test_the_official_code_s_folders_are_read(tmp_path: Path) -> None:
+    root = tmp_path / "COCO"
+    (root / "ImageSets/Segmentation").mkdir(parents=True)
+    rows = ["image,labels"]
+    for part, name, value in (("train", "COCO_train2014_9", 10), ("val", "COCO_val2014_42", 80)):
+        for folder, ending, colour in (("JPEGImages", "jpg", 128), ("SegmentationClass", "png", value)):
+            (root / folder / f"{part}2014").mkdir(parents=True)
+            Image.new("L", (9, 7), colour).save(root / folder / f"{part}2014/{name}.{ending}")
+        (root / f"ImageSets/Segmentation/{part}.txt").write_text(f"{name}\n")
+        rows.append(f"{name},{COCO_CLASSES[value - 1].replace(' ', '_')}")
+    (root / "labels.csv").write_text("\n".join(rows))
+    train, val = build_datasets(config(root))
+    assert shown(train) == {"COCO_train2014_9": {"traffic light"}}
+    mask = val.mask(0)
+    assert mask is not None
+    assert (mask == 80).all()
+    assert val.image(0).size == (9, 7)
+
+
+def change(path: Path, **keys: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | keys))
+
+
+BAD: dict[str, tuple[Any, dict[str, Any], list[str]]] = {
+    "no such part": (
+        lambda a: None,
+        {"train_list": "trian"},
+        ["data.train_list", "instances_trian", "did you mean 'train'"],
+    ),
+    "broken JSON": (lambda a: a.write_text('{"images": ['), {}, ["instances_train2014.json", "not valid JSON"]),
+    "a list": (lambda a: a.write_text("[]"), {}, ["instances_train2014.json", "images, annotations and categories"]),
+    "captions": (lambda a: change(a, annotations=[{"image_id": 100, "caption": "a cat"}]), {}, ["instances file"]),
+    "without images": (lambda a: change(a, images=None), {}, ["instances_train2014.json", "instances file"]),
+    "unknown image": (
+        lambda a: change(a, annotations=[{"image_id": 7, "category_id": 1, "segmentation": [], "area": 1}]),
+        {},
+        ["instances_train2014.json", "KeyError: 7"],
+    ),
+    "other classes": (
+        lambda a: change(a, categories=[{"id": key, "name": f"{name}s"} for key, name in CATEGORIES.items()]),
+        {},
+        ["unknown class 'persons'", "did you mean 'person'?"],
+    ),
+    "a name that leads out": (
+        lambda a: a.write_text(a.read_text().replace("COCO_1.jpg", "../COCO_1.jpg")),
+        {},
+        ["'../COCO_1' leads out"],
+    ),
+    "missing images": (
+        lambda a: (a.parent.parent / "train2014").rename(a.parent.parent / "elsewhere"),
+        {},
+        ["data.root", "no folder train2014"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_annotations_are_named(coco: Path, case: str) -> None:
+    damage, changes, fragments = BAD[case]
+    damage(coco / "annotations/instances_train2014.json")
+    with pytest.raises(UserError) as error:
+        build_datasets(config(coco, **changes))
+    for fragment in fragments:
+        assert fragment in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "outline", [[[1.0, 2.0]], {"counts": "rubbish", "size": [3, 3]}, {"counts": [1, 2], "size": [3]}]
+)
+def test_an_outline_that_cannot_be_drawn_is_named(coco: Path, outline: Any) -> None:
+    path = coco / "annotations/instances_val2014.json"
+    change(path, annotations=[{"image_id": 100, "category_id": 1, "segmentation": outline, "area": 5.0}])
+    _, val = build_datasets(config(coco))
+    with pytest.raises(UserError, match=r"instances_val2014\.json: an outline of 'COCO_3' cannot be drawn"):
+        val.mask(0)
