@@ -128,9 +128,9 @@ class CocoFiles:
         """Tell whether masks can be drawn."""
         return self.instances is not None
 
-    def missing_mask(self, name: str) -> str:
-        """Say why there is no mask."""
-        return f"no mask for the id {name!r}: the annotations were opened without their outlines"
+    def mask_place(self, name: str) -> str:
+        """Say where the mask comes from."""
+        return f"{self.instances.path if self.instances else 'annotations'}: {name}"
 
 
 def has_instances(root: Path) -> bool:
@@ -157,9 +157,8 @@ def open_coco(root: Path, list_name: str, key: str, classes: Sequence[str], *, w
     path = next((folder / f"{name}.json" for name in candidates if (folder / f"{name}.json").is_file()), None)
     if path is None:
         known = [file.stem.removeprefix("instances_") for file in folder.glob("instances_*.json")]
-        raise UserError(
-            f"{key}: {folder} holds no {' or '.join(candidates)}.json{nearest(stem, [*known, *(part.removesuffix('2014') for part in known)])}"
-        )
+        hint = nearest(stem, [*known, *(part.removesuffix("2014") for part in known)])
+        raise UserError(f"{key}: {folder} holds no {' or '.join(candidates)}.json{hint}")
     instances = Instances(path, classes, with_masks=with_masks)
     origin, ids = path, instances.listed()
     if list_name.endswith(".txt"):

@@ -20,7 +20,7 @@ from fsr_fast.dataloading.class_names import COCO_CLASSES, VOC_CLASSES
 from fsr_fast.dataloading.coco import has_instances, open_coco
 from fsr_fast.dataloading.images import IGNORE, DamagedFileError, image_size, read_image
 from fsr_fast.dataloading.labels import open_labels, read_labels
-from fsr_fast.dataloading.layout import Files, Split
+from fsr_fast.dataloading.layout import Files, Split, no_mask
 from fsr_fast.dataloading.names import Names
 from fsr_fast.dataloading.own import open_own
 from fsr_fast.dataloading.voc import LISTS, open_voc
@@ -88,19 +88,19 @@ class SegmentationDataset:
         mask = self.files.mask(self.ids[index])
         if mask is None:
             return None
-        check_size(mask, image_size(self.image_path(index)), self.ids[index])
+        check_size(mask, image_size(self.image_path(index)), self.files.mask_place(self.ids[index]))
         table = np.full(256, IGNORE, np.uint8)
         table[: len(self.mask_values)] = self.mask_values
         return table[mask]
 
 
-def check_size(mask: NDArray[np.uint8], size: tuple[int, int], name: str) -> None:
+def check_size(mask: NDArray[np.uint8], size: tuple[int, int], place: str) -> None:
     """Refuse a mask that does not cover its image.
 
     Args:
         mask: (H, W).
         size: width and height of the upright image.
-        name: of the image.
+        place: where the mask is, for messages.
 
     Raises:
         DamagedFileError: the sizes differ.
@@ -112,7 +112,7 @@ def check_size(mask: NDArray[np.uint8], size: tuple[int, int], name: str) -> Non
         (height, width) == size
     )
     raise DamagedFileError(
-        f"{name}: the mask has {width} x {height} pixels, but its image has {size[0]} x {size[1]}; "
+        f"{place}: {width} x {height} pixels, but its image has {size[0]} x {size[1]}; "
         f"{turned or 'the two must be of one size'}"
     )
 
@@ -174,7 +174,7 @@ def _build(config: DataConfig, *, training: bool) -> SegmentationDataset:
     for name in split.ids:
         files.image_path(name)
         if not training and not files.has_mask(name):
-            raise DamagedFileError(f"{files.missing_mask(name)}, or take the id off the list")
+            raise no_mask(files, name)
     labels = read_labels(split.ids, split.labels, len(names))
     empty = np.flatnonzero(~labels.any(1))
     if training and len(empty):

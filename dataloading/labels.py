@@ -20,7 +20,7 @@ from xml.etree import ElementTree
 import numpy as np
 from numpy.typing import NDArray
 
-from fsr_fast.dataloading.layout import Files
+from fsr_fast.dataloading.layout import Files, no_mask
 from fsr_fast.dataloading.names import Names
 from fsr_fast.dataloading.threads import map_ahead
 from fsr_fast.errors import UserError, nearest
@@ -134,7 +134,7 @@ class MaskLabels:
         """Give the classes of an image."""
         mask = self._files.mask(name)
         if mask is None:
-            raise UserError(f"{self._files.missing_mask(name)}, or take the id off the list")
+            raise no_mask(self._files, name)
         return shown_classes(mask)
 
 

@@ -41,8 +41,8 @@ class Files(Protocol):
         """Tell whether there is a mask, without reading it."""
         ...
 
-    def missing_mask(self, name: str) -> str:
-        """Say where a mask was looked for."""
+    def mask_place(self, name: str) -> str:
+        """Say where the mask is, or should be."""
         ...
 
 
@@ -96,9 +96,15 @@ class FolderFiles:
         """Tell whether there is a mask."""
         return _first(self.mask_folders, [_mask_name(name)]) is not None
 
-    def missing_mask(self, name: str) -> str:
-        """Say where a mask was looked for."""
-        return f"no mask for the id {name!r}: add {_mask_name(name)} to {' or '.join(map(str, self.mask_folders))}"
+    def mask_place(self, name: str) -> str:
+        """Say where the mask is, or should be."""
+        folder = next((folder for folder in self.mask_folders if folder.is_dir()), self.mask_folders[0])
+        return str(_first(self.mask_folders, [_mask_name(name)]) or folder / _mask_name(name))
+
+
+def no_mask(files: Files, name: str) -> DamagedFileError:
+    """Give the error of an image without a mask."""
+    return DamagedFileError(f"no mask for the id {name!r}; add {files.mask_place(name)}, or take the id off the list")
 
 
 def find_list(folder: Path, name: str, key: str, endings: Sequence[str]) -> Path:

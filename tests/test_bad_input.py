@@ -111,7 +111,7 @@ def test_an_image_of_the_validation_list_without_a_mask(tmp_path, root):
     (root / "SegmentationClass" / "picture_9.png").unlink()
     recipe = helpers.values(root=root, output=tmp_path / "run")
     message = refusal(tmp_path, recipe)
-    assert_names(message, root, "'picture_9'", "SegmentationClass", "add picture_9.png")
+    assert_names(message, root, "'picture_9'", f"add {root / 'SegmentationClass' / 'picture_9.png'}")
 
 
 def test_training_images_need_no_mask(tmp_path, root):
@@ -128,14 +128,14 @@ def test_an_image_without_a_label(tmp_path, root, source):
     (root / "labels.csv").write_text("\n".join(lines))
     Image.fromarray(np.zeros((40, 36), np.uint8)).save(root / "SegmentationClass" / "picture_2.png")
     recipe = helpers.values({"data": {"labels": source}}, root=root, output=tmp_path / "run")
-    assert_names(refusal(tmp_path, recipe), root, "'picture_2'", "has no label", "take it off the list train")
+    assert_names(refusal(tmp_path, recipe), root, "'picture_2'", "has no label", "train.txt", "take it off the list")
 
 
 def test_an_image_without_a_row_of_labels(tmp_path, root):
     lines = (root / "labels.csv").read_text().splitlines()
     (root / "labels.csv").write_text("\n".join(lines[:3]))
     recipe = helpers.values(root=root, output=tmp_path / "run")
-    assert_names(refusal(tmp_path, recipe), root / "labels.csv", "'picture_2'", "add the rows")
+    assert_names(refusal(tmp_path, recipe), root / "labels.csv", "'picture_2'", "add it")
 
 
 def test_an_unknown_class_name_in_the_labels(tmp_path, root):

@@ -162,7 +162,7 @@ BAD: dict[str, tuple[Callable[[Path], object], dict[str, Any], list[str]]] = {
     "validation id without mask": (
         lambda f: (f / "SegmentationClassAug/six.png").unlink(),
         {},
-        ["no mask for the id 'six'", "add six.png", "SegmentationClassAug or ", "off the list"],
+        ["no mask for the id 'six'", "SegmentationClassAug/six.png", "off the list"],
     ),
     "labels from missing masks": (
         lambda f: (f / "SegmentationClassAug/two.png").unlink(),
@@ -290,7 +290,7 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], Callable[[SegmentationDataset
     "mask of another size": (
         lambda f: write_mask(f / "SegmentationClassAug/two.png", np.zeros((30, 20), np.uint8)),
         read_mask,
-        ["two: the mask has 20 x 30 pixels", "its image has 30 x 20", "EXIF orientation"],
+        ["two.png: 20 x 30 pixels", "its image has 30 x 20", "EXIF orientation"],
     ),
     "mask with an unknown value": (
         lambda f: write_mask(f / "SegmentationClassAug/two.png", np.full((20, 30), 9, np.uint8)),

@@ -117,7 +117,7 @@ BAD: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     ),
     "validation without mask": (
         lambda f: (f / "masks/four.png").unlink(),
-        ["no mask for the id 'four'", "add four.png"],
+        ["no mask for the id 'four'", "masks/four.png"],
     ),
     "JSON of another form": (
         lambda f: ((f / "train.csv").unlink(), (f / "train.json").write_text('{"one.jpg": ["bee"]}')),
