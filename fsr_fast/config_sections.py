@@ -41,6 +41,15 @@ class RunConfig(Section):
     amp: Literal["auto", "off", "bf16"] = "auto"
     """Automatic mixed precision of the network passes; losses, softmax, norms and centres stay in fp32. `auto`: bf16 on
     a GPU, off on a CPU."""
+    tf32: bool = False
+    """On a GPU, round the factors of fp32 products to TF32; with `amp: bf16` few products are in fp32."""
+    attention: Literal["auto", "sdpa", "xformers", "varlen"] = "auto"
+    """How self-attention is computed: torch's own, one call a size; xformers or torch's `varlen`, all sizes in one call
+    (GPU). `auto`: xformers for half precision on a GPU, else sdpa."""
+    compile: Literal["auto"] | bool = "auto"
+    """Compile the transformer's blocks. `auto`: on a GPU alone; the first iterations take longer."""
+    checkpointing: bool = False
+    """Compute the blocks' activations again in the backward pass: less memory, a third more work with gradient."""
     resume: bool = True
     """Go on from the newest checkpoint of the run folder. `false` refuses a folder that holds one."""
     log_every: Count = 50

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
@@ -11,8 +12,10 @@ from fsr_fast.draws import Draws
 from fsr_fast.errors import UserError
 from fsr_fast.kernels import MergedCams
 from fsr_fast.models import Network
+from fsr_fast.models.attention import choose_backend
 from fsr_fast.pseudo_labels import half_size
 from fsr_fast.runtime.distributed import world_size
+from fsr_fast.runtime.precision import uses_half
 from fsr_fast.schedules import Schedule
 from fsr_fast.step import FSRStep, StepOutput
 
@@ -78,8 +81,20 @@ FOREIGN = (".ls1.", ".ls2.", ".q_norm.", ".k_norm.", ".attn.norm.", ".mlp.norm."
 
 
 def build_step(student: Network, config: Config, slots: int) -> FSRStep:
-    """Build the step that `run.engine` names."""
-    return (ReferenceStep if config.run.engine == "reference" else FSRStep)(student, config, slots)
+    """Build the step that `run.engine` names, and set the student up for its device as the `run` section says.
+
+    Raises:
+        UserError: the device cannot do what the section asks for.
+    """
+    run, encoder, device = config.run, student.encoder, student.top_classifier.weight.device
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = run.tf32
+    encoder.attention = choose_backend(run.attention, device, half=uses_half(device, run.amp))
+    encoder.checkpointing = run.checkpointing
+    if run.compile is True or (run.compile == "auto" and device.type == "cuda"):
+        encoder.compile_blocks()
+    if device.type == "cuda":
+        student.decoder.to(memory_format=torch.channels_last)
+    return (ReferenceStep if run.engine == "reference" else FSRStep)(student, config, slots)
 
 
 def reference_settings(config: Config, student: Network) -> reference.Settings:

@@ -13,5 +13,9 @@ def autocast(device: torch.device, amp: str) -> torch.autocast:
     Enter it anew for passes with and without gradient: weights that are cast inside stay cached until it ends,
     and a cast that was made without gradient would cut the weight off.
     """
-    enabled = amp == "bf16" or (amp == "auto" and device.type == "cuda")
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=uses_half(device, amp))
+
+
+def uses_half(device: torch.device, amp: str) -> bool:
+    """Tell whether matrix products run in bfloat16, as `autocast` decides it."""
+    return amp == "bf16" or (amp == "auto" and device.type == "cuda")

@@ -1,0 +1,123 @@
+"""Options that change how the step is computed, and not what."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fsr_fast.engine import build_step
+from fsr_fast.models.encoder import run_block
+from fsr_fast.schedules import schedule_at
+from fsr_fast.step import FSRStep, StepOutput
+from tests import helpers
+from tests.helpers import OFFICIAL
+
+LATE = 3
+OFF = {"run": {"compile": False}}
+
+
+def build(*changes: dict) -> FSRStep:
+    config = helpers.config(*changes)
+    return build_step(helpers.network(config), config, 3)
+
+
+def run(step: FSRStep) -> StepOutput:
+    draws = step.draw(2, helpers.generator(0))
+    return step(helpers.views(2), helpers.labels(2), draws, schedule_at(step.config, LATE))
+
+
+def gradients(step: FSRStep) -> dict[str, torch.Tensor]:
+    run(step).loss.backward()
+    return {name: value.grad for name, value in step.student.named_parameters() if value.grad is not None}
+
+
+@pytest.mark.parametrize("option", ["checkpointing", "compile"])
+def test_an_option_changes_no_gradient(option):
+    plain, changed = build(OFF), build(OFF, {"run": {option: True}})
+    assert (changed.student.encoder._run_block is run_block) == (option != "compile")
+    assert plain.student.state_dict().keys() == changed.student.state_dict().keys()
+    torch.testing.assert_close(gradients(changed), gradients(plain), rtol=1e-4, atol=1e-6)
+
+
+def test_checkpointing_keeps_less_for_the_backward_pass():
+    def kept(step: FSRStep) -> int:
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor: sizes.append(tensor.nbytes) or tensor, lambda x: x
+        ):
+            run(step)
+        return sum(sizes)
+
+    assert kept(build(OFF, {"run": {"checkpointing": True}})) < 0.5 * kept(build(OFF))
+
+
+def test_a_teacher_of_its_own_is_compiled_too():
+    step = build(OFFICIAL, {"run": {"compile": True}})
+    assert step.teacher.network.encoder._run_block is step.student.encoder._run_block
+
+
+# --- the host never waits for the device
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses every operation whose result or shape the host must read back from the device.
+
+    It does not look into the `fsr` operators, whose kernels are others on a GPU; the test on a GPU does.
+    """
+
+    FORBIDDEN = (
+        "_local_scalar_dense",
+        "nonzero",
+        "masked_select",
+        "equal",
+        "is_nonzero",
+        "unique",
+        "_unique2",
+        "bincount",
+        "repeat_interleave.Tensor",
+    )
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        name = function.name().removeprefix("aten::")
+        assert name not in self.FORBIDDEN, f"{name} waits for the device"
+        if name in ("index.Tensor", "index_put", "index_put_", "_index_put_impl_"):
+            indices = [index for index in arguments[1] if index is not None]
+            assert all(index.dtype != torch.bool for index in indices), "an index by a mask waits for the device"
+        return function(*arguments, **(options or {}))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ({},),
+        (OFFICIAL,),
+        ({"mask": {"strategy": "cam_strict"}},),
+        ({"loss": {"energy": 0.05}},),
+        ({"model": {"aggregation": "gmp"}},),
+    ],
+    ids=["paper", "official", "cam_strict", "energy", "gmp"],
+)
+def test_the_step_reads_nothing_back_from_the_device(changes):
+    step = build(OFF, *changes)
+    with NoWaiting():
+        run(step).loss.backward()
+
+
+@pytest.mark.parametrize("wait", [lambda x: x.sum().item(), lambda x: x[x > 0], torch.nonzero], ids=str)
+def test_waiting_for_the_device_would_be_noticed(wait):
+    with pytest.raises(AssertionError, match="waits for the device"), NoWaiting():
+        wait(torch.ones(3))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("changes", [({},), (OFFICIAL,)], ids=["paper", "official"])
+def test_on_a_gpu_the_step_does_not_synchronise(changes):
+    config = helpers.config(*changes, {"run": {"compile": False, "device": "cuda"}})
+    step = build_step(helpers.network(config).cuda(), config, 3).cuda()
+    views, labels = tuple(view.cuda() for view in helpers.views(2)), helpers.labels(2).cuda()
+    draws, schedule = step.draw(2, helpers.generator(0)), schedule_at(config, LATE)
+    step(views, labels, draws, schedule).loss.backward()  # kernels are compiled, caches are filled
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(views, labels, draws, schedule).loss.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
