@@ -26,12 +26,15 @@ from fsr_fast.runtime.checkpoint import Survivors, read_newest
 from fsr_fast.runtime.distributed import Process, distribute, wait_for_all
 from fsr_fast.runtime.guard import Guard, gradient_norm
 from fsr_fast.runtime.loading import SteadyLoader
+from fsr_fast.runtime.precision import measure_ceiling
 from fsr_fast.runtime.run_folder import claim_run_folder, open_run_folder
 from fsr_fast.runtime.seeding import stream
 from fsr_fast.runtime.supervision import Supervisor
 from fsr_fast.schedules import schedule_at
 from fsr_fast.step import StepOutput
 
+RATES = ("images_per_second", "tflops_per_second", "of_ceiling", "data_wait", "memory_gib")
+"""Of which the summary holds the median over the log's lines."""
 PICTURES = 6
 """Images in a picture grid."""
 
@@ -115,7 +118,9 @@ class Trainer:
     def _train(self, forward: torch.nn.Module) -> None:
         optim = self.config.optim
         averages = Averages()
-        progress = TrainingProgress(optim.iterations, start=self.iteration, device=self.process.device)
+        device, processes = self.process.device, self.process.world_size
+        ceiling = processes * measure_ceiling(device, self.config.run.amp)
+        progress = TrainingProgress(optim.iterations, start=self.iteration, device=device, ceiling=ceiling)
         with progress:
             while self.iteration < optim.iterations:
                 self.supervisor.beat(f"the data of iteration {self.iteration + 1}")
@@ -125,7 +130,8 @@ class Trainer:
                 self.supervisor.beat(f"the computation of iteration {self.iteration + 1}")
                 output, skipped = self._iterate(forward, batch)
                 averages.add({**output.losses, "total": output.loss}, skipped)
-                progress.step(images=optim.batch_size, data_seconds=waited)
+                flops = processes * output.work.flops if output.work else 0.0
+                progress.step(images=optim.batch_size, data_seconds=waited, flops=flops)
                 if self._is_due(self.config.run.log_every):
                     self._log(averages, progress)
                 self.supervisor.boundary(self.iteration)
@@ -188,13 +194,11 @@ class Trainer:
         picture = self.tracker.pictures(
             self.iteration, evaluation_grid(evaluation.examples, self.network.classes), "validation"
         )
-        rates = [
-            line["images_per_second"] for line in read_metrics(self.config.run.output) if "images_per_second" in line
-        ]
+        lines = read_metrics(self.config.run.output)
         summary = {
             "iterations": self.iteration,
             **_mean_ious(evaluation),
-            "images_per_second": statistics.median(rates) if rates else None,
+            **{name: _median(lines, name) for name in RATES},
             "picture": str(picture),
             "results": evaluation.results,
         }
@@ -209,6 +213,11 @@ class Trainer:
     def _state(self) -> dict[str, Any]:
         config = self.config.model_dump(mode="json")
         return self.survivors.state(self.iteration, {"config": config, "classes": list(self.network.classes)})
+
+
+def _median(lines: list[dict[str, Any]], name: str) -> float | None:
+    values = [line[name] for line in lines if name in line]
+    return statistics.median(values) if values else None
 
 
 def _mean_ious(evaluation: Evaluation) -> dict[str, float]:

@@ -60,6 +60,7 @@ def test_the_summary_holds_the_scores_and_where_the_pictures_are(finished):
         assert summary[f"{name}_miou"] == summary["results"][name]["mean_iou"]
         assert list(summary["results"][name]["classes"]) == ["background", *helpers.CLASSES]
     assert summary["images_per_second"] > 0
+    assert 0 < summary["of_ceiling"] < 1
     assert summary["wall_seconds"] > 0
     with Image.open(summary["picture"]) as picture:
         assert picture.width > 5 * 36  # image | truth | CAM | pseudo | seg

@@ -76,6 +76,20 @@ def test_rates_are_those_since_the_last_report(clock):
     assert 0.01 < rates["memory_gib"] < 1000
 
 
+def test_arithmetic_is_shown_beside_what_the_devices_reach(clock, capsys):
+    with TrainingProgress(100, clock=clock, ceiling=16e12) as progress:
+        for _ in range(2):
+            clock.now += 0.5
+            progress.step(images=8, data_seconds=0.1, flops=2e12)
+        rates = progress.report(1.0)
+        progress.step(images=8, data_seconds=0.1)
+        clock.now += 0.5
+        unknown = progress.report(1.0)
+    assert (rates["tflops_per_second"], rates["of_ceiling"]) == pytest.approx((4.0, 0.25))
+    assert "16.0 images/s  4 TFLOP/s (25%)  data wait 20%" in capsys.readouterr().out
+    assert not unknown.keys() & {"tflops_per_second", "of_ceiling"}
+
+
 def test_a_pause_counts_in_no_rate(clock):
     with TrainingProgress(100, clock=clock) as progress:
         run(progress, clock, 2)

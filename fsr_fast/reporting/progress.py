@@ -41,6 +41,7 @@ class TrainingProgress:
         iterations: length of the training.
         start: iterations that are done already, when resuming.
         device: device of the training; its peak memory is shown, on the CPU that of the process.
+        ceiling: floating-point operations a second that all devices reach together; none: not shown.
         clock: seconds; replaced in tests.
     """
 
@@ -50,10 +51,12 @@ class TrainingProgress:
         *,
         start: int = 0,
         device: torch.device | None = None,
+        ceiling: float | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._total, self._done = iterations, start
         self._device = device or torch.device("cpu")
+        self._ceiling = ceiling
         self._clock = clock
         self._shown = on_main_process()
         self._bar: Progress | None = None
@@ -80,17 +83,19 @@ class TrainingProgress:
         if self._bar:
             self._bar.stop()
 
-    def step(self, *, images: int, data_seconds: float) -> None:
+    def step(self, *, images: int, data_seconds: float, flops: float = 0.0) -> None:
         """Count one iteration. Never waits for the device.
 
         Args:
             images: images of the iteration, over all processes.
             data_seconds: time that the iteration waited for its data.
+            flops: floating-point operations of the trunk, over all processes; 0: not known.
         """
         self._done += 1
         self._steps += 1
         self._images += images
         self._data_seconds += data_seconds
+        self._flops += flops
         if self._bar:
             self._bar.update(self._task, completed=self._done)
 
@@ -101,7 +106,8 @@ class TrainingProgress:
             loss: scalar; reading it from a GPU waits for the device.
 
         Returns:
-            `images_per_second`, `data_wait` (share, 0 to 1), `memory_gib` (peak), `seconds_left`.
+            `images_per_second`, `data_wait` (share, 0 to 1), `memory_gib` (peak), `seconds_left`; where they are
+            known, `tflops_per_second` of the trunk and `of_ceiling`, their share (0 to 1) of what the devices reach.
         """
         loss = float(loss)  # before the clock is read: work that is still queued belongs to this window
         seconds = max(self._clock() - self._opened, 1e-9)
@@ -111,8 +117,15 @@ class TrainingProgress:
             "memory_gib": _peak_memory(self._device) / 2**30,
             "seconds_left": (self._total - self._done) * seconds / max(self._steps, 1),
         }
+        speed = f"{rates['images_per_second']:.1f} images/s"
+        if self._flops:
+            rates["tflops_per_second"] = self._flops / seconds / 1e12
+            speed += f"  {rates['tflops_per_second']:.3g} TFLOP/s"
+            if self._ceiling:
+                rates["of_ceiling"] = self._flops / seconds / self._ceiling
+                speed += f" ({rates['of_ceiling']:.0%})"
         text = (
-            f"loss {loss:.4f}  {rates['images_per_second']:.1f} images/s  data wait {rates['data_wait']:.0%}  "
+            f"loss {loss:.4f}  {speed}  data wait {rates['data_wait']:.0%}  "
             f"{rates['memory_gib']:.1f} GiB  {timedelta(seconds=round(rates['seconds_left']))} left"
         )
         if self._bar:
@@ -138,7 +151,7 @@ class TrainingProgress:
     def _open_window(self) -> None:
         self._opened = self._clock()
         self._steps = self._images = 0
-        self._data_seconds = 0.0
+        self._data_seconds = self._flops = 0.0
 
 
 def track(

@@ -1,4 +1,6 @@
-"""Where mixed precision applies."""
+"""Where mixed precision applies, and how fast the device multiplies in it."""
+
+import time
 
 import torch
 
@@ -19,3 +21,26 @@ def autocast(device: torch.device, amp: str) -> torch.autocast:
 def uses_half(device: torch.device, amp: str) -> bool:
     """Tell whether matrix products run in bfloat16, as `autocast` decides it."""
     return amp == "bf16" or (amp == "auto" and device.type == "cuda")
+
+
+def measure_ceiling(device: torch.device, amp: str) -> float:
+    """Measure the floating-point operations a second of a large matrix product; takes well under a second.
+
+    Args:
+        device: of the passes.
+        amp: as in `autocast`; decides the dtype of the product.
+    """
+    side = 8192 if device.type == "cuda" else 1024
+    dtype = torch.bfloat16 if uses_half(device, amp) else torch.float32
+    generator = torch.Generator(device).manual_seed(0)  # a run's own draws stay what they are
+    left, right = (torch.randn(side, side, device=device, generator=generator).to(dtype) for _ in range(2))
+
+    def seconds() -> float:
+        began = time.perf_counter()
+        torch.mm(left, right)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - began
+
+    seconds()  # the first one starts the library
+    return 2 * side**3 / min(seconds() for _ in range(5))
