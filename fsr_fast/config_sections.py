@@ -305,5 +305,12 @@ class EvaluateConfig(Section):
     """Background score of the pseudo labels (COCO: 0.45)."""
     crf: bool = False
     """Also report the decoder's result after the dense CRF."""
+    crf_backend: Literal["pydensecrf", "exact"] = "pydensecrf"
+    """`pydensecrf` filters by a permutohedral lattice, in processes of its own; `exact` by exact Gaussians, made for a
+    GPU (on a CPU it takes minutes a photograph)."""
+    crf_workers: int | None = Field(None, ge=0, le=256)
+    """Processes of the CRF a rank; 0: the rank itself; none: one a CPU core."""
+    training_limit: Count | None = 500
+    """Largest number of images of a validation during the training, spread over the list; the last one takes all."""
     limit: Count | None = None
     """Evaluate only the first images of the list."""

@@ -8,19 +8,20 @@ from typing import Any
 from rich import print as rich_print
 
 from fsr_fast.cli import run_command
-from fsr_fast.config import Config, build_config, read_yaml
+from fsr_fast.config import Config, EvaluateConfig, build_config, read_yaml
 from fsr_fast.dataloading.datasets import build_datasets
 from fsr_fast.errors import UserError
-from fsr_fast.evaluation.evaluator import evaluate_network
+from fsr_fast.evaluation.evaluator import Evaluation, evaluate_network
+from fsr_fast.evaluation.journal import Journal, fingerprint
+from fsr_fast.evaluation.report import write_report
 from fsr_fast.models import Network
 from fsr_fast.models.build import restore_network, restore_official
 from fsr_fast.models.official import read_official
 from fsr_fast.options import Parser
 from fsr_fast.reporting.pictures import evaluation_grid
 from fsr_fast.reporting.tables import score_table
-from fsr_fast.reporting.tracking import write_json
 from fsr_fast.runtime.checkpoint import read_checkpoint
-from fsr_fast.runtime.distributed import start_process, stop_process
+from fsr_fast.runtime.distributed import start_process, stop_process, wait_for_all
 
 PICTURES = 8
 
@@ -37,23 +38,45 @@ def main(arguments: Sequence[str]) -> None:
     folder = options.output or _default_folder(options.checkpoint)
     process = start_process(config.run.device)
     try:
-        evaluation = evaluate_network(network.to(process.device), dataset, config, process, examples=PICTURES)
-        if not process.is_main:
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        picture = folder / "evaluation.png"
-        evaluation_grid(evaluation.examples, network.classes).save(picture)
-        settings = {
-            "checkpoint": str(options.checkpoint),
-            "iteration": iteration,
-            "list": config.data.val_list,
-        }
-        images = min(len(dataset), config.evaluate.limit or len(dataset))
-        path = write_json(folder / "metrics.json", {**settings, "images": images, "results": evaluation.results})
-        rich_print(score_table(evaluation.results))
-        print(f"metrics: {path}\npicture: {picture}")
+        settings = {"checkpoint": str(options.checkpoint), "iteration": iteration, "list": config.data.val_list}
+        journal = Journal(folder, process.rank, _header(network, config))
+        evaluation = evaluate_network(
+            network.to(process.device), dataset, config, process, examples=PICTURES, journal=journal
+        )
+        wait_for_all()  # every process has closed its part of the journal
+        if process.is_main:
+            journal.join()
+            _report(folder, evaluation, settings, network.classes)
+            if evaluation.failed:
+                name, message = next(iter(evaluation.failed.items()))
+                raise UserError(
+                    f"{len(evaluation.failed)} of {len(evaluation.failed) + evaluation.images} images could not be "
+                    f"evaluated and are missing in the scores; the first is {name!r}: {message}"
+                )
     finally:
         stop_process()
+
+
+def _report(folder: Path, evaluation: Evaluation, settings: dict[str, Any], classes: tuple[str, ...]) -> None:
+    metrics, report = write_report(folder, evaluation, settings, classes)
+    rich_print(score_table(evaluation.results))
+    print(f"metrics: {metrics}\nreport: {report}")
+    if evaluation.examples:  # all may have been evaluated before an interruption
+        picture = folder / "evaluation.png"
+        evaluation_grid(evaluation.examples, classes).save(picture)
+        print(f"picture: {picture}")
+
+
+def _header(network: Network, config: Config) -> dict[str, Any]:
+    """Say what is evaluated: two evaluations with the same words give the same counts."""
+    return {
+        "classes": list(network.classes),
+        "list": config.data.val_list,
+        "weights": fingerprint(network),
+        "evaluate": config.evaluate.model_dump(mode="json", exclude={"crf_workers", "training_limit"}),
+        "cam": config.cam.model_dump(mode="json"),
+        "amp": config.run.amp,
+    }
 
 
 def load_evaluation(options: argparse.Namespace) -> tuple[Network, Config, int | None]:
@@ -95,10 +118,18 @@ def build_parser() -> Parser:
     parser.add_argument("--scales", type=float, nargs="+", help="scales of the segmentation")
     parser.add_argument("--no-flip", action="store_true", help="leave the mirror images of the segmentation out")
     parser.add_argument("--threshold", type=float, help="background score of the pseudo labels")
-    parser.add_argument("--crf", action="store_true", help="also report the segmentation after the dense CRF")
+    parser.add_argument(
+        "--crf",
+        nargs="?",
+        const=EvaluateConfig().crf_backend,
+        choices=("pydensecrf", "exact"),
+        help="also report the segmentation after the dense CRF; exact is for a GPU (pydensecrf unless given)",
+    )
     parser.add_argument("--limit", type=int, help="evaluate only the first images")
     parser.add_argument("--device", help="auto, cpu or cuda")
-    parser.add_argument("--output", type=Path, help="folder for metrics.json; by default that of the run")
+    parser.add_argument(
+        "--output", type=Path, help="folder for metrics.json, report.md and pictures; by default that of the run"
+    )
     return parser
 
 
@@ -110,7 +141,8 @@ def _with_options(config: dict[str, Any], options: argparse.Namespace) -> dict[s
             "scales": options.scales,
             "flip": False if options.no_flip else None,
             "threshold": options.threshold,
-            "crf": options.crf or None,
+            "crf": True if options.crf else None,
+            "crf_backend": options.crf,
             "limit": options.limit,
         },
     }

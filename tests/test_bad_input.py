@@ -1,6 +1,7 @@
 """Every mistake of a user's ends in one message that names place, value, expectation and remedy; nothing is written."""
 
-from pathlib import Path
+from pathlib import json
+import Path
 
 import numpy as np
 import pytest
@@ -184,7 +185,9 @@ def test_a_mask_of_another_size_than_its_image(tmp_path, root):
     with pytest.raises(UserError) as caught:
         evaluate(["--checkpoint", str(state), "--output", str(tmp_path / "out")])
     assert_names(str(caught.value), path, "8 x 8", "36 x 40", "one size")
-    assert not (tmp_path / "out").exists()
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["images"] == 3  # the others are scored
+    assert list(metrics["failed"]) == ["picture_9"]
 
 
 # --- machine and processes

@@ -8,7 +8,7 @@ from fsr_fast import load_network, reference, segment
 from fsr_fast.config import build_config
 from fsr_fast.dataloading.datasets import build_datasets
 from fsr_fast.errors import UserError
-from fsr_fast.evaluation import evaluator
+from fsr_fast.evaluation import predictions
 from fsr_fast.evaluation.evaluator import evaluate_network
 from fsr_fast.evaluation.inference import infer, read_picture
 from fsr_fast.runtime.checkpoint import write_checkpoint
@@ -200,7 +200,7 @@ def test_images_of_several_sizes_score_as_they_do_alone(tmp_path, monkeypatch):
             with Image.open(path) as picture:
                 picture.resize(size, Image.Resampling.NEAREST).save(path)
     together = evaluate(root)
-    monkeypatch.setattr(evaluator, "BATCH_PIXELS", 1)
+    monkeypatch.setattr(predictions, "BATCH_PIXELS", {"cpu": 1})
     assert together.results == evaluate(root).results
 
 

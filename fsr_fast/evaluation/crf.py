@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from types import TracebackType
+from typing import TYPE_CHECKING, Literal, Self, TypeVar
+
 import numpy as np
 
 from fsr_fast.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+Backend = Literal["pydensecrf", "exact"]
+Item = TypeVar("Item")
+NEGLIGIBLE = 1e-4
 
 
 def dense_crf(
     image: np.ndarray,
     probabilities: np.ndarray,
     *,
+    backend: Backend = "pydensecrf",
+    device: torch.device | str = "cpu",
     iterations: int = 10,
     gaussian_weight: float = 1.0,
     gaussian_sigma: float = 1.0,
@@ -23,6 +41,10 @@ def dense_crf(
     Args:
         image: (H,W,3) uint8, RGB.
         probabilities: (C+1,H,W) float32, softmax over the classes; values below 1e-5 count as 1e-5.
+        backend: `pydensecrf` filters by a permutohedral lattice, an approximation, and leaves out classes that are
+            nowhere likelier than 1e-4 (its time grows with the classes; their result is 0); `exact` filters by exact
+            Gaussians, which on a CPU takes minutes for a photograph.
+        device: where `exact` computes.
         iterations: mean-field iterations.
         gaussian_weight: weight of the smoothness term.
         gaussian_sigma: its width, pixels.
@@ -41,18 +63,33 @@ def dense_crf(
     Source: paper, evaluation protocol; parameters of the official code.
     """
     _check(image, probabilities)
-    try:
-        from pydensecrf.densecrf import DenseCRF2D
-        from pydensecrf.utils import unary_from_softmax
-    except ImportError:
-        raise UserError(
-            "the dense CRF needs the package pydensecrf2, which is not installed: `pip install pydensecrf2`, "
-            "or evaluate without it (--evaluate.crf false)"
-        ) from None
+    if backend == "exact":
+        import torch
 
-    classes, height, width = probabilities.shape
-    field = DenseCRF2D(width, height, classes)
-    field.setUnaryEnergy(np.ascontiguousarray(unary_from_softmax(probabilities)))
+        from fsr_fast.kernels import dense_crf as mean_field
+
+        return (
+            mean_field(
+                torch.tensor(probabilities, device=device)[None],
+                torch.tensor(image, device=device).permute(2, 0, 1)[None],
+                iterations=iterations,
+                gaussian_weight=gaussian_weight,
+                gaussian_sigma=gaussian_sigma,
+                bilateral_weight=bilateral_weight,
+                bilateral_sigma_xy=bilateral_sigma_xy,
+                bilateral_sigma_rgb=bilateral_sigma_rgb,
+            )[0]
+            .cpu()
+            .numpy()
+        )
+    require_pydensecrf()
+    from pydensecrf.densecrf import DenseCRF2D
+    from pydensecrf.utils import unary_from_softmax
+
+    live = np.flatnonzero(probabilities.max((1, 2)) > NEGLIGIBLE)
+    _, height, width = probabilities.shape
+    field = DenseCRF2D(width, height, len(live))
+    field.setUnaryEnergy(np.ascontiguousarray(unary_from_softmax(probabilities[live])))
     field.addPairwiseGaussian(sxy=gaussian_sigma, compat=gaussian_weight)
     field.addPairwiseBilateral(
         sxy=bilateral_sigma_xy,
@@ -60,7 +97,116 @@ def dense_crf(
         rgbim=np.array(image, order="C"),  # a copy: a read-only array is refused
         compat=bilateral_weight,
     )
-    return np.array(field.inference(iterations), dtype=np.float32).reshape(classes, height, width)
+    marginals = np.zeros_like(probabilities, order="C")
+    marginals[live] = np.array(field.inference(iterations)).reshape(len(live), height, width)
+    return marginals
+
+
+def require_pydensecrf() -> None:
+    """Check that the package is there.
+
+    Raises:
+        UserError: it is not.
+    """
+    try:
+        import pydensecrf.densecrf  # noqa: F401
+    except ImportError:
+        raise UserError(
+            "the dense CRF needs the package pydensecrf2, which is not installed: `pip install pydensecrf2`, "
+            "or take --evaluate.crf_backend exact (a GPU is advised), or evaluate without it (--evaluate.crf false)"
+        ) from None
+
+
+class CrfPool:
+    """The dense CRF of many images, in processes of its own while the network goes on.
+
+    Use as a context manager. What is exact on a GPU is computed there, in this process.
+
+    Args:
+        backend: as in `dense_crf`.
+        device: of the network.
+        workers: processes; 0: none but this one. None: one a CPU core that this process may use.
+        images: how many there will be at most; no more processes than those are started.
+    """
+
+    def __init__(self, backend: Backend, device: torch.device, *, workers: int | None, images: int) -> None:
+        if backend == "pydensecrf":
+            require_pydensecrf()
+        self._backend, self._device = backend, device
+        count = min(_cores() if workers is None else workers, images - 1)  # a single image has nothing to overlap with
+        self._workers = 0 if backend == "exact" and device.type == "cuda" else max(count, 0)
+        self._pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> Self:
+        if self._workers:
+            context = multiprocessing.get_context("forkserver")  # a fork of a process with threads and CUDA may hang
+            self._pool = ProcessPoolExecutor(
+                self._workers, mp_context=context, initializer=_prepare, initargs=(self._backend,)
+            )
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._pool = None
+
+    def refine(
+        self, items: Iterable[tuple[Item, np.ndarray | None, np.ndarray | None]]
+    ) -> Iterator[tuple[Item, np.ndarray | None, Exception | None]]:
+        """Refine images in order, while further ones are drawn from `items`.
+
+        Args:
+            items: anything, (H, W, 3) uint8 RGB, and (C+1, H, W) float32 probabilities; or anything, none and none,
+                which keeps its place. At most two a process are drawn before the first result is given.
+
+        Returns:
+            The item, its marginals (C+1, H, W) float32, and none; or the item, none, and what went wrong.
+        """
+        running: deque[tuple[Item, Future[np.ndarray] | None]] = deque()
+        for item, image, probabilities in items:
+            refined = None if image is None or probabilities is None else self._submit(image, probabilities)
+            running.append((item, refined))
+            if len(running) > 2 * self._workers:
+                yield _collect(*running.popleft())
+        while running:
+            yield _collect(*running.popleft())
+
+    def _submit(self, image: np.ndarray, probabilities: np.ndarray) -> Future[np.ndarray]:
+        if self._pool is not None:
+            return self._pool.submit(dense_crf, image, probabilities, backend=self._backend)
+        future: Future[np.ndarray] = Future()
+        try:
+            future.set_result(dense_crf(image, probabilities, backend=self._backend, device=self._device))
+        except _OF_THE_IMAGE as error:
+            future.set_exception(error)
+        return future
+
+
+_OF_THE_IMAGE = (RuntimeError, ValueError, MemoryError)
+
+
+def _collect(item: Item, future: Future[np.ndarray] | None) -> tuple[Item, np.ndarray | None, Exception | None]:
+    if future is None:
+        return item, None, None
+    try:
+        return item, future.result(), None
+    except BrokenProcessPool:
+        raise
+    except _OF_THE_IMAGE as error:
+        return item, None, error
+
+
+def _prepare(backend: Backend) -> None:
+    if backend == "exact":
+        import torch
+
+        torch.set_num_threads(1)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _check(image: np.ndarray, probabilities: np.ndarray) -> None:

@@ -1,27 +1,29 @@
 """Evaluation of a network on a labelled list: pseudo labels, segmentation, segmentation after the dense CRF."""
 
-from collections.abc import Iterable, Iterator
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
-from fsr_fast.cam import merged_labels
 from fsr_fast.config import Config
-from fsr_fast.dataloading.batch import EvaluationSample
 from fsr_fast.dataloading.datasets import SegmentationDataset
-from fsr_fast.dataloading.torch_pipeline import evaluation_samples
 from fsr_fast.errors import UserError
-from fsr_fast.evaluation.crf import dense_crf
-from fsr_fast.evaluation.inference import infer
-from fsr_fast.evaluation.metrics import ConfusionMatrix, scores
+from fsr_fast.evaluation.crf import require_pydensecrf
+from fsr_fast.evaluation.journal import Journal
+from fsr_fast.evaluation.predictions import Kind, Result, predict_images
+from fsr_fast.evaluation.samples import Failure
+from fsr_fast.evaluation.tally import Tally, count_image
 from fsr_fast.models import Network
 from fsr_fast.reporting.progress import track
-from fsr_fast.runtime.distributed import Process
+from fsr_fast.runtime.distributed import Process, wait_for_all
 
-BATCH_PIXELS = 2**18
-"""Images of one size are batched up to this many pixels."""
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -43,18 +45,31 @@ class Example:
 
 @dataclass
 class Evaluation:
-    """Result of an evaluation."""
+    """Result of an evaluation, over all processes."""
 
     results: dict[str, dict[str, Any]]
     """Scores of `pseudo`, `seg` and, where asked for, `seg+crf`: mean IoU, per-class figures; percent."""
     examples: list[Example] = field(default_factory=list)
-    """The first images of the list."""
+    """The first images of the list that this process has evaluated."""
+    tallies: dict[str, Tally] = field(default_factory=dict)
+    """What the scores are made of."""
+    images: int = 0
+    """Number of images that the scores are over."""
+    failed: dict[str, str] = field(default_factory=dict)
+    """What kept the other images from being evaluated, by name."""
 
 
 def evaluate_network(
-    network: Network, dataset: SegmentationDataset, config: Config, process: Process, *, examples: int = 0
+    network: Network,
+    dataset: SegmentationDataset,
+    config: Config,
+    process: Process,
+    *,
+    examples: int = 0,
+    during_training: bool = False,
+    journal: Journal | None = None,
 ) -> Evaluation:
-    """Evaluate on a labelled list; each process takes its share.
+    """Evaluate on a labelled list; each process takes its share, each image counts once.
 
     Args:
         network: on the device of `process`; its mode is kept.
@@ -62,79 +77,125 @@ def evaluate_network(
         config: sections `evaluate`, `cam`, `data` and `run.amp`.
         process: this process.
         examples: how many images to keep for pictures.
+        during_training: take no more than `evaluate.training_limit` images, spread over the list.
+        journal: where each image is written down; what stands there already is not evaluated again.
 
     Raises:
-        UserError: an image has no mask.
+        UserError: not one image could be evaluated, or pydensecrf is wanted and missing.
 
     Source: paper, evaluation.
     """
-    names = ("pseudo", "seg", "seg+crf") if config.evaluate.crf else ("pseudo", "seg")
-    matrices = {name: ConfusionMatrix(len(network.classes)) for name in names}
-    kept: list[Example] = []
-    count = min(len(dataset), config.evaluate.limit or len(dataset))
-    samples = evaluation_samples(
-        dataset,
-        mean=network.mean,
-        std=network.deviation,
-        rank=process.rank,
-        world_size=process.world_size,
-        workers=config.data.workers,
-        limit=config.evaluate.limit,
-    )
-    share = len(range(process.rank, count, process.world_size))
+    kinds: list[Kind] = ["pseudo", "seg", "seg+crf"] if config.evaluate.crf else ["pseudo", "seg"]
+    if config.evaluate.crf and config.evaluate.crf_backend == "pydensecrf":
+        require_pydensecrf()  # before anything is written
+    tallies: dict[str, Tally] = {kind: Tally(len(network.classes)) for kind in kinds}
+    chosen = choose_images(len(dataset), config, during_training=during_training)
+    done = 0
+    if journal is not None:
+        if process.is_main:
+            done = _resume(journal, tallies)
+        chosen = [index for index in chosen if dataset.ids[index] not in journal.found]
+        wait_for_all()  # every process has read the journal
+        journal.open()
+    share = chosen[process.rank :: process.world_size]
+    shown = set(share[:examples])
+    kept: dict[int, Example] = {}
+    failed: dict[str, str] = {}
+    with _in_eval_mode(network):
+        stream = predict_images(network, dataset, share, config, process.device, kinds)
+        for result in track(stream, "evaluating", len(share)):
+            line = _count(result, len(network.classes), process.device)
+            if journal is not None:
+                journal.write(line)
+            if "error" in line:
+                failed[line["name"]] = line["error"]
+                continue
+            done += 1
+            for kind in kinds:
+                tallies[kind].add(line["counts"][kind])
+            if isinstance(result, Result) and result.sample.index in shown:
+                kept[result.sample.index] = _example(result)
+    if journal is not None:
+        journal.close()
+    for tally in tallies.values():
+        tally.all_reduce()
+    done, failed = _gather(done, failed)
+    _complain(failed, done, process)
+    results = {kind: tally.scores(network.classes) for kind, tally in tallies.items()}
+    return Evaluation(results, [kept[index] for index in sorted(kept)], tallies, done, failed)
+
+
+def choose_images(count: int, config: Config, *, during_training: bool = False) -> Sequence[int]:
+    """Give the numbers of the images to evaluate.
+
+    Args:
+        count: length of the list.
+        config: `evaluate.limit`: only the first ones; `evaluate.training_limit`: every n-th of them, so that there are
+            no more.
+        during_training: whether `training_limit` counts.
+    """
+    count = min(count, config.evaluate.limit or count)
+    limit = config.evaluate.training_limit
+    return range(0, count, -(-count // limit) if during_training and limit else 1)
+
+
+def _resume(journal: Journal, tallies: dict[str, Tally]) -> int:
+    count = 0
+    for line in journal.lines():
+        if "error" not in line:
+            count += 1
+            for kind, tally in tallies.items():
+                tally.add(line["counts"][kind])
+    if count:
+        print(f"{count} images were evaluated before the interruption", flush=True)
+    return count
+
+
+def _count(result: Result | Failure, classes: int, device: torch.device) -> dict[str, Any]:
+    """Make the journal's line of an image."""
+    if isinstance(result, Failure):
+        return {"name": result.name, "error": result.message}
+    sample = result.sample
+    if sample.truth is None:
+        return {"name": sample.name, "error": f"{sample.name}: no mask; evaluation needs the mask of every image"}
+    counts = {kind: count_image(found.labels, sample.truth, classes, device) for kind, found in result.maps.items()}
+    return {"name": sample.name, "counts": counts}
+
+
+def _example(result: Result) -> Example:
+    sample = result.sample
+    assert sample.truth is not None
+    labels = {kind: found.labels for kind, found in result.maps.items()}
+    return Example(sample.name, sample.image, sample.truth, result.cam, labels["pseudo"], labels["seg"])
+
+
+def _gather(done: int, failed: dict[str, str]) -> tuple[int, dict[str, str]]:
+    """Add up over all processes."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return done, failed
+    parts: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(parts, (done, failed))
+    return sum(count for count, _ in parts), {name: text for _, part in parts for name, text in part.items()}
+
+
+def _complain(failed: dict[str, str], done: int, process: Process) -> None:
+    if failed and not done:
+        name, message = next(iter(failed.items()))
+        raise UserError(f"none of {len(failed)} images could be evaluated; the first was {name!r}: {message}")
+    if failed and process.is_main:
+        listed = "; ".join(f"{name!r}: {message}" for name, message in _first(failed.items(), 5))
+        logger.warning("%d of %d images could not be evaluated: %s", len(failed), len(failed) + done, listed)
+
+
+def _first(items: Iterable[tuple[str, str]], count: int) -> list[tuple[str, str]]:
+    return [item for item, _ in zip(items, range(count), strict=False)]
+
+
+@contextmanager
+def _in_eval_mode(network: Network) -> Iterator[None]:
     was_training = network.training
     network.eval()
-    for batch in _batches(track(samples, "evaluating", share)):
-        for example, predictions in _evaluate_batch(network, batch, dataset, config, process.device):
-            for name, prediction in predictions.items():
-                matrices[name].update(prediction, example.truth)
-            if len(kept) < examples:
-                kept.append(example)
-    network.train(was_training)
-    for matrix in matrices.values():
-        matrix.all_reduce()
-    return Evaluation({name: scores(matrix, network.classes) for name, matrix in matrices.items()}, kept)
-
-
-def _batches(samples: Iterable[EvaluationSample]) -> Iterator[list[EvaluationSample]]:
-    batch: list[EvaluationSample] = []
-    for sample in samples:
-        shape = sample.image.shape
-        if batch and (batch[0].image.shape != shape or (len(batch) + 1) * shape[1] * shape[2] > BATCH_PIXELS):
-            yield batch
-            batch = []
-        batch.append(sample)
-    if batch:
-        yield batch
-
-
-def _evaluate_batch(
-    network: Network,
-    batch: list[EvaluationSample],
-    dataset: SegmentationDataset,
-    config: Config,
-    device: torch.device,
-) -> Iterator[tuple[Example, dict[str, np.ndarray]]]:
-    result = infer(
-        network,
-        torch.stack([sample.image for sample in batch]).to(device),
-        torch.stack([sample.labels for sample in batch]).to(device),
-        cam_scales=config.cam.scales,
-        scales=config.evaluate.scales,
-        flip=config.evaluate.flip,
-        amp=config.run.amp,
-    )
-    threshold = config.evaluate.threshold
-    pseudo = merged_labels(result.cams, high=threshold, low=threshold).to(torch.uint8).cpu().numpy()
-    seg = result.seg_logits.argmax(1).to(torch.uint8).cpu().numpy()
-    cam = result.cams.values.amax(1).cpu().numpy()
-    for index, sample in enumerate(batch):
-        if sample.mask is None:
-            raise UserError(f"{sample.name}: no mask; evaluation needs the mask of every image of the list")
-        image = np.asarray(dataset.image(sample.index))
-        predictions = {"pseudo": pseudo[index], "seg": seg[index]}
-        if config.evaluate.crf:
-            probabilities = result.seg_logits[index].softmax(0).cpu().numpy()
-            predictions["seg+crf"] = dense_crf(image, probabilities).argmax(0).astype(np.uint8)
-        truth = np.asarray(sample.mask)
-        yield Example(sample.name, image, truth, cam[index], pseudo[index], seg[index]), predictions
+    try:
+        yield
+    finally:
+        network.train(was_training)

@@ -1,8 +1,12 @@
 """Inference at several scales with mirror images: class activation maps and segmentation in the same passes."""
 
-from collections.abc import Sequence
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,7 +15,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms.v2 import functional as image_functions
 
-from fsr_fast.cam import ScalePass, dense_cams, merge_passes, multi_scale_passes
+from fsr_fast.cam import ScalePass, dense_cams, merge_passes, resize_images, scaled_size, split_batch
 from fsr_fast.config import CamConfig, EvaluateConfig
 from fsr_fast.errors import UserError
 from fsr_fast.kernels import MergedCams
@@ -75,25 +79,99 @@ def infer(
     Returns:
         CAMs and logits at the images' own resolution. Source: paper, CAM and evaluation; official code for the merging.
     """
-    size = (images.shape[-2], images.shape[-1])
-    wanted = [*cam_scales, *(scale for scale in scales if scale not in cam_scales)]
     with autocast(images.device, amp):
-        passes = dict(zip(wanted, multi_scale_passes(network.encoder, images, wanted), strict=True))
-        top = network.encoder.norm(passes[cam_scales[0]].plain.tokens)
-        class_logits = classify(top, network.top_classifier).float()
-        if labels is None:
-            best = class_logits == class_logits.amax(1, keepdim=True)
-            labels = (best | (class_logits > 0)).float()
-        cams = merge_passes(
-            network,
-            [passes[scale] for scale in cam_scales],
-            labels,
-            classifier="top",
-            slots=max(1, int(labels.sum(1).max())),
-            size=size,
-        )
-        seg_logits = _merge_segmentation(network, [passes[scale] for scale in scales], size, flip)
-    return Inference(class_logits, labels, cams, seg_logits)
+        passed = _pass(network, [images], cam_scales, scales, flip)
+        return _read_out(network, passed, labels, (images.shape[-2], images.shape[-1]))
+
+
+@torch.no_grad()
+def infer_like(
+    network: Network,
+    images: Sequence[Tensor],
+    labels: Sequence[Tensor | None],
+    *,
+    cam_scales: Sequence[float],
+    scales: Sequence[float],
+    flip: bool,
+    amp: str,
+) -> Iterator[Inference]:
+    """Run the network on images of different sizes that are alike in whole patches at every scale, in one batch.
+
+    Args:
+        network: in eval mode.
+        images: each (3, H, W), normalised; `patch_sizes` must be the same for all.
+        labels: of each image (C,), as in `infer`.
+        cam_scales: as in `infer`.
+        scales: as in `infer`.
+        flip: as in `infer`.
+        amp: as in `infer`.
+
+    Returns:
+        The result of each image, at its own resolution, B = 1.
+    """
+    device = images[0].device
+    with autocast(device, amp):
+        passed = _pass(network, [image[None] for image in images], cam_scales, scales, flip)
+    for index, (image, present) in enumerate(zip(images, labels, strict=True)):
+        with autocast(device, amp):  # not while the caller has the result
+            wanted = None if present is None else present[None]
+            result = _read_out(network, passed.take(index), wanted, (image.shape[-2], image.shape[-1]))
+        yield result
+
+
+def patch_sizes(size: tuple[int, int], scales: Sequence[float], patch_size: int) -> tuple[tuple[int, int], ...]:
+    """Give the sizes, in pixels, that an image of `size` has at the scales: whole patches."""
+    return tuple(scaled_size(size, scale, patch_size) for scale in scales)
+
+
+class _Passed(NamedTuple):
+    """A batch after trunk and decoder, on the grids of its scales."""
+
+    cams: list[ScalePass]
+    """Features at the scales of the CAMs."""
+    logits: list[Tensor]
+    """(B, C+1, h, w), of each scale of the segmentation, mirror images added."""
+
+    def take(self, index: int) -> _Passed:
+        """Give one image of the batch, B = 1."""
+        part = slice(index, index + 1)
+
+        def cut(features: Features) -> Features:
+            return Features(features.tokens[part], features.aux[part], features.grid)
+
+        cams = [ScalePass(cut(plain), cut(mirrored)) for plain, mirrored in self.cams]
+        return _Passed(cams, [logits[part] for logits in self.logits])
+
+
+def _pass(
+    network: Network, images: Sequence[Tensor], cam_scales: Sequence[float], scales: Sequence[float], flip: bool
+) -> _Passed:
+    """Run trunk and decoder on images (B, 3, H, W), of one or more sizes that are alike in whole patches."""
+
+    def decode(features: Features) -> Tensor:
+        return network.decoder(to_map(network.encoder.norm(features.tokens), features.grid)).float()
+
+    passes = {}
+    for scale in [*cam_scales, *(scale for scale in scales if scale not in cam_scales)]:
+        size = scaled_size((images[0].shape[-2], images[0].shape[-1]), scale, network.encoder.patch_size)
+        scaled = torch.cat([resize_images(part, size) for part in images])
+        passes[scale] = ScalePass(*split_batch(network.encoder(torch.cat([scaled, scaled.flip(-1)]))))
+    logits = []
+    for plain, mirrored in (passes[scale] for scale in scales):
+        logits.append(decode(plain) + decode(mirrored).flip(-1) if flip else decode(plain))
+    return _Passed([passes[scale] for scale in cam_scales], logits)
+
+
+def _read_out(network: Network, passed: _Passed, labels: Tensor | None, size: tuple[int, int]) -> Inference:
+    """Bring CAMs and logits to the resolution of the images, which are of one size."""
+    class_logits = classify(network.encoder.norm(passed.cams[0].plain.tokens), network.top_classifier).float()
+    if labels is None:
+        best = class_logits == class_logits.amax(1, keepdim=True)
+        labels = (best | (class_logits > 0)).float()
+    slots = max(1, int(labels.sum(1).max()))
+    cams = merge_passes(network, passed.cams, labels, classifier="top", slots=slots, size=size)
+    scaled = (F.interpolate(logits, size=size, mode="bilinear", align_corners=False) for logits in passed.logits)
+    return Inference(class_logits, labels, cams, reduce(torch.maximum, scaled))
 
 
 def segment(network: Network, image: Image.Image | str | Path) -> Prediction:
@@ -135,14 +213,3 @@ def read_picture(path: Path) -> Image.Image:
         raise UserError(f"{path}: no such picture") from None
     except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
         raise UserError(f"{path}: not a picture that can be decoded ({error}); replace or remove it") from None
-
-
-def _merge_segmentation(network: Network, passes: Sequence[ScalePass], size: tuple[int, int], flip: bool) -> Tensor:
-    def decode(features: Features) -> Tensor:
-        return network.decoder(to_map(network.encoder.norm(features.tokens), features.grid)).float()
-
-    scaled = []
-    for plain, mirrored in passes:
-        logits = decode(plain) + decode(mirrored).flip(-1) if flip else decode(plain)
-        scaled.append(F.interpolate(logits, size=size, mode="bilinear", align_corners=False))
-    return torch.stack(scaled).amax(0)

@@ -127,20 +127,21 @@ def scores(matrix: ConfusionMatrix, class_names: Sequence[str]) -> dict[str, Any
         raise ValueError(f"class_names: {len(class_names)} names for {matrix.classes} foreground classes")
     columns = {"iou": matrix.iou(), "precision": matrix.precision(), "recall": matrix.recall()}
     table = {
-        name: {key: _plain(column[index].item()) for key, column in columns.items()}
+        name: {key: plain(column[index].item()) for key, column in columns.items()}
         | {"pixels": int(matrix.counts[index].sum())}
         for index, name in enumerate(["background", *class_names])
     }
     return {
-        "mean_iou": _plain(matrix.mean_iou()),
-        "pixel_accuracy": _plain(matrix.pixel_accuracy()),
-        "mean_precision": _plain(matrix.precision().nanmean().item()),
-        "mean_recall": _plain(matrix.recall().nanmean().item()),
+        "mean_iou": plain(matrix.mean_iou()),
+        "pixel_accuracy": plain(matrix.pixel_accuracy()),
+        "mean_precision": plain(matrix.precision().nanmean().item()),
+        "mean_recall": plain(matrix.recall().nanmean().item()),
         "classes": table,
     }
 
 
-def _plain(value: float) -> float | None:
+def plain(value: float) -> float | None:
+    """Give a number as JSON can hold it: None for nan."""
     return None if math.isnan(value) else value
 
 

@@ -1,0 +1,122 @@
+"""Images to evaluate: read ahead, each once, in batches of like size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from fsr_fast.errors import UserError
+
+WINDOW = 64
+"""Images that wait for others of their size; bounds the memory whatever the length of the list."""
+
+
+class Images(Protocol):
+    """What is read of a data set: `SegmentationDataset` has it."""
+
+    @property
+    def ids(self) -> Sequence[str]:
+        """Names of the images."""
+
+    @property
+    def labels(self) -> NDArray[np.float32]:
+        """(n, C), 1 where an image shows a class, else 0."""
+
+    def image(self, index: int) -> Image.Image:
+        """Read an image as RGB."""
+
+    def mask(self, index: int) -> NDArray[np.uint8] | None:
+        """Read a mask; none where there is none."""
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One image at its own resolution."""
+
+    index: int
+    """Its number in the data set."""
+    name: str
+    image: NDArray[np.uint8]
+    """(H, W, 3), RGB."""
+    labels: NDArray[np.float32]
+    """(C,), 1 where the image shows the class, else 0."""
+    truth: NDArray[np.uint8] | None
+    """(H, W): 0 background, 1…C the classes, 255 ignored; none where there is no mask."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An image that could not be evaluated."""
+
+    name: str
+    message: str
+
+
+def read_samples(dataset: Images, indices: Sequence[int], workers: int) -> Iterator[Sample | Failure]:
+    """Read images and masks.
+
+    Args:
+        dataset: where they are.
+        indices: which ones, in this order.
+        workers: processes that read ahead; 0: this one reads.
+
+    Returns:
+        A sample for each index, or what kept it from being read.
+    """
+    if indices:
+        yield from DataLoader(
+            _Reader(dataset), batch_size=None, sampler=indices, num_workers=workers, collate_fn=_as_it_is
+        )
+
+
+def batches_of_like_size(
+    samples: Iterable[Sample | Failure], key: Callable[[tuple[int, int]], Hashable], pixels: int
+) -> Iterator[list[Sample] | Failure]:
+    """Gather samples that can go through the network together.
+
+    Args:
+        samples: as they come.
+        key: what must be alike, of height and width.
+        pixels: largest sum of a batch; a larger image goes alone.
+
+    Returns:
+        Batches; failures are handed through.
+    """
+    waiting: dict[Hashable, list[Sample]] = {}
+    for sample in samples:
+        if isinstance(sample, Failure):
+            yield sample
+            continue
+        height, width = sample.image.shape[:2]
+        batch = waiting.setdefault(key((height, width)), [])
+        batch.append(sample)
+        if (len(batch) + 1) * height * width > pixels:
+            yield waiting.pop(key((height, width)))
+        elif sum(map(len, waiting.values())) >= WINDOW:
+            yield waiting.pop(max(waiting, key=lambda size: len(waiting[size])))
+    yield from waiting.values()
+
+
+class _Reader(Dataset[Any]):
+    def __init__(self, dataset: Images) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset.ids)
+
+    def __getitem__(self, index: int) -> Sample | Failure:
+        try:
+            image, truth = np.asarray(self.dataset.image(index)), self.dataset.mask(index)
+        except UserError as error:
+            return Failure(self.dataset.ids[index], str(error))
+        return Sample(index, self.dataset.ids[index], image, self.dataset.labels[index], truth)
+
+
+def _as_it_is(item: Any) -> Any:
+    return item
