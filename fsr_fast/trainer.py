@@ -167,13 +167,20 @@ class Trainer:
             self.supervisor.save()
         if self._is_due(run.evaluate_every, last=False) and self.iteration < self.config.optim.iterations:
             with progress.paused():
-                scores = _mean_ious(self._evaluate())
+                scores = _mean_ious(self._evaluate(during_training=True))
             if tracker:
                 tracker.log(self.iteration, scores)
 
-    def _evaluate(self, examples: int = 0) -> Evaluation:
+    def _evaluate(self, *, examples: int = 0, during_training: bool = False) -> Evaluation:
         with self.supervisor.interlude():
-            evaluation = evaluate_network(self.network, self.val_set, self.config, self.process, examples=examples)
+            evaluation = evaluate_network(
+                self.network,
+                self.val_set,
+                self.config,
+                self.process,
+                examples=examples,
+                during_training=during_training,
+            )
         self.supervisor.mark_best(_mean_ious(evaluation)["seg_miou"])
         return evaluation
 

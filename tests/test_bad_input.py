@@ -1,7 +1,7 @@
 """Every mistake of a user's ends in one message that names place, value, expectation and remedy; nothing is written."""
 
-from pathlib import json
-import Path
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest

@@ -58,13 +58,13 @@ def test_cams_are_those_of_the_reference():
 
 def test_a_scale_that_cams_and_segmentation_share_is_passed_once(monkeypatch):
     sizes = []
-    forward = NETWORK.encoder.forward
+    forward = NETWORK.encoder.forward_packed
 
     def spy(images, *arguments, **options):
-        sizes.append((len(images), images.shape[-1]))
+        sizes.extend((len(part), part.shape[-1]) for part in images)
         return forward(images, *arguments, **options)
 
-    monkeypatch.setattr(NETWORK.encoder, "forward", spy)
+    monkeypatch.setattr(NETWORK.encoder, "forward_packed", spy)
     infer(NETWORK, IMAGES, LABELS, cam_scales=(1.0, 0.5, 1.5), scales=(1.0, 1.25, 1.5))
     assert sorted(sizes) == [(4, 16), (4, 32), (4, 40), (4, 48)]
 

@@ -15,7 +15,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms.v2 import functional as image_functions
 
-from fsr_fast.cam import ScalePass, dense_cams, merge_passes, resize_images, scaled_size, split_batch
+from fsr_fast.cam import ScalePass, dense_cams, merge_passes, pair_mirrored, resize_images, scaled_size
 from fsr_fast.config import CamConfig, EvaluateConfig
 from fsr_fast.errors import UserError
 from fsr_fast.kernels import MergedCams
@@ -151,11 +151,13 @@ def _pass(
     def decode(features: Features) -> Tensor:
         return network.decoder(to_map(network.encoder.norm(features.tokens), features.grid)).float()
 
-    passes = {}
-    for scale in [*cam_scales, *(scale for scale in scales if scale not in cam_scales)]:
+    wanted = [*cam_scales, *(scale for scale in scales if scale not in cam_scales)]
+    views = []
+    for scale in wanted:
         size = scaled_size((images[0].shape[-2], images[0].shape[-1]), scale, network.encoder.patch_size)
         scaled = torch.cat([resize_images(part, size) for part in images])
-        passes[scale] = ScalePass(*split_batch(network.encoder(torch.cat([scaled, scaled.flip(-1)]))))
+        views.append(torch.cat([scaled, scaled.flip(-1)]))
+    passes = dict(zip(wanted, pair_mirrored(network.encoder.forward_packed(views)), strict=True))
     logits = []
     for plain, mirrored in (passes[scale] for scale in scales):
         logits.append(decode(plain) + decode(mirrored).flip(-1) if flip else decode(plain))

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from fsr_fast.dataloading.names import Names
 from fsr_fast.errors import UserError
 
 WINDOW = 64
@@ -21,7 +22,7 @@ class Images(Protocol):
     """What is read of a data set: `SegmentationDataset` has it."""
 
     @property
-    def ids(self) -> Sequence[str]:
+    def ids(self) -> Names:
         """Names of the images."""
 
     @property
