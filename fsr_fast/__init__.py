@@ -2,12 +2,12 @@
 
 from typing import Any
 
-__all__ = ["load_network", "segment"]
+__all__ = ["from_pretrained", "load_network", "segment"]
 
 
 def __getattr__(name: str) -> Any:
     # Loaded at first use, so that importing a part of the package does not import all of it.
-    if name == "load_network":
+    if name in ("load_network", "from_pretrained"):  # one reader for all that a network may be stored as
         from fsr_fast.models import load_network
 
         return load_network

@@ -38,7 +38,7 @@ VERBS = {
     "export": Verb(
         "fsr_fast.export",
         "write a trained network for other programs",
-        "--checkpoint runs/synthetic --to official --output student.pth",
+        "--checkpoint runs/synthetic --to onnx --output network.onnx",
     ),
     "ablate": Verb(
         "fsr_fast.ablate", "run one of the paper's tables, row by row", "--table 4 --config synthetic --seeds 0 1 2"

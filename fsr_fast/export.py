@@ -1,16 +1,29 @@
-"""Write a trained network for the official code: `fsr-fast export --checkpoint RUN --output student.pth`."""
+"""Write a trained network for other programs: `fsr-fast export --checkpoint RUN --to onnx --output network.onnx`.
 
+safetensors: a folder with weights, description and a card with the scores, for `fsr_fast.from_pretrained(folder)`.
+onnx, torch: one function of pictures of any number and size, checked against the network after it was written.
+official: the state dict of the official code.
+"""
+
+import argparse
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from fsr_fast.cli import run_command
+from fsr_fast.config import ModelConfig, build_config
 from fsr_fast.errors import UserError
 from fsr_fast.models import Network, load_network
 from fsr_fast.models.build import restore_network
-from fsr_fast.models.official import official_state_dict
+from fsr_fast.models.folder import is_network_folder, read_folder, write_network
+from fsr_fast.models.official import official_sizes, official_state_dict, read_official
 from fsr_fast.options import Parser
+from fsr_fast.portable import write_onnx, write_program
+from fsr_fast.reporting.card import model_card
+from fsr_fast.reporting.progress import working
+from fsr_fast.reporting.record import read_run
 from fsr_fast.runtime.checkpoint import read_checkpoint
 
 
@@ -20,15 +33,29 @@ def main(arguments: Sequence[str]) -> None:
     if options.output.exists():
         raise UserError(f"--output: {options.output} exists; delete it or give another name")
     network = load_teacher(options.checkpoint) if options.teacher else load_network(options.checkpoint)
-    weights = official_state_dict(network)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     partial = options.output.with_name(f".{options.output.name}.partial")
-    torch.save(weights, partial)
-    partial.replace(options.output)
-    print(
-        f"{options.output}: {len(weights)} tensors; images are normalised by ImageNet's mean and deviation; the file "
-        f"holds no names of the {len(network.classes)} classes: {', '.join(network.classes)}"
-    )
+    try:
+        with working(f"exporting to {options.output}"):
+            if options.to == "safetensors":
+                _write_folder(network, options.checkpoint, options.output.name, partial)
+            elif options.to == "official":
+                torch.save(official_state_dict(network), partial)
+            else:
+                (write_onnx if options.to == "onnx" else write_program)(network, partial)
+        partial.replace(options.output)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.unlink(missing_ok=True)
+    print(f"{options.output}: {_REMARKS[options.to]}; classes: {', '.join(network.classes)}")
+
+
+_REMARKS = {
+    "safetensors": "read it by fsr_fast.from_pretrained",
+    "onnx": "RGB in 0…1, (B, 3, H, W), of any number and size, to segmentation, scores and cams",
+    "torch": "read it by torch.export.load; RGB in 0…1, (B, 3, H, W), to segmentation, scores and cams",
+    "official": "images are normalised by ImageNet's mean and deviation; the file holds no names of the classes",
+}
 
 
 def load_teacher(path: Path) -> Network:
@@ -53,12 +80,30 @@ def load_teacher(path: Path) -> Network:
     return restore_network({**checkpoint, "student": checkpoint["student"] | averaged}, str(path))
 
 
+def _write_folder(network: Network, checkpoint: Path, name: str, folder: Path) -> None:
+    run = read_run(checkpoint) if (checkpoint / "config.yaml").is_file() else None
+    folder.mkdir()
+    write_network(network, _model_config(checkpoint), folder)
+    (folder / "README.md").write_text(model_card(name, network, run), encoding="utf-8")
+
+
+def _model_config(path: Path) -> ModelConfig:
+    if is_network_folder(path):
+        return read_folder(path)[0].model
+    weights = read_official(path)
+    if weights is not None:
+        return official_sizes(weights, str(path)).model
+    return build_config(read_checkpoint(path)["config"], str(path)).model
+
+
 def build_parser() -> Parser:
     """Give the parser of this verb."""
-    parser = Parser("export", description=__doc__)
-    parser.add_argument("--checkpoint", type=Path, required=True, help="run folder or checkpoint file")
-    parser.add_argument("--to", choices=("official",), default="official", help="state dict of the official code")
-    parser.add_argument("--output", type=Path, required=True, help="file to write, e.g. student.pth")
+    parser = Parser("export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--checkpoint", type=Path, required=True, help="run folder, checkpoint, exported folder, official student.pth"
+    )
+    parser.add_argument("--to", choices=tuple(_REMARKS), default="safetensors", help="what to write")
+    parser.add_argument("--output", type=Path, required=True, help="file to write; for safetensors a folder")
     parser.add_argument("--teacher", action="store_true", help="the averaged network instead of the student")
     return parser
 

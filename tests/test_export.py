@@ -18,6 +18,7 @@ SIZES = {
     "projector_hidden": 24,
     "bottleneck": 12,
 }
+OFFICIAL = ("--to", "official")
 SHORT = {"optim": {"iterations": 2, "warmup": 0}, "evaluate": {"limit": 1}}
 
 
@@ -40,7 +41,7 @@ def averaged(tmp_path_factory) -> Path:
 
 
 def test_the_student_is_written_bit_by_bit_under_the_official_names(averaged, tmp_path):
-    export.main(["--checkpoint", str(averaged), "--to", "official", "--output", str(tmp_path / "new/student.pth")])
+    export.main(["--checkpoint", str(averaged), *OFFICIAL, "--output", str(tmp_path / "new/student.pth")])
     weights = torch.load(tmp_path / "new/student.pth", weights_only=True)
     student = read_checkpoint(averaged)["student"]
     assert {name: value.shape for name, value in weights.items()} == {
@@ -51,7 +52,7 @@ def test_the_student_is_written_bit_by_bit_under_the_official_names(averaged, tm
 
 
 def test_the_teacher_is_the_averaged_network(averaged, tmp_path):
-    export.main(["--checkpoint", str(averaged), "--output", str(tmp_path / "teacher.pth"), "--teacher"])
+    export.main(["--checkpoint", str(averaged), *OFFICIAL, "--output", str(tmp_path / "teacher.pth"), "--teacher"])
     weights = torch.load(tmp_path / "teacher.pth", weights_only=True)
     checkpoint = read_checkpoint(averaged)
     assert weights.keys() == checkpoint["student"].keys()
@@ -61,7 +62,7 @@ def test_the_teacher_is_the_averaged_network(averaged, tmp_path):
 
 def test_where_the_projector_alone_is_averaged_the_teacher_has_the_students_encoder(tmp_path):
     folder = run(tmp_path, model={"normalisation": "imagenet"}, teacher={"projector_momentum": 0.9})
-    export.main(["--checkpoint", str(folder), "--output", str(tmp_path / "teacher.pth"), "--teacher"])
+    export.main(["--checkpoint", str(folder), *OFFICIAL, "--output", str(tmp_path / "teacher.pth"), "--teacher"])
     weights = torch.load(tmp_path / "teacher.pth", weights_only=True)
     checkpoint = read_checkpoint(folder)
     own = {name.replace("own_projector", "projector"): value for name, value in checkpoint["teacher"].items()}
@@ -85,7 +86,7 @@ def test_an_exported_network_says_the_same_of_a_picture(tmp_path):
 
 def test_an_official_file_is_written_back_bit_by_bit(tmp_path):
     file = official.write_official(tmp_path / "student.pth")
-    export.main(["--checkpoint", str(file), "--output", str(tmp_path / "copy.pth")])
+    export.main(["--checkpoint", str(file), *OFFICIAL, "--output", str(tmp_path / "copy.pth")])
     weights = torch.load(tmp_path / "copy.pth", weights_only=True)
     assert weights.keys() == official.official_weights().keys()
     assert all(torch.equal(value, weights[name]) for name, value in official.official_weights().items())
@@ -143,4 +144,4 @@ def test_a_file_that_exists_is_not_overwritten(averaged, tmp_path):
 def test_an_official_file_holds_no_second_network(tmp_path):
     file = official.write_official(tmp_path / "student.pth")
     with pytest.raises(UserError, match="not a checkpoint of a run"):
-        export.main(["--checkpoint", str(file), "--output", str(tmp_path / "teacher.pth"), "--teacher"])
+        export.main(["--checkpoint", str(file), *OFFICIAL, "--output", str(tmp_path / "teacher.pth"), "--teacher"])

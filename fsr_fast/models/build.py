@@ -9,6 +9,7 @@ from torch import Tensor
 from fsr_fast.config import ModelConfig, build_config
 from fsr_fast.errors import UserError
 from fsr_fast.models.encoder import create_vit
+from fsr_fast.models.folder import is_network_folder, read_folder
 from fsr_fast.models.initial import start_from
 from fsr_fast.models.network import Network
 from fsr_fast.models.official import class_names, fill_network, official_sizes, read_official
@@ -48,8 +49,8 @@ def load_network(path: str | Path) -> Network:
     """Load a trained network.
 
     Args:
-        path: a run folder (its newest checkpoint is taken), a checkpoint file, or an official `student.pth` or
-            `teacher.pth`.
+        path: a run folder (its newest checkpoint is taken), a checkpoint file, a folder that `fsr-fast export` wrote,
+            or an official `student.pth` or `teacher.pth`.
 
     Returns:
         The network in eval mode, on the CPU.
@@ -57,6 +58,8 @@ def load_network(path: str | Path) -> Network:
     Raises:
         UserError: there is no checkpoint, or it is damaged or of another kind.
     """
+    if is_network_folder(Path(path)):
+        return restore_folder(Path(path))
     weights = read_official(Path(path))
     if weights is not None:
         return restore_official(weights, str(path))
@@ -95,4 +98,24 @@ def restore_official(weights: dict[str, Tensor], origin: str) -> Network:
     sizes = official_sizes(weights, origin)
     network = build_network(sizes.model, class_names(sizes.classes), sizes.image_size)
     fill_network(network, weights, origin)
+    return network.eval()
+
+
+def restore_folder(folder: Path) -> Network:
+    """Build the network that an exported folder describes and fill it with its weights.
+
+    Args:
+        folder: as `fsr-fast export` wrote it.
+
+    Raises:
+        UserError: a file is damaged, or the weights do not fit the description.
+    """
+    description, weights = read_folder(folder)
+    network = build_network(without_start(description.model), description.classes, description.image_size)
+    network.mean, network.deviation = description.mean, description.deviation
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:
+        first = " ".join(str(error).split()[:40])
+        raise UserError(f"{folder}: the weights do not fit the description: {first}; export it again") from None
     return network.eval()

@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Self, TypeVar
 
 import torch
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.progress import track as rich_track
 from rich.table import Column
@@ -181,6 +182,20 @@ def track(
     if not is_quiet():
         return iter(rich_track(iterable, description, total=total, transient=True))
     return _lines(iterable, description, total, interval, clock)
+
+
+@contextmanager
+def working(description: str) -> Iterator[None]:
+    """Show that something of unknown length is under way, on rank 0 alone.
+
+    Args:
+        description: what is done, e.g. `exporting`.
+    """
+    if not on_main_process() or is_quiet():
+        yield
+        return
+    with Console().status(description):
+        yield
 
 
 def _lines(

@@ -1,0 +1,73 @@
+"""A trained network as a folder that others can use: `model.safetensors`, `config.json`, and a card, `README.md`."""
+
+import json
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fsr_fast.config import ModelConfig
+from fsr_fast.config_sections import Section
+from fsr_fast.errors import UserError
+from fsr_fast.models.network import Network
+
+FORMAT = "fsr_fast network 1"
+WEIGHTS, DESCRIPTION = "model.safetensors", "config.json"
+
+
+class NetworkDescription(Section):
+    """What config.json says of a network."""
+
+    classes: tuple[str, ...]
+    """Names of the foreground classes."""
+    image_size: int
+    """Side of the training views, in pixels."""
+    mean: tuple[float, float, float]
+    """Of the input, for images in 0…1."""
+    deviation: tuple[float, float, float]
+    """Standard deviation of the input, likewise."""
+    model: ModelConfig
+    """Sizes and switches."""
+
+
+def is_network_folder(path: Path) -> bool:
+    """Tell whether a folder holds an exported network."""
+    return (path / WEIGHTS).is_file() and (path / DESCRIPTION).is_file()
+
+
+def write_network(network: Network, config: ModelConfig, folder: Path) -> None:
+    """Write weights and description into a folder.
+
+    Args:
+        network: the network.
+        config: that it was built from.
+        folder: exists.
+    """
+    weights = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    known = {name: getattr(network, name) for name in ("classes", "image_size", "mean", "deviation")}
+    description = {"format": FORMAT, **known, "model": config.model_dump(mode="json")}
+    (folder / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+
+
+def read_folder(folder: Path) -> tuple[NetworkDescription, dict[str, Tensor]]:
+    """Read what `write_network` wrote. No pickled code is run.
+
+    Args:
+        folder: with weights and description.
+
+    Returns:
+        The description, and the weights by name, on the CPU.
+
+    Raises:
+        UserError: a file is damaged or of another format.
+    """
+    try:
+        description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+        if description.pop("format") != FORMAT:
+            raise UserError(f"{folder / DESCRIPTION}: of another format; expected {FORMAT!r}")
+        return NetworkDescription.model_validate(description), load_file(folder / WEIGHTS)
+    except (AttributeError, KeyError, TypeError, ValueError, SafetensorError) as error:
+        first = " ".join(f"{type(error).__name__}: {error}".split()[:30])
+        raise UserError(f"{folder}: the exported network is damaged ({first}); export it again") from None
