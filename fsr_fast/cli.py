@@ -33,7 +33,10 @@ VERBS = {
     "predict": Verb(
         "fsr_fast.predict",
         "segment pictures: masks, overlays, heat maps, scores",
-        "--checkpoint runs/synthetic holiday/ --output results",
+        "--checkpoint runs/synthetic holiday/ --output results --legend",
+    ),
+    "serve": Verb(
+        "fsr_fast.serve", "try a network in the browser, on this machine alone", "--checkpoint runs/synthetic"
     ),
     "export": Verb(
         "fsr_fast.export",

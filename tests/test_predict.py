@@ -10,6 +10,7 @@ from fsr_fast.evaluation.crf import dense_crf
 from fsr_fast.evaluation.inference import read_picture, segment
 from fsr_fast.models import load_network
 from fsr_fast.predict import find_pictures, main
+from fsr_fast.reporting.figures import voc_palette
 from fsr_fast.runtime.checkpoint import write_checkpoint
 from tests import helpers
 
@@ -89,9 +90,64 @@ def test_the_crf_refines_the_mask(run, tmp_path):
     assert not np.array_equal(expected, prediction.mask)
 
 
+def test_patterns_find_pictures_and_a_file_of_that_name_goes_first(tmp_path):
+    save_pictures(tmp_path / "trip" / "day", "b.png", "a[1].png")
+    (tmp_path / "trip" / "day" / "c.txt").touch()
+    assert list(find_pictures([f"{tmp_path}/trip/**/*"])) == ["a[1]", "b"]
+    assert list(find_pictures([f"{tmp_path}/trip/day/a[1].png"])) == ["a[1]"]
+    with pytest.raises(UserError, match=r"no picture fits this pattern"):
+        find_pictures([f"{tmp_path}/trip/*.png"])
+
+
+@pytest.mark.parametrize("address", ["http://example.org/a.jpg", "HTTPS://example.org/a.jpg", "s3://bucket/a.jpg"])
+def test_addresses_of_the_web_are_refused(address):
+    with pytest.raises(UserError, match="an address of the web, which is not fetched"):
+        find_pictures([address])
+
+
+def test_a_batch_gives_what_single_pictures_give(run, tmp_path):
+    paths = save_pictures(tmp_path / "in", "a.png", "b.png", "c.png")
+    Image.new("RGB", (30, 18), "red").save(tmp_path / "in" / "bb.png")
+    for size in ("1", "8"):
+        arguments = ["--checkpoint", str(run), str(tmp_path / "in"), "--output", str(tmp_path / size), "--batch", size]
+        main(arguments)
+    one, eight = (json.loads((tmp_path / size / "scores.json").read_text()) for size in ("1", "8"))
+    assert list(one) == list(eight) == sorted(map(str, [*paths, tmp_path / "in" / "bb.png"]))
+    for name, scores in one.items():
+        assert eight[name] == pytest.approx(scores, rel=1e-4)
+        masks = [np.asarray(Image.open(tmp_path / size / "masks" / f"{Path(name).stem}.png")) for size in ("1", "8")]
+        assert (masks[0] == masks[1]).mean() > 0.99
+
+
+def test_opacity_and_legend_change_the_overlay(run, tmp_path):
+    (path,) = save_pictures(tmp_path, "a.png")
+    common = ["--checkpoint", str(run), str(path), "--output"]
+    main([*common, str(tmp_path / "clear"), "--opacity", "0"])
+    with Image.open(tmp_path / "clear/overlays/a.png") as shown:
+        np.testing.assert_array_equal(np.asarray(shown), np.asarray(read_picture(path)))
+    main([*common, str(tmp_path / "named"), "--legend"])
+    main([*common, str(tmp_path / "plain")])
+    with Image.open(tmp_path / "named/overlays/a.png") as named, Image.open(tmp_path / "plain/overlays/a.png") as plain:
+        assert named.height > plain.height
+        left = (named.width - plain.width) // 2
+        np.testing.assert_array_equal(np.asarray(named)[: plain.height, left : left + plain.width], np.asarray(plain))
+        prediction = segment(load_network(run), path)
+        for label in set(np.unique(prediction.mask)) - {0}:
+            legend = np.asarray(named)[plain.height :]
+            assert (legend == voc_palette()[label]).all(-1).any()
+
+
+@pytest.mark.parametrize(("option", "value"), [("--opacity", "1.5"), ("--batch", "0")])
+def test_numbers_out_of_range_are_refused(run, tmp_path, option, value):
+    (path,) = save_pictures(tmp_path, "a.png")
+    with pytest.raises(UserError, match=f"{option}: {value}; expected"):
+        main(["--checkpoint", str(run), str(path), "--output", str(tmp_path / "out"), option, value])
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_picture_that_cannot_be_decoded_is_named(run, tmp_path):
     (tmp_path / "notes.png").write_text("not a picture")
-    with pytest.raises(UserError, match="not a picture that can be decoded") as caught:
+    with pytest.raises(UserError, match="cannot be decoded") as caught:
         main(["--checkpoint", str(run), str(tmp_path / "notes.png"), "--output", str(tmp_path / "out")])
     assert str(tmp_path / "notes.png") in str(caught.value)
     assert not (tmp_path / "out").exists()

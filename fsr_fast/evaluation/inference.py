@@ -11,12 +11,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as image_functions
 
 from fsr_fast.cam import ScalePass, dense_cams, merge_passes, pair_mirrored, resize_images, scaled_size
 from fsr_fast.config import CamConfig, EvaluateConfig
+from fsr_fast.dataloading.images import DamagedFileError, read_image
 from fsr_fast.errors import UserError
 from fsr_fast.kernels import MergedCams
 from fsr_fast.models import Network
@@ -181,37 +182,52 @@ def segment(network: Network, image: Image.Image | str | Path) -> Prediction:
 
     Args:
         network: as `load_network` gives it.
-        image: a picture or its file.
+        image: a picture or its file, which is turned upright.
 
     Raises:
         UserError: the file is missing or is no picture.
     """
-    picture = image if isinstance(image, Image.Image) else read_picture(Path(image))
+    return segment_batch(network, [image if isinstance(image, Image.Image) else read_picture(Path(image))])[0]
+
+
+def segment_batch(network: Network, images: Sequence[Image.Image]) -> list[Prediction]:
+    """Segment pictures of one size in one pass.
+
+    Args:
+        network: as `load_network` gives it.
+        images: pictures, at least one.
+    """
     device = network.top_classifier.weight.device
-    tensor = image_functions.to_dtype(image_functions.pil_to_tensor(picture.convert("RGB")), torch.float32, scale=True)
-    normalised = image_functions.normalize(tensor, list(network.mean), list(network.deviation))[None].to(device)
+    pixels = torch.stack([image_functions.pil_to_tensor(image.convert("RGB")) for image in images])
+    scaled = image_functions.to_dtype(pixels, torch.float32, scale=True)
+    normalised = image_functions.normalize(scaled, list(network.mean), list(network.deviation)).to(device)
     result = infer(network, normalised)
-    cams = dense_cams(result.cams, len(network.classes))[0]
-    found = [index for index in range(len(network.classes)) if result.labels[0, index] > 0]
-    scores = result.class_logits[0].sigmoid().tolist()
-    return Prediction(
-        mask=result.seg_logits[0].argmax(0).to(torch.uint8).cpu().numpy(),
-        scores=dict(zip(network.classes, scores, strict=True)),
-        cams={network.classes[index]: cams[index].cpu().numpy() for index in found},
-        probabilities=result.seg_logits[0].softmax(0).cpu().numpy(),
-    )
+    cams = dense_cams(result.cams, len(network.classes)).cpu().numpy()
+    masks = result.seg_logits.argmax(1).to(torch.uint8).cpu().numpy()
+    probabilities = result.seg_logits.softmax(1).cpu().numpy()
+    scores, labels = result.class_logits.sigmoid().tolist(), result.labels.tolist()
+    return [
+        Prediction(
+            mask=masks[number],
+            scores=dict(zip(network.classes, scores[number], strict=True)),
+            cams={name: cams[number, index] for index, name in enumerate(network.classes) if labels[number][index]},
+            probabilities=probabilities[number],
+        )
+        for number in range(len(images))
+    ]
 
 
-def read_picture(path: Path) -> Image.Image:
-    """Read a picture as RGB.
+def read_picture(source: Path | bytes, name: str = "") -> Image.Image:
+    """Read a picture as RGB, upright.
+
+    Args:
+        source: file, or its content.
+        name: what messages call it; by default the path.
 
     Raises:
         UserError: the file is missing or cannot be decoded.
     """
     try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such picture") from None
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: not a picture that can be decoded ({error}); replace or remove it") from None
+        return read_image(source, name)
+    except DamagedFileError as error:
+        raise UserError(f"{str(error).partition(';')[0]}; give another picture") from None

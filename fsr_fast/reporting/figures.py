@@ -111,6 +111,30 @@ def save_palette_png(mask: np.ndarray, path: Path | BinaryIO) -> None:
     picture.save(path, format="PNG")
 
 
+def with_legend(picture: np.ndarray, labels: Sequence[int], class_names: Sequence[str]) -> Image.Image:
+    """Put a legend below a picture.
+
+    Args:
+        picture: (H,W,3) uint8, RGB.
+        labels: that the legend names, e.g. those of the mask that lies over the picture.
+        class_names: names of the foreground classes 1, 2, …, without the background.
+
+    Returns:
+        The picture, RGB; no narrower than it was, and wide enough for the longest name.
+    """
+    font, line = _font(), FONT_SIZE + 9
+    longest = max((round(font.getlength(_name(label, class_names))) for label in labels), default=0)
+    width = max(_check_image(picture).shape[1], longest + FONT_SIZE + 8 + 22 + 2 * MARGIN)
+    legend = _legend_lines(labels, class_names, width - 2 * MARGIN, font)
+    shown = Image.new("RGB", (width, picture.shape[0] + MARGIN + len(legend) * line), PAPER)
+    shown.paste(Image.fromarray(picture), ((width - picture.shape[1]) // 2, 0))
+    draw = ImageDraw.Draw(shown)
+    for number, entries in enumerate(legend):
+        for left, label, name in entries:
+            _draw_entry(draw, (MARGIN + left, picture.shape[0] + MARGIN + number * line), label, name, font)
+    return shown
+
+
 def picture_grid(
     rows: Sequence[Sequence[np.ndarray]], titles: Sequence[str], class_names: Sequence[str], *, cell: int = 224
 ) -> Image.Image:

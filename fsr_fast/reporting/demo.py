@@ -1,0 +1,179 @@
+"""A page on this machine where one drops a picture and sees masks and class activation maps."""
+
+from __future__ import annotations
+
+import json
+import threading
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader
+from markupsafe import Markup
+from PIL import Image
+
+from fsr_fast.errors import UserError
+from fsr_fast.evaluation.inference import Prediction, read_picture, segment
+from fsr_fast.models import Network
+from fsr_fast.reporting.figures import colourise, heatmap, voc_palette
+from fsr_fast.reporting.page import TEMPLATES, data_uri
+
+WAITING = 4
+"""Pictures that may wait for the network; more are turned away."""
+SILENCE = 30.0
+"""Seconds that a client may keep silent before its connection is closed."""
+HEADERS = {
+    "Cache-Control": "no-store",
+    "Content-Security-Policy": "default-src 'none'; img-src data: blob:; style-src 'unsafe-inline'; "
+    "script-src 'unsafe-inline'; connect-src 'self'; frame-ancestors 'none'",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
+
+
+class DemoServer(ThreadingHTTPServer):
+    """Serves the page and segments the pictures that it sends; holds nothing longer than the answer takes.
+
+    Args:
+        place: host and port.
+        network: in eval mode, on its device.
+        largest: largest picture file, bytes.
+        side: pictures are scaled down to this longer side, pixels.
+
+    Raises:
+        OSError: the place is taken.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, place: tuple[str, int], network: Network, *, largest: int, side: int) -> None:
+        super().__init__(place, _Handler)
+        self.network, self.largest, self.side = network, largest, side
+        self.turn = threading.Lock()
+        self.seats = threading.BoundedSemaphore(WAITING)
+        host, port = place[0], self.server_address[1]
+        self.address = f"http://{host}:{port}/"
+        names = {host} if host not in ("127.0.0.1", "localhost", "::1") else {"127.0.0.1", "localhost", "[::1]"}
+        self.open = host in ("0.0.0.0", "::")
+        self.hosts = {f"{name}:{port}" for name in names}
+        environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True)
+        self.page = environment.get_template("demo.html").render(
+            classes=network.classes, mib=largest // 2**20, style=Markup((TEMPLATES / "report.css").read_text("utf-8"))
+        )
+
+    def answer(self, content: bytes) -> dict[str, Any]:
+        """Segment a picture.
+
+        Args:
+            content: of its file.
+
+        Returns:
+            What the page shows, ready for JSON.
+
+        Raises:
+            UserError: it cannot be decoded.
+        """
+        picture = read_picture(content, "the picture")
+        picture.thumbnail((self.side, self.side), Image.Resampling.LANCZOS)
+        with self.turn:
+            prediction = segment(self.network, picture)
+        return _describe(picture, prediction)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing of a client that went away; its connection is closed."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: DemoServer
+    timeout = SILENCE
+    server_version, sys_version = "fsr_fast", ""
+
+    def do_GET(self) -> None:
+        if not self._is_welcome():
+            return
+        if self.path != "/":
+            self._refuse(HTTPStatus.NOT_FOUND, "there is one page here, /")
+            return
+        self._send(HTTPStatus.OK, "text/html; charset=utf-8", self.server.page.encode())
+
+    def do_POST(self) -> None:
+        if not self._is_welcome():
+            return
+        length = self.headers.get("Content-Length", "")
+        if self.path != "/segment":
+            self._refuse(HTTPStatus.NOT_FOUND, "pictures go to /segment")
+        elif "Transfer-Encoding" in self.headers or not (length.isascii() and length.isdecimal()):
+            self._refuse(HTTPStatus.LENGTH_REQUIRED, "say the size of the picture in Content-Length")
+        elif len(length) > 15 or int(length) > self.server.largest:
+            limit = self.server.largest // 2**20
+            self._refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"the file is larger than {limit} MiB; scale it down")
+        elif not self.server.seats.acquire(blocking=False):
+            self._refuse(HTTPStatus.SERVICE_UNAVAILABLE, "too many pictures at once; try again")
+        else:
+            try:
+                self._segment(int(length))
+            finally:
+                self.server.seats.release()
+
+    def log_message(self, format: str, *arguments: Any) -> None:
+        """Log nothing: what is asked here is the user's own affair."""
+
+    def _segment(self, length: int) -> None:
+        content = self.rfile.read(length)
+        if len(content) < length:
+            self.close_connection = True
+            return
+        try:
+            answer = self.server.answer(content)
+        except UserError as error:
+            self._refuse(HTTPStatus.UNPROCESSABLE_ENTITY, str(error))
+            return
+        self._send(HTTPStatus.OK, "application/json", json.dumps(answer).encode())
+
+    def _is_welcome(self) -> bool:
+        """Answer our own page alone: neither other sites in the same browser, nor names that lead here by DNS."""
+        host, origin = self.headers.get("Host", ""), self.headers.get("Origin")
+        if not self.server.open and host not in self.server.hosts:
+            self._refuse(HTTPStatus.FORBIDDEN, f"open {self.server.address} instead")
+        elif origin is not None and origin != f"http://{host}":
+            self._refuse(HTTPStatus.FORBIDDEN, "pictures are taken from this page alone")
+        else:
+            return True
+        return False
+
+    def _refuse(self, status: HTTPStatus, reason: str) -> None:
+        self.close_connection = True  # what the client still sends is not read
+        self._send(status, "application/json", json.dumps({"error": reason}).encode())
+
+    def _send(self, status: HTTPStatus, kind: str, content: bytes) -> None:
+        self.send_response(status)
+        for name, value in {**HEADERS, "Content-Type": kind, "Content-Length": str(len(content))}.items():
+            self.send_header(name, value)
+        if self.close_connection:
+            self.send_header("Connection", "close")
+        self.end_headers()
+        self.wfile.write(content)
+
+
+def _describe(picture: Image.Image, prediction: Prediction) -> dict[str, Any]:
+    image, mask = np.asarray(picture), prediction.mask
+    names = list(prediction.scores)
+    labels, counts = np.unique(mask, return_counts=True)
+    colours = np.dstack([colourise(mask), np.where(mask, 255, 0).astype(np.uint8)])  # the background is clear
+    return {
+        "picture": data_uri(picture, None),
+        "mask": data_uri(Image.fromarray(colours), None),
+        "legend": [
+            {
+                "name": names[label - 1],
+                "colour": "#" + "".join(f"{value:02x}" for value in voc_palette()[label]),
+                "share": int(count) / mask.size,
+            }
+            for label, count in zip(labels.tolist(), counts.tolist(), strict=True)
+            if label
+        ],
+        "scores": sorted(prediction.scores.items(), key=lambda item: -item[1]),
+        "cams": [[name, data_uri(Image.fromarray(heatmap(image, cam)), None)] for name, cam in prediction.cams.items()],
+    }
