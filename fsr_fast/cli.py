@@ -30,6 +30,14 @@ VERBS = {
     "evaluate": Verb(
         "fsr_fast.evaluate", "score a trained network on pictures with masks", "--checkpoint runs/synthetic --crf"
     ),
+    "compare": Verb(
+        "fsr_fast.compare", "compare two evaluations, with intervals", "runs/first runs/second --output comparison"
+    ),
+    "pseudo-labels": Verb(
+        "fsr_fast.label_images",
+        "write label maps of a whole list, for other methods or the VOC test server",
+        "--checkpoint runs/synthetic --output labels",
+    ),
     "predict": Verb(
         "fsr_fast.predict",
         "segment pictures: masks, overlays, heat maps, scores",

@@ -101,7 +101,7 @@ def evaluate_network(
     shown = set(share[:examples])
     kept: dict[int, Example] = {}
     failed: dict[str, str] = {}
-    with _in_eval_mode(network):
+    with in_eval_mode(network):
         stream = predict_images(network, dataset, share, config, process.device, kinds)
         for result in track(stream, "evaluating", len(share)):
             line = _count(result, len(network.classes), process.device)
@@ -192,7 +192,8 @@ def _first(items: Iterable[tuple[str, str]], count: int) -> list[tuple[str, str]
 
 
 @contextmanager
-def _in_eval_mode(network: Network) -> Iterator[None]:
+def in_eval_mode(network: Network) -> Iterator[None]:
+    """Put the network into eval mode for a while."""
     was_training = network.training
     network.eval()
     try:
