@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fsr_fast.dataloading.images import MAX_PIXELS, DamagedFileError
-from fsr_fast.dataloading.layout import FolderFiles, Split, check_names, find_list, read_list
+from fsr_fast.dataloading.layout import FolderFiles, Split, find_list, read_list
 from fsr_fast.dataloading.names import Names
 from fsr_fast.errors import UserError, nearest
 
@@ -164,7 +164,6 @@ def open_coco(root: Path, list_name: str, key: str, classes: Sequence[str], *, w
     if list_name.endswith(".txt"):
         origin = find_list(root, list_name, key, (".txt",))
         ids = read_list(origin, key)
-    check_names(ids, origin, key)
     part = path.stem.removeprefix("instances_")
     places = [place / part for place in (root, root / "images", root / "JPEGImages")]
     folders = [place for place in places if place.is_dir()]

@@ -20,10 +20,10 @@ from fsr_fast.dataloading.class_names import COCO_CLASSES, VOC_CLASSES
 from fsr_fast.dataloading.coco import has_instances, open_coco
 from fsr_fast.dataloading.images import IGNORE, DamagedFileError, image_size, read_image
 from fsr_fast.dataloading.labels import open_labels, read_labels
-from fsr_fast.dataloading.layout import Files, Split, no_mask
+from fsr_fast.dataloading.layout import Files, Split, check_names, no_mask
 from fsr_fast.dataloading.names import Names
-from fsr_fast.dataloading.own import open_own
-from fsr_fast.dataloading.voc import LISTS, open_voc
+from fsr_fast.dataloading.own import TABLE_ENDINGS, open_own
+from fsr_fast.dataloading.voc import IMAGES, LISTS, PARTS, open_voc
 from fsr_fast.errors import UserError, nearest
 
 SYNTHETIC_ROOT = Path("data/synthetic")
@@ -134,6 +134,41 @@ def build_datasets(config: DataConfig) -> tuple[SegmentationDataset, Segmentatio
     return _build(config, training=True), _build(config, training=False)
 
 
+def detect_dataset(root: Path) -> str:
+    """Tell from the layout of a folder what `data.dataset` fits it.
+
+    Raises:
+        UserError: the folder is missing, or has none of the layouts.
+    """
+    if not root.is_dir():
+        raise UserError(f"{root} is no folder; give the folder of a data set")
+    if (root / synthetic.MARKER).is_file():
+        return "synthetic"
+    if has_instances(root) and not (root / LISTS).is_dir():
+        return "coco"
+    if (root / IMAGES).is_dir():
+        return "coco" if any((root / IMAGES / part).is_dir() for part in PARTS) else "voc"
+    if (root / "images").is_dir():
+        return "own"
+    raise UserError(
+        f"{root}: none of the layouts that are read; expected {IMAGES} (PASCAL VOC), annotations/instances_*.json "
+        "(MS COCO), or images with train.csv (own pictures)"
+    )
+
+
+def default_lists(root: Path, dataset: str) -> dict[str, str]:
+    """Give the usual lists of a data set, as far as they exist: name by `train` and `val`."""
+    if dataset == "own":
+        files = [path for ending in TABLE_ENDINGS for path in root.glob(f"*{ending}")]
+    elif (root / LISTS).is_dir():
+        files = list((root / LISTS).glob("*.txt"))
+    else:
+        files = list((root / "annotations").glob("instances_*.json"))
+    there = {path.stem.removeprefix("instances_").removesuffix("2014") for path in files}
+    usual = {"train": ("train_aug", "train"), "val": ("val",)}
+    return {part: next(name for name in names if name in there) for part, names in usual.items() if there & set(names)}
+
+
 def open_split(config: DataConfig, *, training: bool, with_masks: bool) -> Split:
     """Open a list as it stands on disk.
 
@@ -171,6 +206,7 @@ def _build(config: DataConfig, *, training: bool) -> SegmentationDataset:
     split = open_split(config, training=training, with_masks=not training)
     names, files = split.classes, split.files
     chosen = _choose(names, config.subset)
+    check_names(split.ids, split.origin, "data.train_list" if training else "data.val_list")
     for name in split.ids:
         files.image_path(name)
         if not training and not files.has_mask(name):

@@ -39,6 +39,10 @@ class DamagedFileError(UserError):
     """An image or a mask that is missing or cannot be decoded. The other files may still be good."""
 
 
+class OutsideError(DamagedFileError):
+    """A name that leads out of the data set."""
+
+
 def read_image(source: Source, name: str = "") -> Image.Image:
     """Read an image as RGB, upright.
 
@@ -109,12 +113,12 @@ def inside(folder: Path, name: str) -> Path:
         name: relative path, with `/` between its parts.
 
     Raises:
-        DamagedFileError: an absolute path, a part `..`, or a symbolic link to a place outside.
+        OutsideError: an absolute path, a part `..`, or a symbolic link to a place outside.
     """
     check_name(name)
     path = folder / name
     if not os.path.realpath(path).startswith(_real(folder)):
-        raise DamagedFileError(
+        raise OutsideError(
             f"{path}: a symbolic link that leads out of {folder}; put the file itself there, or let data.root be the "
             "folder that holds it"
         )
@@ -130,11 +134,11 @@ def check_name(name: str) -> None:
     """Refuse a name that leads out of its folder, by its text alone.
 
     Raises:
-        DamagedFileError: an empty name, an absolute path, or a part `..`.
+        OutsideError: an empty name, an absolute path, or a part `..`.
     """
     absolute = PurePosixPath(name).is_absolute() or PureWindowsPath(name).drive
     if not name or "\0" in name or absolute or ".." in PurePosixPath(name).parts:
-        raise DamagedFileError(f"{name!r} leads out of the data set; expected a name within its folder")
+        raise OutsideError(f"{name!r} leads out of the data set; expected a name within its folder")
 
 
 @contextmanager

@@ -12,6 +12,7 @@ cannot be read, so that one bad entry can be reported beside the others.
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ from fsr_fast.dataloading.threads import map_ahead
 from fsr_fast.errors import UserError, nearest
 
 LabelSource = Callable[[str], list[int]]
+Row = tuple[str, str, list[str] | None]  # place in the file, image, class names; none: the row has not two columns
 HEADER = ("image", "labels")
 
 
@@ -68,13 +70,13 @@ class TableLabels:
 
     Args:
         path: file of the table, for messages.
-        rows: place in the file, image and class names, row by row.
+        rows: of the table.
         classes: names of the foreground classes.
     """
 
-    def __init__(self, path: Path, rows: Iterable[tuple[str, str, Sequence[str]]], classes: Sequence[str]) -> None:
+    def __init__(self, path: Path, rows: Iterable[Row], classes: Sequence[str]) -> None:
         self._path, self._classes = path, _Classes(classes)
-        self._rows: dict[str, tuple[str, Sequence[str]]] = {}
+        self._rows: dict[str, tuple[str, list[str] | None]] = {}
         self._twice: dict[str, str] = {}
         for where, name, shown in rows:
             if name in self._rows:
@@ -94,6 +96,8 @@ class TableLabels:
         if name in self._twice:
             raise UserError(f"{self._twice[name]}: the image {name!r} has a row already; keep one")
         where, shown = self._rows[name]
+        if shown is None:
+            raise UserError(f"{where}: expected 2 columns: an image, and its classes with spaces between them")
         return self._classes.numbers(shown, where)
 
 
@@ -138,11 +142,11 @@ class MaskLabels:
         return shown_classes(mask)
 
 
-def read_csv(path: Path) -> Iterator[tuple[str, str, list[str]]]:
-    """Read the rows of a label file, one by one: place, image, class names.
+def read_csv(path: Path) -> Iterator[Row]:
+    """Read the rows of a label file, one by one.
 
     Raises:
-        UserError: the file is missing, is not CSV in UTF-8, lacks the header, or a row has not two columns.
+        UserError: the file is missing, is not CSV in UTF-8, or lacks the header.
     """
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
@@ -152,19 +156,15 @@ def read_csv(path: Path) -> Iterator[tuple[str, str, list[str]]]:
                 raise UserError(f"{path}, line 1: the header is {','.join(header)!r}; expected 'image,labels'")
             for row in filter(None, reader):
                 where = f"{path}, line {reader.line_num}"
-                if len(row) != 2:
-                    raise UserError(
-                        f"{where}: {len(row)} columns; expected 2: an image, and its classes with spaces between them"
-                    )
-                yield where, row[0], row[1].split()
+                yield where, row[0], row[1].split() if len(row) == 2 else None
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; add it, or take the labels from elsewhere by data.labels") from None
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: not a CSV file in UTF-8: {error}; write it anew") from None
 
 
-def read_json(path: Path) -> Iterator[tuple[str, str, list[str]]]:
-    """Read the entries of a label file `[{"image": NAME, "labels": [CLASS, …]}, …]`: place, image, class names.
+def read_json(path: Path) -> Iterator[Row]:
+    """Read the entries of a label file `[{"image": NAME, "labels": [CLASS, …]}, …]`.
 
     Raises:
         UserError: the file is not JSON of that form.
@@ -197,22 +197,29 @@ def write_csv(path: Path, rows: Iterable[tuple[str, Iterable[str]]]) -> int:
     Raises:
         UserError: the file exists.
     """
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(HEADER)
+    writer.writerows((name, " ".join(_key(label) for label in shown)) for name, shown in rows)
+    write_text(path, text.getvalue())
+    return text.getvalue().count("\n") - 1
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file that appears only when it is complete.
+
+    Raises:
+        UserError: the file exists.
+    """
     if path.exists():
         raise UserError(f"{path} exists; delete it or give another name")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    count = 0
     try:
-        with open(partial, "w", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(HEADER)
-            for name, shown in rows:
-                writer.writerow((name, " ".join(_key(label) for label in shown)))
-                count += 1
-        partial.replace(path)
+        partial.write_text(text, encoding="utf-8")
+        partial.rename(path)
     finally:
         partial.unlink(missing_ok=True)
-    return count
 
 
 def shown_classes(mask: NDArray[np.uint8]) -> list[int]:

@@ -133,7 +133,7 @@ def read_list(path: Path, key: str) -> list[str]:
     """Read a text file with one name a line.
 
     Raises:
-        UserError: it is empty or not text, a name stands there twice or leads out of the data set.
+        UserError: it is empty or not text.
     """
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
@@ -142,12 +142,16 @@ def read_list(path: Path, key: str) -> list[str]:
     ids = [line.strip() for line in lines if line.strip()]
     if not ids:
         raise UserError(f"{key}: {path} is empty; expected one id a line")
-    check_names(ids, path, key)
     return ids
 
 
 def check_names(names: Iterable[str], path: Path, key: str) -> None:
     """Refuse names that stand twice in a list or lead out of the data set.
+
+    Args:
+        names: of the list.
+        path: file of the list.
+        key: of the configuration, for messages.
 
     Raises:
         UserError: names the first of them.

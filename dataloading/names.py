@@ -31,6 +31,9 @@ class Names:
         start, end = self._ends[index : index + 2]
         return self._bytes[start:end].decode("utf-8", "surrogatepass")
 
+    def __contains__(self, name: object) -> bool:
+        return any(name == other for other in self)
+
     def __iter__(self) -> Iterator[str]:
         return map(self.__getitem__, range(len(self)))
 

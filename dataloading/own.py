@@ -13,7 +13,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fsr_fast.dataloading.labels import TableLabels, read_csv, read_json
-from fsr_fast.dataloading.layout import FolderFiles, Split, check_names, find_list, read_list
+from fsr_fast.dataloading.layout import FolderFiles, Split, find_list, read_list
 from fsr_fast.dataloading.names import Names
 from fsr_fast.errors import UserError
 
@@ -42,7 +42,6 @@ def open_own(root: Path, list_name: str, key: str, classes: tuple[str, ...] | No
     ids = list(labels)
     if not ids:
         raise UserError(f"{key}: {path} names no picture; expected a row for each")
-    check_names(ids, path, key)
     files = FolderFiles((root / "images",), (root / "masks",), len(names))
     return Split(path, Names(ids), names, files, labels)
 

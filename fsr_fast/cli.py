@@ -38,6 +38,11 @@ VERBS = {
         "write label maps of a whole list, for other methods or the VOC test server",
         "--checkpoint runs/synthetic --output labels",
     ),
+    "data": Verb(
+        "fsr_fast.data",
+        "check a data set, derive image labels, build masks, pack shards",
+        "check VOCdevkit/VOC2012 --json findings.json",
+    ),
     "predict": Verb(
         "fsr_fast.predict",
         "segment pictures: masks, overlays, heat maps, scores",

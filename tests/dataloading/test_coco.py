@@ -41,7 +41,7 @@ def write_part(root: Path, part: str, names: list[str]) -> Path:
     (root / "annotations").mkdir(exist_ok=True)
     images, annotations = [], []
     for number, name in enumerate(names, 100):
-        Image.new("RGB", (WIDTH, HEIGHT), (number, 0, 0)).save(root / part / f"{name}.jpg")
+        Image.new("RGB", (WIDTH, HEIGHT), (40 * (number - 99), 20 * len(part), 0)).save(root / part / f"{name}.jpg")
         images.append({"id": number, "file_name": f"{name}.jpg", "height": HEIGHT, "width": WIDTH, "license": 1})
         for category, outline, is_crowd in OBJECTS[name]:
             code = outlines.frPyObjects(outline, HEIGHT, WIDTH)

@@ -1,0 +1,256 @@
+"""Look through a data set for everything that would stop or mislead a training. The data are never touched."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from fsr_fast.config import DataConfig
+from fsr_fast.dataloading.datasets import check_size, open_split
+from fsr_fast.dataloading.images import DamagedFileError, OutsideError, check_name, read_image
+from fsr_fast.dataloading.labels import shown_classes, write_csv, write_text
+from fsr_fast.dataloading.layout import IMAGE_ENDINGS, Split, no_mask
+from fsr_fast.dataloading.threads import map_ahead
+from fsr_fast.errors import UserError
+
+KINDS = {
+    "outside": "names and links that lead out of the data set",
+    "listed-twice": "names that stand twice in a list",
+    "missing-image": "listed pictures without a file",
+    "damaged-image": "pictures that cannot be decoded, or are too large",
+    "bad-label": "pictures without a row of labels, or with one that cannot be read",
+    "no-label": "training pictures that show no class",
+    "unlisted": "pictures of an own data set that no table names",
+    "missing-mask": "validation pictures without a mask",
+    "damaged-mask": "masks that cannot be decoded, are of another kind, or hold an unknown value",
+    "mask-size": "masks of another size than their picture",
+    "label-not-in-mask": "labels whose class the mask lacks",
+    "mask-not-in-label": "classes of the mask that the labels lack",
+    "duplicate": "pictures with the pixels of another one of their list",
+    "leak": "training pictures with the pixels of a validation picture",
+}
+
+
+class Finding(NamedTuple):
+    """One fault."""
+
+    kind: str
+    """One of `KINDS`."""
+    list: str
+    """`train` or `val`."""
+    name: str
+    """Of the picture."""
+    message: str
+
+
+@dataclass
+class ListReport:
+    """What was found in one list."""
+
+    split: Split
+    labelled: NDArray[np.int64]
+    """(C,), how many pictures show each class."""
+    names: list[str] = field(default_factory=list)
+    """Each name once, in the order of the list."""
+    masks: int = 0
+    """How many pictures have a mask that can be read."""
+    digests: dict[bytes, str] = field(default_factory=dict)
+    """Name by the digest of the pixels."""
+
+
+@dataclass
+class Report:
+    """What was found in a data set."""
+
+    config: DataConfig
+    lists: dict[str, ListReport]
+    findings: list[Finding]
+
+    def clean(self, part: str) -> list[str]:
+        """Give the names of a list, `train` or `val`, of which nothing bad is known, each once."""
+        found = (finding for finding in self.findings if finding.kind != "listed-twice")
+        bad = {finding.name for finding in found if finding.list == part}
+        return [name for name in self.lists[part].names if name not in bad]
+
+
+class _Examined(NamedTuple):
+    name: str
+    faults: list[tuple[str, str]]
+    labels: list[int] | None
+    has_mask: bool
+    digest: bytes | None
+
+
+Track = Callable[[Iterable[_Examined], str, int], Iterable[_Examined]]
+
+
+def check_dataset(config: DataConfig, parts: Iterable[str], accepted: Iterable[str] = (), *, track: Track) -> Report:
+    """Check the lists of a data set, each picture, label and mask of them.
+
+    Args:
+        config: the section `data` of the configuration.
+        parts: of `train` and `val`, what to check.
+        accepted: kinds of findings that are not reported.
+        track: shows progress: of the items, a description and their number.
+
+    Raises:
+        UserError: a folder, list or annotation file that cannot be read at all.
+    """
+    splits = {part: open_split(config, training=part == "train", with_masks=True) for part in parts}
+    findings: list[Finding] = []
+    lists = {}
+    for part, split in splits.items():
+        report = lists[part] = ListReport(split, np.zeros(len(split.classes), np.int64))
+        examined = map_ahead(partial(_examine, split, training=part == "train"), _each_once(split, part, findings))
+        for item in track(examined, f"checking {part}", len(split.ids)):
+            _enter(item, part, report, findings)
+    if "train" in lists and "val" in lists:
+        for digest in lists["train"].digests.keys() & lists["val"].digests.keys():
+            name, other = lists["train"].digests[digest], lists["val"].digests[digest]
+            findings.append(Finding("leak", "train", name, f"has the pixels of the validation picture {other}"))
+    if config.dataset == "own" and config.root:
+        findings += _unlisted(config.root / "images", splits.values())
+    return Report(config, lists, [finding for finding in findings if finding.kind not in set(accepted)])
+
+
+def write_clean_lists(report: Report, folder: Path) -> list[Path]:
+    """Write the lists without the pictures that have a finding. The data stay as they are.
+
+    Args:
+        report: of `check_dataset`.
+        folder: for the lists; each has the name of its list: `.csv` for own pictures, else `.txt`.
+
+    Raises:
+        UserError: a file is there already, or nothing is left of a list.
+    """
+    tables = report.config.dataset == "own"
+    paths = {}
+    for part, checked in report.lists.items():
+        origin = checked.split.origin
+        paths[part] = folder / f"{origin.stem.removeprefix('instances_')}.{'csv' if tables else 'txt'}"
+        if not report.clean(part):
+            raise UserError(f"{origin}: nothing is left without a finding; nothing was written")
+        if paths[part].exists():
+            raise UserError(f"{paths[part]} exists; delete it or give another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    for part, path in paths.items():
+        split, names = report.lists[part].split, report.clean(part)
+        if tables:
+            write_csv(path, ((name, [split.classes[number] for number in split.labels(name)]) for name in names))
+        else:
+            write_text(path, "".join(f"{name}\n" for name in names))
+    return list(paths.values())
+
+
+def _examine(split: Split, name: str, *, training: bool) -> _Examined:
+    """Read everything that belongs to a name."""
+    faults: list[tuple[str, str]] = []
+    try:
+        check_name(name)
+    except OutsideError as error:
+        return _Examined(name, [("outside", f"{split.origin}: {error}")], None, False, None)
+    image, labels = None, None
+    try:
+        path = split.files.image_path(name)
+        try:
+            image = read_image(path)
+        except DamagedFileError as error:
+            faults.append(("damaged-image", str(error)))
+    except OutsideError as error:
+        faults.append(("outside", str(error)))
+    except DamagedFileError as error:
+        faults.append(("missing-image", str(error)))
+    try:
+        labels = split.labels(name)
+        if training and not labels:
+            faults.append(("no-label", "shows no class; label it, or take it off the list"))
+    except UserError as error:
+        faults.append(("bad-label", str(error)))
+    mask = None
+    try:
+        mask = split.files.mask(name)
+    except OutsideError as error:
+        faults.append(("outside", str(error)))
+    except DamagedFileError as error:
+        faults.append(("damaged-mask", str(error)))
+    else:
+        faults += _compare(split, name, image, labels, mask, training=training)
+    return _Examined(name, faults, labels, mask is not None, None if image is None else _digest(image))
+
+
+def _compare(
+    split: Split,
+    name: str,
+    image: Image.Image | None,
+    labels: list[int] | None,
+    mask: NDArray[np.uint8] | None,
+    *,
+    training: bool,
+) -> Iterator[tuple[str, str]]:
+    if mask is None:
+        if not training:
+            yield "missing-mask", str(no_mask(split.files, name))
+        return
+    if image is not None:
+        try:
+            check_size(mask, image.size, split.files.mask_place(name))
+        except DamagedFileError as error:
+            yield "mask-size", str(error)
+    if labels is None:
+        return
+    shown = set(shown_classes(mask))
+    for kind, classes, text in (
+        ("label-not-in-mask", set(labels) - shown, "labelled, but not in the mask"),
+        ("mask-not-in-label", shown - set(labels), "in the mask, but not labelled"),
+    ):
+        if classes:
+            yield kind, f"{text}: {', '.join(split.classes[number] for number in sorted(classes))}"
+
+
+def _each_once(split: Split, part: str, findings: list[Finding]) -> Iterator[str]:
+    seen: set[str] = set()
+    for name in split.ids:
+        if name in seen:
+            findings.append(
+                Finding("listed-twice", part, name, f"{split.origin}: {name!r} stands there twice; keep one")
+            )
+        else:
+            seen.add(name)
+            yield name
+
+
+def _enter(item: _Examined, part: str, report: ListReport, findings: list[Finding]) -> None:
+    report.names.append(item.name)
+    report.masks += item.has_mask
+    for number in set(item.labels or ()):
+        report.labelled[number] += 1
+    findings += [Finding(kind, part, item.name, message) for kind, message in item.faults]
+    if item.digest is not None:
+        other = report.digests.setdefault(item.digest, item.name)
+        if other != item.name:
+            findings.append(Finding("duplicate", part, item.name, f"has the pixels of {other}"))
+
+
+def _unlisted(folder: Path, splits: Iterable[Split]) -> Iterator[Finding]:
+    """Give the pictures of an own data set that no table names."""
+    listed = set()
+    for split in splits:
+        for name in split.ids:
+            bare = Path(name).suffix.lower() not in IMAGE_ENDINGS
+            listed |= {name + ending for ending in IMAGE_ENDINGS} if bare else {name}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.suffix.lower() in IMAGE_ENDINGS and name not in listed:
+            yield Finding("unlisted", "", name, f"{path}: no table names it; add a row with its labels")
+
+
+def _digest(image: Image.Image) -> bytes:
+    return hashlib.blake2b(image.tobytes(), digest_size=16, key=str(image.size).encode()).digest()

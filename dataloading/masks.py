@@ -1,0 +1,136 @@
+"""Mask files: PASCAL VOC's augmented masks from the Semantic Boundaries Dataset (SBD), and MS COCO's from outlines."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Collection, Iterable
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fsr_fast.dataloading.class_names import VOC_CLASSES
+from fsr_fast.dataloading.images import DamagedFileError, read_mask
+from fsr_fast.dataloading.labels import write_text
+from fsr_fast.dataloading.layout import Split, check_names, no_mask, read_list
+from fsr_fast.dataloading.threads import map_ahead
+from fsr_fast.dataloading.voc import LISTS, MASKS, check_layout
+from fsr_fast.errors import UserError
+
+Track = Callable[[Iterable[None], str, int], Iterable[None]]
+Save = Callable[[NDArray[np.uint8], Path], None]
+
+
+def build_augmented_masks(root: Path, sbd: Path, *, save: Save, track: Track) -> tuple[int, int]:
+    """Write SegmentationClassAug and, where it is missing, the list train_aug.
+
+    Images that VOC has masks of keep those, with their ignored borders; all others get SBD's. The list holds the
+    images of SBD and of VOC's own training list that are not in VOC's validation list: 10,582 of the official data.
+
+    Args:
+        root: VOCdevkit/VOC2012.
+        sbd: SBD's folder with `cls/*.mat`, `train.txt` and `val.txt` (benchmark_RELEASE/dataset).
+        save: writes a mask (H, W) to a PNG file.
+        track: shows progress: of the masks, a description and their number.
+
+    Returns:
+        The number of masks, and of names on the list.
+
+    Raises:
+        UserError: a folder or list is missing, SegmentationClassAug exists, or a file is damaged; nothing is written.
+    """
+    check_layout(root)
+    target = root / MASKS[0]
+    lists = {path: _read(path) for path in (sbd / "train.txt", sbd / "val.txt", root / LISTS / "train.txt")}
+    validation = set(_read(root / LISTS / "val.txt"))
+    listed = sorted(set().union(*lists.values()) - validation)
+    own = {path.stem for path in (root / MASKS[1]).glob("*.png")}
+    names = sorted(own | set(listed))
+
+    def read(name: str) -> NDArray[np.uint8]:
+        path = root / MASKS[1] / f"{name}.png"
+        return read_mask(path, len(VOC_CLASSES)) if name in own else read_sbd_mask(sbd / "cls" / f"{name}.mat")
+
+    _write_folder(target, names, read, save=save, track=track)
+    if not (root / LISTS / "train_aug.txt").exists():
+        write_text(root / LISTS / "train_aug.txt", "".join(f"{name}\n" for name in listed))
+    return len(names), len(listed)
+
+
+def write_masks(split: Split, folder: Path, *, save: Save, track: Track) -> int:
+    """Write the masks of a list as files, `FOLDER/NAME.png`, as the layouts of VOC and of the official code have them.
+
+    Args:
+        split: the list, opened with masks.
+        folder: to write; it appears only when it is complete.
+        save: writes a mask (H, W) to a PNG file.
+        track: shows progress: of the masks, a description and their number.
+
+    Returns:
+        The number of masks.
+
+    Raises:
+        UserError: the folder exists, or an image has no mask.
+    """
+
+    def read(name: str) -> NDArray[np.uint8]:
+        mask = split.files.mask(name)
+        if mask is None:
+            raise no_mask(split.files, name)
+        return mask
+
+    check_names(split.ids, split.origin, "data masks")
+    _write_folder(folder, split.ids, read, save=save, track=track)
+    return len(split.ids)
+
+
+def read_sbd_mask(path: Path) -> NDArray[np.uint8]:
+    """Read the class mask of one of SBD's .mat files.
+
+    Returns:
+        (H, W) uint8: 0 background, 1…20 VOC's classes.
+
+    Raises:
+        DamagedFileError: the file is missing, damaged or of another kind.
+    """
+    from scipy.io import loadmat  # slow to import
+
+    try:
+        with open(path, "rb") as file:
+            mask = loadmat(file, variable_names=["GTcls"])["GTcls"]["Segmentation"][0, 0]
+    except FileNotFoundError:
+        raise DamagedFileError(f"{path}: no such file; expected SBD's cls folder with a .mat file an image") from None
+    except Exception as error:  # scipy raises all kinds of errors on damaged files
+        raise DamagedFileError(f"{path}: not one of SBD's class masks: {error}; fetch it anew") from None
+    if mask.ndim != 2 or mask.dtype.kind not in "ui" or not 0 <= mask.max(initial=0) <= len(VOC_CLASSES):
+        raise DamagedFileError(f"{path}: {mask.dtype} of shape {mask.shape}; expected a class 0 to 20 for each pixel")
+    return mask.astype(np.uint8)
+
+
+def _write_folder(
+    target: Path, names: Collection[str], read: Callable[[str], NDArray[np.uint8]], *, save: Save, track: Track
+) -> None:
+    if target.exists():
+        raise UserError(f"{target} exists; delete it to build it anew")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+
+    def write(name: str) -> None:
+        path = folder / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save(read(name), path)
+
+    try:
+        folder.chmod(0o755)
+        for _ in track(map_ahead(write, names), "writing masks", len(names)):
+            pass
+        folder.rename(target)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _read(path: Path) -> list[str]:
+    if not path.is_file():
+        raise UserError(f"{path}: no such list; expected VOC's and SBD's own train.txt and val.txt")
+    return read_list(path, "data masks")
