@@ -70,6 +70,20 @@ def draw_view(draws: random.Random, augment: AugmentConfig, height: int, width: 
     return View(*crop, flip, tuple(jitter), blur, solarise, draws.getrandbits(31))
 
 
+def draw_view_at(seed: int, position: int, number: int, augment: AugmentConfig, height: int, width: int) -> View:
+    """Draw a view of the image at a position of the stream; the same on every pipeline.
+
+    Args:
+        seed: of the run.
+        position: of the image, counted over all ranks and epochs.
+        number: of the view.
+        augment: probabilities and ranges.
+        height: of the image, in pixels.
+        width: of the image, in pixels.
+    """
+    return draw_view(random.Random((seed << 72) + (position << 8) + number), augment, height, width)
+
+
 def _draw_crop(draws: random.Random, augment: AugmentConfig, height: int, width: int) -> tuple[int, int, int, int]:
     """Area uniform, logarithm of the ratio uniform; after ten misfits the largest central crop within the ratios."""
     lowest, highest = augment.crop_ratio

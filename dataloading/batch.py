@@ -2,11 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
+
+
+class EncodedImage(NamedTuple):
+    """An image as it is stored.
+
+    Args:
+        data: content of the file.
+        labels: (C,) float32, 1 where the image shows the class, else 0.
+        name: what messages call it.
+    """
+
+    data: bytes
+    labels: NDArray[np.float32]
+    name: str
+
+
+class Order(Protocol):
+    """The order of one epoch."""
+
+    def __getitem__(self, offset: int, /) -> int:
+        """Give the number of the image at an offset."""
+        ...
+
+
+class TrainSource(Protocol):
+    """Where the images of training come from: files, or shards."""
+
+    def __len__(self) -> int:
+        """Number of images."""
+        ...
+
+    def encoded(self, index: int) -> EncodedImage:
+        """Read an image by its number, undecoded.
+
+        Raises:
+            DamagedFileError: it is missing or cannot be read.
+        """
+        ...
+
+    def order(self, seed: int, epoch: int) -> Order:
+        """Give the order of an epoch: every number once; a function of seed and epoch."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -17,16 +61,21 @@ class Batch:
         views: V tensors (B, 3, H, W) float32, normalised; independently augmented views of the same images.
         labels: (B, C) float32, 1 where the image shows the class, else 0.
         indices: (B,) int64, numbers of the images in the data set.
+        bad: damaged images that were met so far and that others stand in for: number, and what is wrong.
     """
 
     views: tuple[Tensor, ...]
     labels: Tensor
     indices: Tensor
+    bad: Mapping[int, str] = field(default_factory=dict)
 
     def pin_memory(self) -> Batch:
         """Copy to page-locked memory."""
-        return Batch(
-            tuple(view.pin_memory() for view in self.views), self.labels.pin_memory(), self.indices.pin_memory()
+        return replace(
+            self,
+            views=tuple(view.pin_memory() for view in self.views),
+            labels=self.labels.pin_memory(),
+            indices=self.indices.pin_memory(),
         )
 
 
@@ -54,7 +103,8 @@ class TrainLoader(Protocol):
 
     The images come in the order of one permutation an epoch, epoch after epoch without a gap. Position p of that
     stream, counted over all ranks, goes to rank p % world_size. Order and augmentation at a position are functions of
-    the seed and the position alone: neither the number of workers nor an interruption changes them.
+    the seed and the position alone: neither the number of workers nor an interruption changes them. An image that cannot
+    be decoded is replaced by that of the next position.
     """
 
     def __iter__(self) -> Iterator[Batch]:
@@ -65,7 +115,7 @@ class TrainLoader(Protocol):
         """Give the next batch.
 
         Raises:
-            UserError: an image is missing or cannot be decoded.
+            UserError: more images are damaged than `data.max_bad_fraction` allows.
         """
         ...
 

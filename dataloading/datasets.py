@@ -16,6 +16,7 @@ from PIL import Image
 
 from fsr_fast.config import DataConfig
 from fsr_fast.dataloading import synthetic
+from fsr_fast.dataloading.batch import EncodedImage, Order
 from fsr_fast.dataloading.class_names import COCO_CLASSES, VOC_CLASSES
 from fsr_fast.dataloading.coco import has_instances, open_coco
 from fsr_fast.dataloading.images import IGNORE, DamagedFileError, image_size, read_image
@@ -67,6 +68,22 @@ class SegmentationDataset:
             DamagedFileError: the file is missing or cannot be decoded.
         """
         return read_image(self.image_path(index))
+
+    def encoded(self, index: int) -> EncodedImage:
+        """Read an image's file as it is.
+
+        Raises:
+            DamagedFileError: the file is missing or cannot be read.
+        """
+        path = self.image_path(index)
+        try:
+            return EncodedImage(path.read_bytes(), self.labels[index], str(path))
+        except OSError as error:
+            raise DamagedFileError(f"{path}: cannot be read: {error}") from None
+
+    def order(self, seed: int, epoch: int) -> Order:
+        """Give the order of an epoch of training: one permutation of all images."""
+        return np.random.default_rng((seed, epoch)).permutation(len(self))
 
     def image_path(self, index: int) -> Path:
         """Give the file of an image.

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,15 +62,34 @@ def read_image(source: Source, name: str = "") -> Image.Image:
         return picture.transpose(turn) if turn is not None else picture
 
 
-def image_size(source: Source, name: str = "") -> tuple[int, int]:
-    """Give width and height of the upright image, in pixels, without decoding it.
+class Header(NamedTuple):
+    """What the head of an image file says."""
+
+    width: int  # of the upright image, in pixels
+    height: int
+    format: str  # in Pillow's words: JPEG, PNG, …
+    mode: str  # in Pillow's words: RGB, L, CMYK, …
+
+
+def image_header(source: Source, name: str = "") -> Header:
+    """Read the head of an image, without decoding it.
 
     Raises:
         DamagedFileError: missing, empty, of an unknown kind, or of more than `MAX_PIXELS` pixels.
     """
     with _opened(source, name) as image:
         width, height = image.size
-        return (height, width) if _orientation(image) in SIDEWAYS else (width, height)
+        sideways = _orientation(image) in SIDEWAYS
+        return Header(*((height, width) if sideways else (width, height)), image.format or "", image.mode)
+
+
+def image_size(source: Source, name: str = "") -> tuple[int, int]:
+    """Give width and height of the upright image, in pixels, without decoding it.
+
+    Raises:
+        DamagedFileError: as `image_header`.
+    """
+    return image_header(source, name)[:2]
 
 
 def read_mask(source: Source, limit: int, name: str = "") -> NDArray[np.uint8]:

@@ -93,9 +93,12 @@ class DataConfig(Section):
     image_size: int = Field(448, ge=32, le=4096)
     """Side of the square training views, in pixels; a multiple of the patch size."""
     workers: int = Field(4, ge=0, le=256)
-    """Loader processes a rank."""
-    pipeline: Literal["auto", "torch"] = "auto"
-    """Augmentation pipeline."""
+    """Loader processes a rank; with DALI, also the threads that decode and augment."""
+    pipeline: Literal["auto", "dali", "torch"] = "auto"
+    """Decoding and augmentation: NVIDIA DALI, or Pillow and torchvision. `auto`: DALI where it runs on a GPU."""
+    max_bad_fraction: Probability = 0.001
+    """Largest share of the training images that may be damaged: those are skipped and listed in bad_files.txt of the
+    run folder, more stop the run. One is let pass in any case, unless this is 0."""
 
 
 class AugmentConfig(Section):

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from fsr_fast.config import Config
 from fsr_fast.dataloading.batch import Batch
+from fsr_fast.dataloading.build import build_train_loader
 from fsr_fast.dataloading.datasets import build_datasets
-from fsr_fast.dataloading.torch_pipeline import build_train_loader
+from fsr_fast.dataloading.stream import BAD_FILES
 from fsr_fast.engine import build_step
 from fsr_fast.errors import UserError
 from fsr_fast.evaluation.evaluator import Evaluation, evaluate_network
@@ -78,6 +79,8 @@ class Trainer:
                 seed=config.run.seed,
                 mean=self.network.mean,
                 std=self.network.deviation,
+                device=process.device,
+                bad_files=config.run.output / BAD_FILES,
             )
         )
         self.survivors = Survivors(

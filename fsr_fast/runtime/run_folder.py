@@ -23,6 +23,7 @@ _MAY_DIFFER = (
     "evaluate",
     "data.root",
     "data.workers",
+    "data.max_bad_fraction",
     *(f"run.{key}" for key in ("output", "device", "resume", "keep_checkpoints", "keep_every", "timeout", "profile")),
     *(f"run.{key}_every" for key in ("log", "picture", "checkpoint", "evaluate")),
 )

@@ -1,5 +1,4 @@
 import random
-from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
@@ -10,13 +9,19 @@ import torch
 from fsr_fast.config import AugmentConfig, DataConfig
 from fsr_fast.dataloading import torch_pipeline
 from fsr_fast.dataloading.batch import Batch, TrainLoader
+from fsr_fast.dataloading.build import build_train_loader
 from fsr_fast.dataloading.datasets import SegmentationDataset, build_datasets
-from fsr_fast.dataloading.torch_pipeline import build_train_loader, evaluation_samples
 from fsr_fast.errors import UserError
 
+PIPELINES = ("torch", "dali")
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 PLAIN = AugmentConfig(crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), flip=0.0, jitter=0.0)
-ALL_STEPS = AugmentConfig(jitter=1.0, blur=0.5, solarise=0.5, policy="randaugment")
+
+
+def steps(pipeline: str) -> AugmentConfig:
+    """Give every step that a pipeline knows."""
+    policy = "randaugment" if pipeline == "torch" else "autoaugment"
+    return AugmentConfig.model_validate({"jitter": 1.0, "blur": 0.5, "solarise": 0.5, "policy": policy})
 
 
 @pytest.fixture(scope="module")
@@ -24,20 +29,21 @@ def train(creatures: DataConfig) -> SegmentationDataset:
     return build_datasets(creatures)[0]
 
 
-@pytest.fixture(scope="module")
-def val(creatures: DataConfig) -> SegmentationDataset:
-    return build_datasets(creatures)[1]
+@pytest.fixture(params=PIPELINES)
+def pipeline(request: pytest.FixtureRequest) -> str:
+    return request.param
 
 
 def loader(
     dataset: SegmentationDataset,
     augment: AugmentConfig | None = None,
     *,
+    pipeline: str = "torch",
     size: int = 32,
     workers: int = 0,
     **changes: Any,
 ) -> TrainLoader:
-    data = DataConfig(dataset="synthetic", image_size=size, workers=workers)
+    data = DataConfig.model_validate({"image_size": size, "workers": workers, "pipeline": pipeline})
     options = {"batch_size": 4, "rank": 0, "world_size": 1, "seed": 5, "mean": MEAN, "std": STD} | changes
     return build_train_loader(dataset, data, augment or AugmentConfig(), **options)
 
@@ -51,8 +57,8 @@ def assert_same(left: list[Batch], right: list[Batch]) -> None:
             assert torch.equal(view_a, view_b)
 
 
-def test_a_batch_has_two_views_labels_and_indices(train: SegmentationDataset) -> None:
-    batch = next(loader(train))
+def test_a_batch_has_two_views_labels_and_indices(train: SegmentationDataset, pipeline: str) -> None:
+    batch = next(loader(train, pipeline=pipeline))
     assert [view.shape for view in batch.views] == [(4, 3, 32, 32)] * 2
     assert {view.dtype for view in batch.views} == {torch.float32}
     assert all(view.is_contiguous() for view in batch.views)
@@ -69,29 +75,35 @@ def test_without_augmentation_a_view_is_the_normalised_image(train: Segmentation
             np.testing.assert_allclose(view[item].numpy(), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_the_two_views_of_an_image_differ(train: SegmentationDataset) -> None:
-    for batch in islice(loader(train), 3):
+def test_the_two_views_of_an_image_differ(train: SegmentationDataset, pipeline: str) -> None:
+    for batch in islice(loader(train, pipeline=pipeline), 3):
         for first, second in zip(*batch.views, strict=True):
             assert (first - second).abs().mean() > 0.05
 
 
-def test_an_epoch_shows_every_image_once_and_the_next_in_another_order(train: SegmentationDataset) -> None:
-    stream = torch.cat([batch.indices for batch in islice(loader(train), 11)])  # 44 samples: two epochs of 22
+def test_an_epoch_shows_every_image_once_and_the_next_in_another_order(
+    train: SegmentationDataset, pipeline: str
+) -> None:
+    stream = torch.cat(
+        [batch.indices for batch in islice(loader(train, pipeline=pipeline), 11)]
+    )  # 44 samples: two epochs of 22
     epochs = stream.view(2, 22).tolist()
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(22))
     assert epochs[0] != epochs[1]
     assert epochs[0] != list(range(22))
 
 
-def test_the_same_image_gets_other_views_in_the_next_epoch(train: SegmentationDataset) -> None:
-    batches = list(islice(loader(train, batch_size=22), 2))
+def test_the_same_image_gets_other_views_in_the_next_epoch(train: SegmentationDataset, pipeline: str) -> None:
+    batches = list(islice(loader(train, pipeline=pipeline, batch_size=22), 2))
     first, second = (batch.views[0][batch.indices.argsort()] for batch in batches)
     assert (first - second).abs().mean(dim=(1, 2, 3)).min() > 0.02
 
 
-def test_ranks_share_the_stream_of_one_process(train: SegmentationDataset) -> None:
-    whole = list(islice(loader(train, batch_size=6), 4))
-    parts = [list(islice(loader(train, batch_size=3, rank=rank, world_size=2), 4)) for rank in (0, 1)]
+def test_ranks_share_the_stream_of_one_process(train: SegmentationDataset, pipeline: str) -> None:
+    whole = list(islice(loader(train, pipeline=pipeline, batch_size=6), 4))
+    parts = [
+        list(islice(loader(train, pipeline=pipeline, batch_size=3, rank=rank, world_size=2), 4)) for rank in (0, 1)
+    ]
     for batch, even, odd in zip(whole, *parts, strict=True):
         for rank, part in enumerate((even, odd)):
             assert torch.equal(part.indices, batch.indices[rank::2])
@@ -99,22 +111,22 @@ def test_ranks_share_the_stream_of_one_process(train: SegmentationDataset) -> No
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_the_number_of_workers_changes_nothing(train: SegmentationDataset, workers: int) -> None:
-    alone = list(islice(loader(train, ALL_STEPS), 7))
-    helped = loader(train, ALL_STEPS, workers=workers)
+def test_the_number_of_workers_changes_nothing(train: SegmentationDataset, workers: int, pipeline: str) -> None:
+    alone = list(islice(loader(train, steps(pipeline), pipeline=pipeline), 7))
+    helped = loader(train, steps(pipeline), pipeline=pipeline, workers=workers)
     assert_same(alone, list(islice(helped, 7)))
     helped.close()
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_resume_goes_on_with_the_very_next_sample(train: SegmentationDataset, workers: int) -> None:
-    whole = list(islice(loader(train), 9))
-    first = loader(train, workers=workers)
+def test_a_resume_goes_on_with_the_very_next_sample(train: SegmentationDataset, workers: int, pipeline: str) -> None:
+    whole = list(islice(loader(train, pipeline=pipeline), 9))
+    first = loader(train, pipeline=pipeline, workers=workers)
     started = list(islice(first, 4))
     state = first.state_dict()
     first.close()
     assert state["position"] == 16
-    second = loader(train, workers=2 - workers)
+    second = loader(train, pipeline=pipeline, workers=2 - workers)
     next(second)  # a loader that has begun is moved as well
     second.load_state_dict(state)
     assert second.state_dict() == state
@@ -122,17 +134,17 @@ def test_a_resume_goes_on_with_the_very_next_sample(train: SegmentationDataset, 
     second.close()
 
 
-def test_a_closed_loader_goes_on_where_it_was(train: SegmentationDataset) -> None:
-    whole = list(islice(loader(train), 4))
-    stream = loader(train, workers=1)
+def test_a_closed_loader_goes_on_where_it_was(train: SegmentationDataset, pipeline: str) -> None:
+    whole = list(islice(loader(train, pipeline=pipeline), 4))
+    stream = loader(train, pipeline=pipeline, workers=1)
     started = list(islice(stream, 2))
     stream.close()
     assert_same(whole, started + list(islice(stream, 2)))
     stream.close()
 
 
-def test_the_position_counts_the_samples_of_all_ranks(train: SegmentationDataset) -> None:
-    stream = loader(train, batch_size=3, rank=1, world_size=4)
+def test_the_position_counts_the_samples_of_all_ranks(train: SegmentationDataset, pipeline: str) -> None:
+    stream = loader(train, pipeline=pipeline, batch_size=3, rank=1, world_size=4)
     list(islice(stream, 2))
     assert stream.state_dict()["position"] == 24
 
@@ -151,9 +163,11 @@ def test_a_state_of_another_seed_or_list_is_refused(train: SegmentationDataset) 
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_loading_leaves_the_generators_of_the_process_alone(train: SegmentationDataset, workers: int) -> None:
+def test_loading_leaves_the_generators_of_the_process_alone(
+    train: SegmentationDataset, workers: int, pipeline: str
+) -> None:
     before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
-    stream = loader(train, ALL_STEPS, workers=workers)
+    stream = loader(train, steps(pipeline), pipeline=pipeline, workers=workers)
     list(islice(stream, 2))
     stream.close()
     assert before[:2] == (random.getstate(), np.random.get_state()[1].tolist())
@@ -162,8 +176,8 @@ def test_loading_leaves_the_generators_of_the_process_alone(train: SegmentationD
 
 def test_the_cache_is_bounded_and_changes_nothing(train: SegmentationDataset, monkeypatch: pytest.MonkeyPatch) -> None:
     reads: list[int] = []
-    read = SegmentationDataset.image
-    monkeypatch.setattr(SegmentationDataset, "image", lambda self, index: reads.append(index) or read(self, index))
+    read = SegmentationDataset.encoded
+    monkeypatch.setattr(SegmentationDataset, "encoded", lambda self, index: reads.append(index) or read(self, index))
     kept = list(islice(loader(train), 11))
     assert len(reads) == 22
     monkeypatch.setattr(torch_pipeline, "CACHE_BYTES", 21 * 96 * 96 * 4)
@@ -171,51 +185,7 @@ def test_the_cache_is_bounded_and_changes_nothing(train: SegmentationDataset, mo
     assert len(reads) == 22 + 44
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_an_undecodable_image_is_named_without_a_traceback(folder: Any, workers: int) -> None:
-    data = DataConfig(dataset="voc", root=folder, classes=("ant", "bee", "cat", "dog"))
-    train, val = build_datasets(data)
-    (folder / "JPEGImages/two.jpg").write_bytes(b"no image")
-    (folder / "JPEGImages/six.jpg").write_bytes(b"no image")
-    with pytest.raises(UserError, match=r"two\.jpg: cannot be decoded") as error:
-        list(islice(loader(train, workers=workers), 2))
-    assert "Traceback" not in str(error.value)
-    with pytest.raises(UserError, match=r"six\.jpg: cannot be decoded") as error:
-        list(evaluation_samples(val, mean=MEAN, std=STD, workers=workers))
-    assert "Traceback" not in str(error.value)
-
-
 @pytest.mark.parametrize("changes", [{"batch_size": 0}, {"rank": 2, "world_size": 2}, {"rank": -1}])
 def test_impossible_arguments_are_refused(train: SegmentationDataset, changes: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="expected batch_size ≥ 1"):
         loader(train, **changes)
-
-
-def numbers(samples: Iterator[Any]) -> list[int]:
-    return [sample.index for sample in samples]
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_evaluation_gives_every_image_once_in_order(val: SegmentationDataset, workers: int) -> None:
-    options: dict[str, Any] = {"mean": MEAN, "std": STD, "workers": workers}
-    assert numbers(evaluation_samples(val, **options)) == list(range(7))
-    assert numbers(evaluation_samples(val, rank=1, world_size=3, **options)) == [1, 4]
-    assert numbers(evaluation_samples(val, limit=3, **options)) == [0, 1, 2]
-
-
-def test_an_evaluation_sample_is_the_image_as_it_is(val: SegmentationDataset) -> None:
-    sample = next(evaluation_samples(val, mean=MEAN, std=STD))
-    expected = ((np.asarray(val.image(0), np.float64) / 255 - MEAN) / STD).transpose(2, 0, 1)
-    np.testing.assert_allclose(sample.image.numpy(), expected, rtol=1e-5, atol=1e-5)
-    assert sample.image.dtype == torch.float32
-    assert (sample.name, sample.index) == (val.ids[0], 0)
-    np.testing.assert_array_equal(sample.labels.numpy(), val.labels[0])
-    assert sample.mask is not None
-    np.testing.assert_array_equal(sample.mask.numpy(), val.mask(0))
-    assert sample.mask.dtype == torch.uint8
-
-
-def test_an_image_without_mask_is_evaluated_without(folder: Any) -> None:
-    train, _ = build_datasets(DataConfig(dataset="voc", root=folder, classes=("ant", "bee", "cat", "dog")))
-    (folder / "SegmentationClassAug/one.png").unlink()
-    assert next(evaluation_samples(train, mean=MEAN, std=STD)).mask is None

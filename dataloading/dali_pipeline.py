@@ -1,0 +1,298 @@
+"""The pipeline on NVIDIA DALI: decoding and augmentation by a GPU, or by the CPU where there is none.
+
+Worker processes read the files and draw the views, with the same draws as the torch pipeline, from seed and position
+alone; DALI decodes each image once and makes the views from these draws. So the stream is the same on both pipelines,
+up to rounding, and goes on after a resume with the very next sample.
+
+DALI takes files as they are when it decodes them as Pillow does: sound JPEG and PNG, 8 bits, colour or grey. All
+others (CMYK, palettes, 16 bits, damaged ends, …) are decoded by Pillow and handed over without compression. Where
+DALI fails nevertheless, Pillow decides about each image under way, and the stream goes on from the last batch given.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from nvidia.dali.plugin.pytorch import feed_ndarray
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.transforms import InterpolationMode, v2
+
+from fsr_fast.config import AugmentConfig, DataConfig
+from fsr_fast.dataloading.augment import View, draw_view_at, isolated
+from fsr_fast.dataloading.batch import Batch, TrainSource
+from fsr_fast.dataloading.dali_graph import (
+    AFTER,
+    BEFORE,
+    OPERATIONS,
+    POLICY_STEPS,
+    build_decoder,
+    build_graph,
+    parameter_names,
+)
+from fsr_fast.dataloading.images import DamagedFileError, image_header, read_image
+from fsr_fast.dataloading.stream import Positions, Stream, StreamLoader, read_ahead
+from fsr_fast.errors import UserError
+
+VIEWS = 2
+KINDS = {"brightness": 1, "contrast": 2, "saturation": 3}
+JPEG_END, PNG_END, TAIL = b"\xff\xd9", b"IEND", 64
+
+
+class DaliLoader(StreamLoader):
+    """Training batches by DALI.
+
+    Args:
+        dataset: training set.
+        data: size of the views; number of reading processes, and of DALI's threads.
+        augment: how views are drawn; RandAugment is unknown here.
+        mean: of the normalisation, three values in the range 0 to 1.
+        std: of the normalisation, three values > 0.
+        device: where the views are made, and lie.
+        half: give views in float16 in place of float32.
+        channels_last: let the memory of the views run over the channels first.
+        options: see `StreamLoader`.
+    """
+
+    def __init__(
+        self,
+        dataset: TrainSource,
+        data: DataConfig,
+        augment: AugmentConfig,
+        mean: Sequence[float],
+        std: Sequence[float],
+        *,
+        device: torch.device,
+        half: bool = False,
+        channels_last: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(dataset, **options)
+        self._data, self._augment = data, augment
+        self._policy = augment.policy == "autoaugment"
+        self._channels_last = channels_last
+        self._graph = {
+            "views": VIEWS,
+            "size": data.image_size,
+            "batch_size": self._batch_size,
+            "threads": max(1, data.workers),
+            "device_id": (device.index or 0) if device.type == "cuda" else None,
+            "mean": mean,
+            "std": std,
+            "policy": self._policy,
+            "half": half,
+            "channels_last": channels_last,
+        }
+        self._device = device
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._bad: dict[int, str] = {}
+        self._strange: set[int] = set()  # images that Pillow decodes and DALI does not
+
+    def _open(self, positions: Positions) -> Iterator[Batch | UserError]:
+        given = 0
+        while True:
+            under_way: deque[_Encoded] = deque()
+            try:
+                for batch in self._run(positions.skip(given), under_way):
+                    yield batch
+                    given += 1
+            except RuntimeError as error:
+                if "DataLoader worker" in str(error):  # a process died; no file is to blame
+                    raise
+                if not self._judge(under_way):
+                    yield UserError(f"data.pipeline: DALI failed ({_reason(error)}); go on with --data.pipeline torch")
+
+    def _run(self, positions: Positions, under_way: deque[_Encoded]) -> Iterator[Batch | UserError]:
+        stream = Stream(self._dataset, self._seed, self._bad)
+        host = _Host(stream, self._augment, self._data.image_size, self._strange)
+        reader = iter(read_ahead(host, self._data.workers, batch_sampler=positions))
+
+        def feed() -> Sequence[Any]:
+            encoded = next(reader)
+            if isinstance(encoded, UserError):
+                raise encoded
+            under_way.append(encoded)
+            return encoded.inputs()
+
+        graph = build_graph(feed, **self._graph)
+        while True:
+            views = tuple(self._tensor(output.as_tensor()) for output in graph.run())
+            encoded = under_way.popleft()
+            self._bad |= encoded.bad
+            yield Batch(views, encoded.labels, encoded.indices, encoded.bad)
+
+    def _tensor(self, output: Any) -> Tensor:
+        if self._copies is None:
+            view = torch.from_dlpack(output)
+        else:  # on a stream of its own: waiting for this copy does not wait for the training
+            with torch.cuda.stream(self._copies):
+                half = self._graph["half"]
+                view = torch.empty(output.shape(), dtype=torch.half if half else torch.float, device=self._device)
+                feed_ndarray(output, view, cuda_stream=self._copies)
+            view.record_stream(torch.cuda.current_stream(self._device))
+        return view.permute(0, 3, 1, 2) if self._channels_last else view
+
+    def _judge(self, under_way: deque[_Encoded]) -> bool:
+        """Look for the images on which DALI failed; say whether there are any."""
+        found = False
+        for encoded in under_way:
+            for index, data in zip(encoded.indices.tolist(), encoded.files(), strict=True):
+                if index in self._strange:
+                    continue
+                try:
+                    read_image(data.tobytes(), self._dataset.encoded(index).name)
+                except DamagedFileError as error:
+                    self._bad[index] = str(error)
+                    found = True
+                    continue
+                try:
+                    build_decoder(data.tobytes()).run()
+                except RuntimeError:
+                    self._strange.add(index)
+                    found = True
+        return found
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """Encoded images and the arguments of their views.
+
+    Args:
+        data: contents of the files, one after the other.
+        sizes: (B,) int64, number of bytes of each.
+        numbers: arguments by name, each (B, …).
+        labels: (B, C) float32.
+        indices: (B,) int64.
+        bad: damaged images met so far.
+    """
+
+    data: Tensor
+    sizes: Tensor
+    numbers: dict[str, Tensor]
+    labels: Tensor
+    indices: Tensor
+    bad: Mapping[int, str]
+
+    def files(self) -> list[NDArray[np.uint8]]:
+        return np.split(self.data.numpy(), self.sizes.cumsum(0)[:-1].numpy())
+
+    def inputs(self) -> list[Any]:
+        return [self.files(), *(value.numpy() for value in self.numbers.values())]
+
+
+class _Host(Dataset[Any]):
+    """Encoded batches by the positions of their samples."""
+
+    def __init__(self, stream: Stream, augment: AugmentConfig, size: int, strange: set[int]) -> None:
+        self.stream, self.augment, self.strange = stream, augment, strange
+        self.recorder = _Recorder(size) if augment.policy == "autoaugment" else None
+
+    def __len__(self) -> int:
+        return len(self.stream.dataset)
+
+    def __getitems__(self, positions: list[int]) -> _Encoded | UserError:
+        try:
+            return self._batch(positions)
+        except UserError as error:  # as a value: raised in a worker, it would come with the worker's traceback
+            return error
+
+    def _batch(self, positions: list[int]) -> _Encoded:
+        indices, files = zip(*(self.stream.load(position, self._file) for position in positions), strict=True)
+        numbers: dict[str, Any] = {}
+        for view in range(VIEWS):
+            rows = [
+                self._arguments(draw_view_at(self.stream.seed, position, view, self.augment, file.height, file.width))
+                for position, file in zip(positions, files, strict=True)
+            ]
+            for name in parameter_names(view, policy=self.recorder is not None):
+                numbers[name] = torch.from_numpy(np.stack([row[name.partition("@")[0]] for row in rows]))
+        return _Encoded(
+            torch.from_numpy(np.frombuffer(bytearray().join(file.data for file in files), np.uint8)),
+            torch.tensor([len(file.data) for file in files]),
+            numbers,
+            torch.from_numpy(np.stack([file.labels for file in files])),
+            torch.tensor(indices),
+            dict(self.stream.bad),
+        )
+
+    def _file(self, index: int) -> _File:
+        data, labels, name = self.stream.dataset.encoded(index)
+        header = image_header(data, name)
+        if index in self.strange or not _is_plain(data, header.format, header.mode):
+            image = read_image(data, name)
+            data = b"P6 %d %d 255\n" % image.size + image.tobytes()
+        return _File(data, header.width, header.height, labels)
+
+    def _arguments(self, view: View) -> dict[str, NDArray[Any]]:
+        """Put the draws of a view as the graph wants them."""
+        numbers: dict[str, Any] = {
+            "start": np.array([view.top, view.left], np.int32),
+            "shape": np.array([view.height, view.width], np.int32),
+            "left": np.array([0, view.flip], np.float32),
+            "right": np.array([1, not view.flip], np.float32),
+        }
+        for slot in (*BEFORE, *AFTER):
+            numbers |= {f"kind{slot}": np.int32(0), f"amount{slot}": np.float32(1)}
+        numbers["turns"] = np.float32(0)
+        slots = iter(BEFORE)
+        for name, amount in view.jitter:
+            if name == "hue":
+                slots, numbers["turns"] = iter(AFTER), np.float32(amount)
+            else:
+                slot = next(slots)
+                numbers |= {f"kind{slot}": np.int32(KINDS[name]), f"amount{slot}": np.float32(amount)}
+        numbers["blur"] = np.float32(view.blur or 0)
+        numbers["solarise"] = np.int32(view.solarise)
+        if self.recorder is not None:
+            steps = self.recorder.steps(view.seed)
+            for step in range(POLICY_STEPS):
+                name, magnitude = steps[step] if step < len(steps) else ("", 0.0)
+                operation = OPERATIONS.index(name) + 1 if name else 0
+                numbers |= {f"operation{step}": np.int32(operation), f"magnitude{step}": np.float32(magnitude)}
+        return numbers
+
+
+class _File(NamedTuple):
+    data: bytes
+    width: int
+    height: int
+    labels: NDArray[np.float32]
+
+
+class _Recorder(v2.AutoAugment):
+    """Draws torchvision's AutoAugment as the torch pipeline does, and notes the operations in place of doing them."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(interpolation=InterpolationMode.BICUBIC)
+        self._picture = Image.new("RGB", (size, size))
+        self._steps: list[tuple[str, float]] = []
+
+    def steps(self, seed: int) -> list[tuple[str, float]]:
+        self._steps = []
+        with isolated(seed):
+            self(self._picture)
+        return self._steps
+
+    def _apply_image_or_video_transform(self, image: Any, transform_id: str, magnitude: float, **_: Any) -> Any:
+        self._steps.append((transform_id, magnitude))
+        return image
+
+
+def _is_plain(data: bytes, kind: str, mode: str) -> bool:
+    """Whether DALI decodes a file as Pillow does: 8 bits a channel, colour or grey, and nothing cut off."""
+    if mode not in ("RGB", "L"):
+        return False
+    tail = data[-TAIL:]
+    return (kind == "JPEG" and JPEG_END in tail) or (kind == "PNG" and data[24] == 8 and PNG_END in tail)
+
+
+def _reason(error: RuntimeError) -> str:
+    lines = [line.strip() for line in str(error).splitlines()]
+    return next((line for line in reversed(lines) if line and "no longer valid" not in line), type(error).__name__)
