@@ -103,8 +103,8 @@ class TrainLoader(Protocol):
 
     The images come in the order of one permutation an epoch, epoch after epoch without a gap. Position p of that
     stream, counted over all ranks, goes to rank p % world_size. Order and augmentation at a position are functions of
-    the seed and the position alone: neither the number of workers nor an interruption changes them. An image that cannot
-    be decoded is replaced by that of the next position.
+    the seed and the position alone: neither the number of workers nor an interruption changes them. An image that
+    cannot be decoded is replaced by that of the next position.
     """
 
     def __iter__(self) -> Iterator[Batch]:

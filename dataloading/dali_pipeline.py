@@ -78,7 +78,7 @@ class DaliLoader(StreamLoader):
         self._data, self._augment = data, augment
         self._policy = augment.policy == "autoaugment"
         self._channels_last = channels_last
-        self._graph = {
+        self._graph: dict[str, Any] = {
             "views": VIEWS,
             "size": data.image_size,
             "batch_size": self._batch_size,
@@ -112,7 +112,7 @@ class DaliLoader(StreamLoader):
     def _run(self, positions: Positions, under_way: deque[_Encoded]) -> Iterator[Batch | UserError]:
         stream = Stream(self._dataset, self._seed, self._bad)
         host = _Host(stream, self._augment, self._data.image_size, self._strange)
-        reader = iter(read_ahead(host, self._data.workers, batch_sampler=positions))
+        reader = read_ahead(host, self._data.workers, batch_sampler=positions)
 
         def feed() -> Sequence[Any]:
             encoded = next(reader)

@@ -8,6 +8,7 @@ of the seed, the position and the files.
 from __future__ import annotations
 
 import fcntl
+import gc
 import itertools
 import logging
 from collections.abc import Callable, Iterator, Mapping
@@ -212,15 +213,28 @@ class Positions:
         return Positions(self.start + batches * self.batch_size * self.step, self.batch_size, self.step)
 
 
-def read_ahead(dataset: Dataset[Any], workers: int, **options: Any) -> DataLoader[Any]:
-    """Let processes make items ahead of their use; with 0 workers this process makes them."""
-    return DataLoader(
+def read_ahead(dataset: Dataset[Any], workers: int, **options: Any) -> Iterator[Any]:
+    """Let processes make items ahead of their use; with 0 workers this process makes them.
+
+    Args:
+        dataset: makes the items.
+        workers: number of processes.
+        options: of torch's DataLoader.
+    """
+    loader = DataLoader(
         dataset,
         num_workers=workers,
         collate_fn=_as_it_is,
         generator=torch.Generator(),  # else a seed is drawn from the global generator
         **options,
     )
+    # A fork inherits what waits for the garbage collector here. Collected there, a pipeline of DALI would wait for
+    # threads that do not exist in the fork; what is frozen is never collected.
+    gc.freeze()
+    try:
+        return iter(loader)
+    finally:
+        gc.unfreeze()
 
 
 def _as_it_is(item: Any) -> Any:

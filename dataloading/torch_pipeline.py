@@ -51,7 +51,7 @@ class TorchLoader(StreamLoader):
 
     def _open(self, positions: Positions) -> Iterator[Batch | UserError]:
         pin = torch.cuda.is_available()
-        return iter(read_ahead(self._views, self._workers, batch_sampler=positions, pin_memory=pin))
+        return read_ahead(self._views, self._workers, batch_sampler=positions, pin_memory=pin)
 
 
 def evaluation_samples(

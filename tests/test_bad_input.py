@@ -156,7 +156,7 @@ def test_an_image_that_cannot_be_decoded_is_named_and_training_goes_on_once_it_i
     path = root / "JPEGImages" / "picture_5.jpg"
     whole = path.read_bytes()
     path.write_bytes(whole[:100])
-    recipe = helpers.values(root=root, output=tmp_path / "run")
+    recipe = helpers.values({"data": {"max_bad_fraction": 0}}, root=root, output=tmp_path / "run")
     command = ["--config", str(helpers.write_config(tmp_path / "recipe.yaml", recipe))]
     with pytest.raises(UserError) as caught:
         train(command)
@@ -171,7 +171,7 @@ def test_an_image_that_cannot_be_decoded_is_named_and_training_goes_on_once_it_i
 def test_an_undecodable_image_in_a_worker_is_named_alike(tmp_path, root):
     path = root / "JPEGImages" / "picture_5.jpg"
     path.write_bytes(b"not a picture")
-    recipe = helpers.values({"data": {"workers": 1}}, root=root, output=tmp_path / "run")
+    recipe = helpers.values({"data": {"workers": 1, "max_bad_fraction": 0}}, root=root, output=tmp_path / "run")
     with pytest.raises(UserError) as caught:
         train(["--config", str(helpers.write_config(tmp_path / "recipe.yaml", recipe))])
     assert_names(str(caught.value), path, "cannot be decoded", "replace the file")
