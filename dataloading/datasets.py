@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -141,14 +141,18 @@ def build_datasets(config: DataConfig) -> tuple[SegmentationDataset, Segmentatio
         config: the section `data` of the configuration.
 
     Returns:
-        The training set, without images that show none of the classes, and the validation set.
+        The training set, without images that show none of the classes, and the validation set; that is empty where
+        there is no validation list.
 
     Raises:
         UserError: a missing folder, list, image, label or mask, or an unknown class name.
     """
     if config.dataset == "synthetic":
         synthetic.ensure(config.root or SYNTHETIC_ROOT)
-    return _build(config, training=True), _build(config, training=False)
+    train = _build(config, training=True)
+    if config.val_list is None:
+        return train, replace(train, ids=Names(()), labels=train.labels[:0], dropped=0)
+    return train, _build(config, training=False)
 
 
 def detect_dataset(root: Path) -> str:
@@ -199,24 +203,20 @@ def open_split(config: DataConfig, *, training: bool, with_masks: bool) -> Split
     """
     root = config.root or SYNTHETIC_ROOT
     list_name, key = (config.train_list, "data.train_list") if training else (config.val_list, "data.val_list")
+    if list_name is None:
+        raise UserError(f"{key}: none; name a list of images with masks")
     if not root.is_dir():
         raise UserError(f"data.root: {root} is no folder; give the folder of the data set by --data.root FOLDER")
     if config.dataset == "own":
         split = open_own(root, list_name, key, config.classes)
-        return (
-            split
-            if config.labels == "auto"
-            else split._replace(labels=open_labels(root, split.classes, config.labels, split.files))
-        )
-    classes = tuple(config.classes or CLASSES[config.dataset])
-    if config.dataset == "coco" and has_instances(root) and not (root / LISTS).is_dir():
-        split = open_coco(root, list_name, key, classes, with_masks=with_masks or config.labels == "masks")
-        return (
-            split
-            if config.labels == "auto"
-            else split._replace(labels=open_labels(root, classes, config.labels, split.files))
-        )
-    return open_voc(root, list_name, key, classes, config.labels)
+    elif config.dataset == "coco" and has_instances(root) and not (root / LISTS).is_dir():
+        with_masks = with_masks or config.labels == "masks"
+        split = open_coco(root, list_name, key, config.classes or COCO_CLASSES, with_masks=with_masks)
+    else:
+        return open_voc(root, list_name, key, config.classes or CLASSES[config.dataset], config.labels)
+    if config.labels != "auto":
+        split = split._replace(labels=open_labels(root, split.classes, config.labels, split.files))
+    return split
 
 
 def _build(config: DataConfig, *, training: bool) -> SegmentationDataset:

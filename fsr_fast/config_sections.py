@@ -80,8 +80,8 @@ class DataConfig(Section):
     """Folder of the data set. `synthetic` needs none."""
     train_list: str = "train_aug"
     """Name of the training list, without ending (VOC layout: in ImageSets/Segmentation), or the path of a list file."""
-    val_list: str = "val"
-    """The same for the validation list."""
+    val_list: str | None = "val"
+    """The same for the validation list; none: train without one, and without scores."""
     classes: tuple[str, ...] | None = None
     """Names of all foreground classes, in the order of the mask values 1, 2, …; none: the names of the data set, for
     `own` those of its classes.txt."""

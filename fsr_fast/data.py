@@ -95,7 +95,7 @@ def pack_lists(options: argparse.Namespace) -> None:
     config, parts = _open(options)
     for part in parts:
         split = open_split(config, training=part == "train", with_masks=part == "val")
-        name = config.train_list if part == "train" else config.val_list
+        name = str(config.train_list if part == "train" else config.val_list)
         index = pack(
             split,
             str(options.output),
@@ -182,7 +182,7 @@ def _open(options: argparse.Namespace) -> tuple[DataConfig, list[str]]:
         dataset=dataset,
         root=options.source,
         train_list=lists.get("train", ""),
-        val_list=lists.get("val", ""),
+        val_list=lists.get("val"),
         classes=_classes(options),
         labels=options.labels,
     )

@@ -168,7 +168,8 @@ class Trainer:
                 tracker.pictures(self.iteration, grid, "training")
         if self._is_due(run.checkpoint_every):
             self.supervisor.save()
-        if self._is_due(run.evaluate_every, last=False) and self.iteration < self.config.optim.iterations:
+        due = self._is_due(run.evaluate_every, last=False) and self.iteration < self.config.optim.iterations
+        if due and len(self.val_set):
             with progress.paused():
                 scores = _mean_ious(self._evaluate(during_training=True))
             if tracker:
@@ -197,24 +198,19 @@ class Trainer:
         self.supervisor.check(in_row, self.iteration)
 
     def _finish(self) -> dict[str, Any]:
-        evaluation = self._evaluate(examples=PICTURES)
+        evaluation = self._evaluate(examples=PICTURES) if len(self.val_set) else None
         self.supervisor.finish()
         if self.tracker is None:
             return {}
-        picture = self.tracker.pictures(
-            self.iteration, evaluation_grid(evaluation.examples, self.network.classes), "validation"
-        )
         lines = read_metrics(self.config.run.output)
-        summary = {
-            "iterations": self.iteration,
-            **_mean_ious(evaluation),
-            **{name: _median(lines, name) for name in RATES},
-            "picture": str(picture),
-            "results": evaluation.results,
-        }
-        path = self.tracker.summary(summary)
-        rich_print(score_table(evaluation.results))
-        print(f"summary: {path}\npicture: {picture}", flush=True)
+        summary: dict[str, Any] = {"iterations": self.iteration, **{name: _median(lines, name) for name in RATES}}
+        if evaluation is not None:
+            grid = evaluation_grid(evaluation.examples, self.network.classes)
+            summary["picture"] = str(self.tracker.pictures(self.iteration, grid, "validation"))
+            summary |= {**_mean_ious(evaluation), "results": evaluation.results}
+            rich_print(score_table(evaluation.results))
+            print(f"picture: {summary['picture']}")
+        print(f"summary: {self.tracker.summary(summary)}", flush=True)
         return summary
 
     def _is_due(self, every: int, *, last: bool = True) -> bool:

@@ -81,10 +81,12 @@ def evaluate_network(
         journal: where each image is written down; what stands there already is not evaluated again.
 
     Raises:
-        UserError: not one image could be evaluated, or pydensecrf is wanted and missing.
+        UserError: there is no image, not one could be evaluated, or pydensecrf is wanted and missing.
 
     Source: paper, evaluation.
     """
+    if not len(dataset):
+        raise UserError("data.val_list: none; evaluation needs a list of images with masks: --list NAME")
     kinds: list[Kind] = ["pseudo", "seg", "seg+crf"] if config.evaluate.crf else ["pseudo", "seg"]
     if config.evaluate.crf and config.evaluate.crf_backend == "pydensecrf":
         require_pydensecrf()  # before anything is written
