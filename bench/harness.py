@@ -105,8 +105,7 @@ def compare(
     print("\n" + "\n".join(_line(case, row) for row in rows))
     benchmark.extra_info["rows"] = rows
     benchmark.pedantic(_waiting(_call(ours, sets, phases[-1]), device), rounds=3, warmup_rounds=1)
-    if os.environ.get("FSR_RECORD") == "1":
-        _record(case, device, floor, ceilings, rows)
+    record(case, device, {"floor": asdict(floor), "ceilings": ceilings, "rows": rows})
 
 
 def _call(function: Callable[..., Any], sets: Sequence[tuple[Any, ...]], phase: str) -> Callable[[], None]:
@@ -223,10 +222,16 @@ def _line(case: str, row: dict[str, Any]) -> str:
     return text
 
 
-def _record(
-    case: str, device: torch.device, floor: Floor, ceilings: dict[str, float], rows: list[dict[str, Any]]
-) -> None:
-    """Add or replace the case in the JSON of its bench and device."""
+def record(case: str, device: torch.device, content: dict[str, Any]) -> None:
+    """Add or replace a case in the JSON of its bench and device, where ``FSR_RECORD=1`` asks for it.
+
+    Args:
+        case: the bench's name, which is the file's, then what tells the case from others.
+        device: that was measured.
+        content: the measurement; device, versions and commit are added.
+    """
+    if os.environ.get("FSR_RECORD") != "1":
+        return
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu-{platform.machine()}"
     file = RESULTS / name.replace(" ", "-") / f"{case.split()[0]}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -234,13 +239,6 @@ def _record(
     commit = subprocess.run(
         ["git", "rev-parse", "HEAD"], cwd=RESULTS.parent, capture_output=True, text=True, check=True
     )
-    cases[case] = {
-        "device": name,
-        "torch": torch.__version__,
-        "triton": version("triton"),
-        "commit": commit.stdout.strip(),
-        "floor": asdict(floor),
-        "ceilings": ceilings,
-        "rows": rows,
-    }
+    versions = {"torch": torch.__version__, "triton": version("triton"), "commit": commit.stdout.strip()}
+    cases[case] = {"device": name, **versions, **content}
     file.write_text(json.dumps(cases, indent=1) + "\n", encoding="utf-8")

@@ -23,6 +23,13 @@ def uses_half(device: torch.device, amp: str) -> bool:
     return amp == "bf16" or (amp == "auto" and device.type == "cuda")
 
 
+def has_fast_bf16(device: torch.device) -> bool:
+    """Tell whether bfloat16 products are faster than float32: on GPUs, and on CPUs with instructions for them."""
+    if device.type == "cuda":
+        return True
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and torch.cpu._is_avx512_bf16_supported()
+
+
 def measure_ceiling(device: torch.device, amp: str) -> float:
     """Measure the floating-point operations a second of a large matrix product; takes well under a second.
 

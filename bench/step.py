@@ -1,0 +1,202 @@
+"""Time whole training steps: ``python -m bench.step --preset paper --batch 2 --size 448 --engine fast``.
+
+A step here is all that a training iteration computes: losses, gradients, AdamW, the teacher's average. Views are random
+numbers, weights are random; neither changes the work.
+"""
+
+import argparse
+import contextlib
+import os
+import resource
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.harness import record
+from fsr_fast import reference
+from fsr_fast.config import CONFIG_FOLDER, Config, build_config, read_yaml
+from fsr_fast.engine import build_step
+from fsr_fast.models.build import build_network
+from fsr_fast.optim import build_optimiser, fill_missing_gradients
+from fsr_fast.runtime.distributed import Process, distribute
+from fsr_fast.runtime.precision import autocast, measure_ceiling
+from fsr_fast.schedules import schedule_at
+from fsr_fast.step import StepOutput
+
+PRESETS = {"paper": "voc_vit_b", "official": "voc_official"}
+CLASSES = tuple(f"class {number}" for number in range(20))
+PRESENT = 3  # classes of an image, at most
+
+
+@dataclass(frozen=True)
+class Technique:
+    """How the step is computed; what it computes is always the same."""
+
+    engine: str = "fast"
+    amp: str = "off"
+    attention: str = "sdpa"
+    """Of the fast step; the reference writes the N by N matrix out unless this is `fused`."""
+    compile: bool = False
+    kernels: str = ""
+    """FSR_KERNELS."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is computed."""
+
+    preset: str = "paper"
+    backbone: str = "vit_base_patch16_224"
+    batch: int = 2
+    size: int = 448
+
+
+def measure(
+    setting: Setting,
+    technique: Technique,
+    device: torch.device,
+    iterations: int,
+    *,
+    warm_up: int = 1,
+    process: Process | None = None,
+) -> dict[str, Any]:
+    """Time iterations of one setting.
+
+    Args:
+        setting: what is computed.
+        technique: how.
+        device: where.
+        iterations: that are timed.
+        warm_up: that are not.
+        process: this one among those that share the gradients; none: it is alone.
+
+    Returns:
+        `seconds` (median), `images_per_second`, `peak_gib` (of the device; on a CPU of the process since its start),
+        for the fast step `units`, `tflops_per_second` and their share `of_ceiling` of a large matrix product.
+    """
+    with _technique(technique):
+        iterate = _build(setting, technique, process or Process(0, 1, device))
+        for number in range(warm_up):
+            iterate(number)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        times, ceilings, output = [], [], None
+        for number in range(iterations):
+            ceilings.append(measure_ceiling(device, technique.amp))
+            began = time.perf_counter()
+            output = iterate(warm_up + number)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            times.append(time.perf_counter() - began)
+    seconds = statistics.median(times)
+    row = {"seconds": seconds, "images_per_second": setting.batch / seconds, "peak_gib": _peak(device) / 2**30}
+    row["ceiling_tflops_per_second"] = statistics.median(ceilings) / 1e12
+    if output is not None and output.work is not None:
+        rate = output.work.flops / seconds / 1e12
+        row |= {"units": output.work.units, "tflops_per_second": rate}
+        row["of_ceiling"] = rate / row["ceiling_tflops_per_second"]
+    return row
+
+
+def build_settings(setting: Setting, technique: Technique) -> Config:
+    """Give the recipe of a preset with everything that a bench changes."""
+    values = read_yaml(CONFIG_FOLDER / f"{PRESETS[setting.preset]}.yaml")
+    attention = "sdpa" if technique.attention == "fused" else technique.attention
+    amp = "off" if technique.engine == "reference" else technique.amp
+    run = {"engine": technique.engine, "amp": amp, "attention": attention, "compile": technique.compile}
+    changes: dict[str, dict[str, Any]] = {
+        "run": run,
+        "data": {"root": ".", "image_size": setting.size},
+        "model": {"backbone": setting.backbone, "pretrained": "none"},
+    }
+    if setting.size // 16 % 4:  # blocks of 4 x 4 patches do not fill the grid
+        changes["mask"] = {"block": 1}
+    for section, content in changes.items():
+        values[section] = values.get(section, {}) | content
+    return build_config(values, "the bench")
+
+
+def _build(setting: Setting, technique: Technique, process: Process) -> Callable[[int], StepOutput]:
+    device = process.device
+    config = build_settings(setting, technique)
+    torch.manual_seed(0)
+    network = build_network(config.model, CLASSES, setting.size).to(device)
+    step = build_step(network, config, PRESENT).to(device)
+    forward = distribute(step, process)
+    optimiser = build_optimiser(network, config.optim)
+    first, second = torch.randn(2, setting.batch, 3, setting.size, setting.size).to(device)
+    labels = torch.zeros(setting.batch, len(CLASSES))
+    for number, row in enumerate(labels):
+        row[: 1 + number % PRESENT] = 1
+    labels = labels.to(device)
+    schedule = schedule_at(config, config.optim.iterations - 1)  # every loss counts by then
+
+    def iterate(number: int) -> StepOutput:
+        draws = step.draw(setting.batch, torch.Generator().manual_seed(number))
+        with autocast(device, technique.amp if technique.engine == "reference" else "off"):
+            output: StepOutput = forward((first, second), labels, draws, schedule)
+        optimiser.zero_grad()
+        output.loss.backward()
+        fill_missing_gradients(optimiser)
+        optimiser.step()
+        step.teacher.follow(network, schedule.encoder_momentum, schedule.projector_momentum)
+        return output
+
+    return iterate
+
+
+@contextlib.contextmanager
+def _technique(technique: Technique) -> Iterator[None]:
+    with mock.patch.dict(os.environ, {"FSR_KERNELS": technique.kernels}), contextlib.ExitStack() as stack:
+        if technique.engine == "reference" and technique.attention == "fused":
+            stack.enter_context(mock.patch.object(reference.encoder, "self_attention", _fused_attention))
+        yield
+
+
+def _fused_attention(state: dict[str, Tensor], name: str, tokens: Tensor, heads: int) -> Tensor:
+    """The reference's self-attention by one call of torch's own."""
+    weight, bias = (state[f"{name}.qkv.{part}"] for part in ("weight", "bias"))
+    query, key, value = F.linear(tokens, weight, bias).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+    mixed = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+    return F.linear(mixed, state[f"{name}.proj.weight"], state[f"{name}.proj.bias"])
+
+
+def _peak(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def main() -> None:
+    """Time the setting that the command line names."""
+    parser = argparse.ArgumentParser(prog="python -m bench.step", description=__doc__)
+    parser.add_argument("--preset", choices=PRESETS, default="paper")
+    parser.add_argument("--engine", choices=("fast", "reference"), default="fast")
+    parser.add_argument("--backbone", default="vit_base_patch16_224")
+    parser.add_argument("--batch", type=int, default=2, help="images a step")
+    parser.add_argument("--size", type=int, default=448, help="side of the views in pixels")
+    parser.add_argument("--amp", choices=("off", "bf16"), default="off")
+    parser.add_argument("--attention", choices=("sdpa", "xformers", "varlen"), default="sdpa")
+    parser.add_argument("--compile", action="store_true", help="compile the transformer's blocks")
+    parser.add_argument("--iterations", type=int, default=2, help="that are timed, after one that is not")
+    options = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    setting = Setting(options.preset, options.backbone, options.batch, options.size)
+    technique = Technique(options.engine, options.amp, options.attention, options.compile)
+    row = measure(setting, technique, device, options.iterations)
+    case = (
+        f"step {options.preset} {options.backbone} {options.size} batch {options.batch} {options.engine} {options.amp}"
+    )
+    print(case, *(f"{name} {value:.4g}" for name, value in row.items()), sep="\n  ")
+    record(case, device, {"setting": asdict(setting), "technique": asdict(technique), "rows": [row]})
+
+
+if __name__ == "__main__":
+    main()
