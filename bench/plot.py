@@ -1,0 +1,127 @@
+"""Draw and tabulate what the benches recorded: ``python -m bench.plot``.
+
+Writes ``docs/images/waterfall.svg`` and the tables between the markers ``<!-- figures: NAME -->`` and ``<!-- end -->``
+of README.md and docs/performance.md. Every figure there comes from ``bench/results``.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+
+from bench.harness import RESULTS
+
+ROOT = RESULTS.parent.parent
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "performance.md")
+PICTURE = ROOT / "docs" / "images" / "waterfall.svg"
+Cases = dict[str, dict[str, Any]]
+
+
+def read_cases(results: Path, bench: str) -> list[Cases]:
+    """Read one bench's records of all devices, GPUs first."""
+    files = sorted(results.glob(f"*/{bench}.json"), key=lambda file: (file.parent.name.startswith("cpu-"), file))
+    return [json.loads(file.read_text(encoding="utf-8")) for file in files]
+
+
+def draw_waterfall(cases: Cases, path: Path) -> None:
+    """Draw images a second, and peak memory on a GPU, from the reference step to ours.
+
+    Args:
+        cases: of the bench `step` on one device.
+        path: SVG file.
+    """
+    chosen = {case: content for case, content in cases.items() if case.startswith("step waterfall paper")}
+    on_gpu = not next(iter(chosen.values()))["device"].startswith("cpu-")
+    fields = [("images_per_second", "images a second")] + [("peak_gib", "peak memory, GiB")] * on_gpu
+    figure = Figure(figsize=(8, 1.2 + 1.5 * len(chosen)), layout="constrained")
+    grid = figure.subplots(len(chosen), len(fields), squeeze=False)
+    for row, (case, content) in zip(grid, chosen.items(), strict=True):
+        setting, names = content["setting"], list(content["rows"])
+        for axes, (field, label) in zip(row, fields, strict=True):
+            values = [content["rows"][name][field] for name in names]
+            bars = axes.barh(names, values, color=["#9aa5b1"] * (len(names) - 1) + ["#1f6f8b"])
+            texts = [f"{value:.3g}" + f"  (x{value / values[0]:.2g})" * (field == fields[0][0]) for value in values]
+            axes.bar_label(bars, texts, padding=3)
+            axes.invert_yaxis()
+            axes.margins(x=0.25)
+            axes.set_xlabel(label)
+            axes.spines[["top", "right"]].set_visible(False)
+        row[0].set_title(
+            f"{case.split()[-1]}, {setting['size']} px, batch {setting['batch']}, {content['device']}", loc="left"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with mpl.rc_context({"svg.hashsalt": "waterfall", "svg.fonttype": "none"}):
+        figure.savefig(path, metadata={"Date": None})
+
+
+def tabulate_steps(records: list[Cases]) -> str:
+    """Give the table of whole steps that `python -m bench.step` recorded."""
+    lines = [
+        "| device | preset | backbone | pixels, batch | engine | dtype | seconds | images/s | TFLOP/s | peak |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for cases in records:
+        for content in cases.values():
+            if "technique" not in content:
+                continue
+            setting, technique, row = content["setting"], content["technique"], content["rows"][0]
+            rate = f"{row['tflops_per_second']:.3g} ({row['of_ceiling']:.0%})" if "units" in row else "not counted"
+            cells = (
+                content["device"],
+                setting["preset"],
+                setting["backbone"],
+                f"{setting['size']}², {setting['batch']}",
+                technique["engine"],
+                "fp32" if technique["amp"] == "off" else technique["amp"],
+                f"{row['seconds']:.3g}",
+                f"{row['images_per_second']:.3g}",
+                rate,
+                f"{row['peak_gib']:.2g} GiB",
+            )
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def tabulate_kernels(results: Path) -> str:
+    """Give the table of all kernels: median time of eager PyTorch, of its compiled form, and of ours."""
+    lines = ["| kernel | device | phase | eager | compiled | ours | of roofline |", "|---|---|---|---|---|---|---|"]
+    for file in sorted(results.glob("*/*.json")):
+        for case, content in json.loads(file.read_text(encoding="utf-8")).items():
+            rows = content.get("rows")
+            if not isinstance(rows, list) or "phase" not in rows[0]:
+                continue
+            for phase in dict.fromkeys(row["phase"] for row in rows):
+                named = {row["implementation"]: row for row in rows if row["phase"] == phase}
+                times = [
+                    f"{named[name]['median_ms']:.3g} ms" if name in named else "-"
+                    for name in ("eager", "compiled", "ours")
+                ]
+                share = named["ours"].get("roofline_percent")
+                cells = (case, content["device"], phase, *times, "-" if share is None else f"{share:.0f} %")
+                lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def fill(text: str, tables: dict[str, str]) -> str:
+    """Put the tables between their markers."""
+    for name, table in tables.items():
+        pattern = rf"(<!-- figures: {name} -->\n).*?(<!-- end -->)"
+        text = re.sub(pattern, lambda found, table=table: f"{found[1]}{table}\n{found[2]}", text, flags=re.DOTALL)
+    return text
+
+
+def main() -> None:
+    """Draw and tabulate all that is recorded."""
+    steps = read_cases(RESULTS, "step")
+    tables = {"steps": tabulate_steps(steps), "kernels": tabulate_kernels(RESULTS)}
+    for document in DOCUMENTS:
+        text = document.read_text(encoding="utf-8")
+        document.write_text(fill(text, tables), encoding="utf-8")
+    draw_waterfall(steps[0], PICTURE)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+import json
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+
+from bench import plot
+
+ROW = {"seconds": 4.0, "images_per_second": 0.5, "peak_gib": 3.25}
+OURS = {
+    "seconds": 2.0,
+    "images_per_second": 1.0,
+    "peak_gib": 2.0,
+    "units": 13.8,
+    "tflops_per_second": 0.1,
+    "of_ceiling": 0.5,
+}
+SETTING = {"preset": "paper", "backbone": "vit", "batch": 2, "size": 448}
+
+
+def cases(device: str) -> plot.Cases:
+    technique = {"engine": "fast", "amp": "bf16"}
+    return {
+        "step paper": {"device": device, "setting": SETTING, "technique": technique, "rows": [OURS]},
+        "step waterfall paper vit": {"device": device, "setting": SETTING, "rows": {"reference": ROW, "ours": OURS}},
+    }
+
+
+@pytest.fixture
+def results(tmp_path):
+    for device in ("cpu-x", "NVIDIA-H200"):
+        (tmp_path / device).mkdir()
+        (tmp_path / device / "step.json").write_text(json.dumps(cases(device)))
+    return tmp_path
+
+
+def test_a_gpu_s_records_come_before_a_cpu_s(results):
+    assert [record["step paper"]["device"] for record in plot.read_cases(results, "step")] == ["NVIDIA-H200", "cpu-x"]
+
+
+def test_the_table_holds_the_recorded_figures(results):
+    rows = plot.tabulate_steps(plot.read_cases(results, "step")).splitlines()[2:]
+    assert rows[0] == "| NVIDIA-H200 | paper | vit | 448², 2 | fast | bf16 | 2 | 1 | 0.1 (50%) | 2 GiB |"
+    assert len(rows) == 2
+
+
+def test_kernels_are_tabulated_by_phase(tmp_path):
+    rows = [
+        {"implementation": name, "phase": phase, "median_ms": time, "roofline_percent": 40.0}
+        for phase in ("forward", "forward + backward")
+        for name, time in (("eager", 8.0), ("ours", 2.0))
+    ]
+    (tmp_path / "gpu").mkdir()
+    (tmp_path / "gpu" / "op.json").write_text(json.dumps({"op bf16": {"device": "gpu", "rows": rows}}))
+    forward, both = plot.tabulate_kernels(tmp_path).splitlines()[2:]
+    assert forward == "| op bf16 | gpu | forward | 8 ms | - | 2 ms | 40 % |"
+    assert "forward + backward" in both
+
+
+@pytest.mark.parametrize(("device", "panels"), [("cpu-x", 1), ("NVIDIA-H200", 2)])
+def test_the_waterfall_shows_every_technique_and_memory_on_a_gpu(tmp_path, device, panels):
+    plot.draw_waterfall(cases(device), tmp_path / "waterfall.svg")
+    text = "".join(ElementTree.parse(tmp_path / "waterfall.svg").getroot().itertext())
+    assert "reference" in text
+    assert "x2)" in text, "the last bar says how many times the first it is"
+    assert text.count("ours") == panels
+
+
+def test_figures_stand_between_their_markers_alone():
+    text = "a\n<!-- figures: steps -->\nold\n<!-- end -->\nb\n<!-- figures: other -->\nkept\n<!-- end -->\n"
+    filled = plot.fill(text, {"steps": "new"})
+    assert filled == text.replace("old", "new")
+    assert plot.fill(filled, {"steps": "new"}) == filled
+
+
+def test_the_documents_hold_what_is_recorded():
+    steps = plot.read_cases(plot.RESULTS, "step")
+    tables = {"steps": plot.tabulate_steps(steps), "kernels": plot.tabulate_kernels(plot.RESULTS)}
+    for document in plot.DOCUMENTS:
+        text = document.read_text(encoding="utf-8")
+        assert plot.fill(text, tables) == text, f"{document.name}: run python -m bench.plot"
