@@ -117,6 +117,10 @@ def write_checkpoint(run: Path, state: dict[str, Any]) -> Path:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):  # torch's writer covers what the file system says
+            raise error.__context__ from None
+        raise
     finally:
         partial.unlink(missing_ok=True)
     _sync_folder(folder)

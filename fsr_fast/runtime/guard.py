@@ -69,9 +69,9 @@ def gradient_norm(parameters: Iterable[torch.nn.Parameter], limit: float | None)
     """Give the norm of the whole gradient before it is clipped to `limit`, if one is given."""
     parameters = list(parameters)
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
+    norm = torch.nn.utils.get_total_norm(gradients)
     if limit is not None:
-        torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm, foreach=True)
+        torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
     return norm
 
 
