@@ -53,10 +53,10 @@ class Instances:
             self._image = np.array([rows[item[0]] for item in objects], np.int64)
             self._class = np.array([numbers[item[1]] for item in objects], np.int64)
             self._sizes = np.array([image[2:] for image in images], np.int64).reshape(-1, 2)
-        except (KeyError, IndexError, TypeError, ValueError) as error:
+            self._rows = {Path(image[1]).with_suffix("").as_posix(): row for row, image in enumerate(images)}
+        except (KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
             raise UserError(f"{path}: {type(error).__name__}: {error}; {FORM}") from None
         self._outlines = [item[3] for item in objects] if with_masks else None
-        self._rows = {Path(image[1]).with_suffix("").as_posix(): row for row, image in enumerate(images)}
         if len(self._rows) < len(images):
             raise UserError(f"{path}: two images have one name; expected a name each")
 
@@ -189,7 +189,7 @@ def _parse(path: Path, with_masks: bool) -> tuple[list[Any], list[Any], list[Any
 
     try:
         content = json.loads(path.read_text(encoding="utf-8"), object_hook=compact)
-    except (ValueError, RecursionError) as error:
+    except (ValueError, OverflowError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON: {error}; fetch it anew") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: {FORM}")

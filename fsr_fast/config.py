@@ -126,7 +126,10 @@ def load_config(arguments: Sequence[str]) -> tuple[Config, bool]:
         UserError: an unknown key, a value out of range, a file that cannot be read.
     """
     parser = _file_options()
-    source: CliSettingsSource[Any] = CliSettingsSource(Config, root_parser=parser, cli_parse_args=list(arguments))
+    try:
+        source: CliSettingsSource[Any] = CliSettingsSource(Config, root_parser=parser, cli_parse_args=list(arguments))
+    except SettingsError as error:  # a mapping or a list that does not parse
+        raise UserError(f"command line: {error}") from None
     options = parser.parse_args(list(arguments))
     return build_config(read_yaml(options.config), str(options.config), source), options.print_config
 

@@ -73,11 +73,14 @@ def restore_network(checkpoint: dict[str, Any], origin: str) -> Network:
         checkpoint: as `read_checkpoint` gives it.
         origin: the file, for messages.
     """
-    config = build_config(checkpoint["config"], origin)
-    network = build_network(without_start(config.model), tuple(checkpoint["classes"]), config.data.image_size)
+    values, classes, weights = (checkpoint.get(key) for key in ("config", "classes", "student"))
+    if not (isinstance(values, dict) and isinstance(classes, list) and isinstance(weights, dict)):
+        raise UserError(f"{origin}: does not describe a network; expected config, classes and student in it")
+    config = build_config(values, origin)
+    network = build_network(without_start(config.model), tuple(map(str, classes)), config.data.image_size)
     try:
-        network.load_state_dict(checkpoint["student"])
-    except RuntimeError as error:
+        network.load_state_dict(weights)
+    except (RuntimeError, TypeError, AttributeError) as error:
         first = " ".join(str(error).split()[:40])
         raise UserError(
             f"{origin}: the weights do not fit the network that the checkpoint describes: {first}"

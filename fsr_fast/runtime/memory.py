@@ -34,5 +34,5 @@ def explained_shortage(run: Path, process: Process) -> Iterator[None]:
         first_line = str(error).partition("\n")[0]
         raise UserError(
             f"rank {process.rank} is out of memory ({first_line}). Give a smaller optim.batch_size, more processes, "
-            f"a smaller data.image_size, or run.amp bf16.{snapshot}"
+            f"a smaller data.image_size, run.checkpointing true or run.amp bf16.{snapshot}"
         ) from error

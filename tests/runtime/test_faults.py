@@ -3,6 +3,8 @@
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -315,4 +317,33 @@ def test_a_gpu_that_is_out_of_memory_gives_advice(recipe, tmp_path, monkeypatch,
         injected=1,
         lost="work since the newest checkpoint",
         outcome="exit code 2 with advice (simulated here; with a snapshot of the memory on a GPU)",
+    )
+
+
+# --- restarts without a human
+
+
+@pytest.mark.ddp
+@pytest.mark.slow
+def test_torchrun_restarts_all_processes_from_the_newest_checkpoint_when_one_is_killed(recipe, tmp_path, record):
+    whole, path = recipe("whole"), recipe("run")
+    assert children.exit_codes(children.start_ranks(whole, 2)) == [0, 0]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    life = tmp_path / "second life"
+    done = subprocess.run(
+        [*launch, "--max-restarts", "1", "-m", "tests.runtime.elastic", str(life), "--config", str(path)],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert life.exists()
+    assert_same(outcome(tmp_path / "run"), outcome(tmp_path / "whole"))
+    assert (tmp_path / "run" / "logs" / "rank_1.log").read_text().count("rank 1 of 2 starts") == 2
+    record(
+        "SIGKILL to one of two processes under torchrun --max-restarts 1",
+        injected=1,
+        lost="work since the newest checkpoint",
+        outcome="all processes start again without a human; end bit for bit like an undisturbed run",
     )
