@@ -44,9 +44,11 @@ def read_official_labels(path: Path) -> tuple[list[str], NDArray[np.bool_]]:
             raise UserError(f"{path}: {form}")
         rows = [row.numbers() for row in table.values()]
         labels = np.stack(rows)
+    except UserError:
+        raise
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (pickle.UnpicklingError, AttributeError, EOFError, IndexError, KeyError, TypeError, ValueError) as error:
+    except Exception as error:  # a damaged header or pickle raises all kinds of errors
         raise UserError(f"{path}: {type(error).__name__}: {error}; {form}") from None
     if labels.ndim != 2 or not np.isin(labels, (0, 1)).all():
         raise UserError(f"{path}: the labels are not rows of 0 and 1; {form}")

@@ -35,9 +35,9 @@ def refusal_of_file(path: Path, text: str) -> str:
 # --- recipes
 
 
-def test_all_six_recipes_are_there():
+def test_all_seven_recipes_are_there():
     names = {path.stem for path in RECIPES}
-    assert names == {"synthetic", "voc_vit_b", "coco_vit_b", "voc_official", "coco_official", "voc_animals"}
+    assert names == {"synthetic", "voc_vit_b", "coco_vit_b", "voc_official", "coco_official", "voc_animals", "own"}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

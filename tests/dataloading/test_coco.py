@@ -8,7 +8,7 @@ from PIL import Image
 from pycocotools import mask as outlines
 from pycocotools.coco import COCO
 
-from fsr_fast.config import DataConfig
+from fsr_fast.config import CONFIG_FOLDER, DataConfig, load_config
 from fsr_fast.dataloading.class_names import COCO_CLASSES
 from fsr_fast.dataloading.datasets import SegmentationDataset, build_datasets
 from fsr_fast.errors import UserError
@@ -148,6 +148,13 @@ def test_the_official_code_s_folders_are_read(tmp_path: Path) -> None:
     assert mask is not None
     assert (mask == 80).all()
     assert val.image(0).size == (9, 7)
+
+
+@pytest.mark.parametrize("recipe", ["coco_vit_b", "coco_official"])
+def test_the_recipes_read_ms_coco_as_it_is(coco: Path, recipe: str) -> None:
+    data = load_config(["--config", str(CONFIG_FOLDER / f"{recipe}.yaml"), "--data.root", str(coco)])[0].data
+    train, val = build_datasets(data)
+    assert (tuple(train.ids), tuple(val.ids), len(train.classes)) == (("COCO_1", "COCO_2"), ("COCO_2", "COCO_3"), 80)
 
 
 def change(path: Path, **keys: Any) -> None:

@@ -157,6 +157,27 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         read_official_labels(tmp_path / "missing.npy")
 
 
+@pytest.mark.fuzz
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_damaged_official_files_give_labels_or_one_error(tmp_path: Path, protocol: int) -> None:
+    path = write_official(tmp_path / "labels.npy", {"a": np.eye(3)[0], "b": np.eye(3)[1]}, protocol)
+    whole, draws = path.read_bytes(), np.random.default_rng(0)
+    refused = 0
+    for _ in range(400):
+        content = bytearray(whole)
+        for place in draws.integers(0, len(content), draws.integers(1, 6)):
+            content[place] = draws.integers(0, 256)
+        path.write_bytes(content)
+        try:
+            names, labels = read_official_labels(path)
+        except UserError:
+            refused += 1
+            continue
+        assert (len(names), labels.dtype) == (len(labels), bool)
+    assert refused > 100
+
+
 # --- masks
 
 

@@ -1,3 +1,4 @@
+import itertools
 import logging
 import os
 import shutil
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fsr_fast.config import DataConfig
+from fsr_fast.config import CONFIG_FOLDER, DataConfig, load_config
 from fsr_fast.dataloading.class_names import COCO_CLASSES, VOC_CLASSES
 from fsr_fast.dataloading.datasets import SegmentationDataset, build_datasets
 from fsr_fast.errors import UserError
@@ -309,6 +310,15 @@ def test_a_damaged_file_is_named(folder: Path, case: str) -> None:
         read(train)
     for fragment in fragments:
         assert fragment in str(error.value)
+
+
+@pytest.mark.parametrize("recipe", ["voc_vit_b", "voc_official"])
+def test_the_recipes_read_pascal_voc_as_it_is(folder: Path, recipe: str) -> None:
+    for path, name in zip(sorted((folder / "Annotations").glob("*.xml")), itertools.cycle(VOC_CLASSES), strict=False):
+        path.write_text(f"<annotation><object><name>{name}</name></object></annotation>")
+    data = load_config(["--config", str(CONFIG_FOLDER / f"{recipe}.yaml"), "--data.root", str(folder)])[0].data
+    train, val = build_datasets(data)
+    assert (len(train), len(val), train.classes) == (4, 2, VOC_CLASSES)
 
 
 @pytest.mark.skipif("FSR_VOC_ANIMALS" not in os.environ, reason="FSR_VOC_ANIMALS names no folder of real photographs")

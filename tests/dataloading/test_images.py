@@ -216,3 +216,46 @@ def test_a_mask_value_without_a_class_is_refused(tmp_path: Path) -> None:
     Image.fromarray(np.array([[0, 7, 255]], np.uint8)).save(tmp_path / "mask.png")
     with pytest.raises(DamagedFileError, match="the value 7, but there are 3 classes"):
         read_mask(tmp_path / "mask.png", 3)
+
+
+def damaged(content: bytes, draws: np.random.Generator) -> bytes:
+    """Change up to eight bytes, and perhaps cut the end."""
+    changed = bytearray(content)
+    for place in draws.integers(0, len(changed), draws.integers(1, 9)):
+        changed[place] = draws.integers(0, 256)
+    return bytes(changed[: draws.integers(1, len(changed) + 1)] if draws.random() < 0.3 else changed)
+
+
+@pytest.mark.fuzz
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP"])
+def test_damaged_bytes_give_an_image_or_one_error(kind: str) -> None:
+    buffer = io.BytesIO()
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    corners().save(buffer, kind, **({} if kind == "BMP" else {"exif": exif}))
+    draws = np.random.default_rng(0)
+    outcomes = []
+    for _ in range(150):
+        content = damaged(buffer.getvalue(), draws)
+        try:
+            outcomes.append(read_image(content, "picture").mode)
+        except DamagedFileError as error:
+            outcomes.append(str(error).partition(": ")[0])
+    assert set(outcomes) == {"RGB", "picture"}
+
+
+@pytest.mark.fuzz
+@pytest.mark.filterwarnings("ignore")
+def test_damaged_masks_give_values_or_one_error() -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8) % 4).save(buffer, "PNG")
+    draws = np.random.default_rng(0)
+    for _ in range(300):
+        try:
+            mask = read_mask(damaged(buffer.getvalue(), draws), 3, "mask")
+        except DamagedFileError:
+            continue
+        assert mask.dtype == np.uint8
+        assert mask.ndim == 2
+        assert set(np.unique(mask)) <= {0, 1, 2, 3, 255}

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fsr_fast.config import DataConfig
+from fsr_fast.config import CONFIG_FOLDER, DataConfig, load_config
 from fsr_fast.dataloading.datasets import SegmentationDataset, build_datasets
 from fsr_fast.dataloading.names import Names
 from fsr_fast.errors import UserError
@@ -92,6 +92,12 @@ def test_classes_of_the_configuration_go_before_the_file(own: Path) -> None:
 def test_a_table_may_stand_elsewhere(own: Path, tmp_path: Path) -> None:
     write_table(tmp_path / "clean.csv", {"one.jpg": ["bee"]})
     assert shown(build_datasets(config(own, train_list=str(tmp_path / "clean.csv")))[0]) == {"one.jpg": ["bee"]}
+
+
+def test_the_recipe_reads_own_pictures(own: Path) -> None:
+    data = load_config(["--config", str(CONFIG_FOLDER / "own.yaml"), "--data.root", str(own)])[0].data
+    train, val = build_datasets(data)
+    assert shown(train) | shown(val) == SHOWN
 
 
 BAD: dict[str, tuple[Callable[[Path], object], list[str]]] = {
