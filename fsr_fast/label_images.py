@@ -151,6 +151,8 @@ class _Unlabelled:
 def _open_images(config: Config, options: argparse.Namespace, network: Network, *, official: bool) -> Images:
     data = config.data.model_copy(update={"train_list": options.list_name or config.data.train_list})
     if options.unlabelled:
+        if data.dataset == "voc":
+            data = data.model_copy(update={"labels": "masks"})  # are opened when they are asked for, that is never
         split = open_split(data, training=True, with_masks=False)
         return _Unlabelled(split.ids, split.files, np.zeros((len(split.ids), len(network.classes)), np.float32))
     images, _ = build_datasets(data)

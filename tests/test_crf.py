@@ -1,10 +1,16 @@
+import os
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
+from scipy.ndimage import gaussian_filter
 
 from fsr_fast.errors import UserError
-from fsr_fast.evaluation.crf import dense_crf
+from fsr_fast.evaluation.crf import CrfPool, dense_crf
+from fsr_fast.kernels import dense_crf as mean_field
 
 HEIGHT, WIDTH, EDGE = 40, 60, 37
 
@@ -77,3 +83,98 @@ def test_a_missing_package_is_named_with_the_ways_out(monkeypatch):
     monkeypatch.setitem(sys.modules, "pydensecrf.densecrf", None)
     with pytest.raises(UserError, match=r"pip install pydensecrf2.*evaluate\.crf false"):
         dense_crf(two_colour_image(), probabilities_of(np.where(truth(), 0.7, 0.3)))
+
+
+# --- exact
+
+
+def noisy() -> np.ndarray:
+    displaced = np.broadcast_to(np.arange(WIDTH) >= EDGE - 6, (HEIGHT, WIDTH))
+    noise = np.random.default_rng(0).normal(0, 0.15, (HEIGHT, WIDTH))
+    return probabilities_of(np.clip(np.where(displaced, 0.65, 0.35) + noise, 0.1, 0.9))
+
+
+def test_exact_gaussians_find_the_edge_as_the_lattice_does():
+    exact = dense_crf(two_colour_image(), noisy(), backend="exact")
+    assert exact.dtype == np.float32
+    np.testing.assert_array_equal(exact.argmax(0), truth())
+    assert np.abs(exact - dense_crf(two_colour_image(), noisy())).max() > 1e-4  # they are two ways
+
+
+def test_exact_takes_the_same_parameters():
+    options = {"iterations": 3, "gaussian_weight": 2.0, "gaussian_sigma": 2.0, "bilateral_weight": 5.0}
+    options |= {"bilateral_sigma_xy": 30.0, "bilateral_sigma_rgb": 12.0}
+    image, beliefs = torch.from_numpy(two_colour_image()).permute(2, 0, 1)[None], torch.from_numpy(noisy())[None]
+    expected = mean_field(beliefs, image, **options)[0].numpy()
+    np.testing.assert_allclose(dense_crf(two_colour_image(), noisy(), backend="exact", **options), expected, atol=1e-6)
+
+
+def test_classes_that_are_nowhere_likely_are_left_out_of_the_lattice():
+    beliefs = np.concatenate([0.99999 * noisy(), np.full((3, HEIGHT, WIDTH), 3e-6, np.float32)])
+    refined = dense_crf(two_colour_image(), beliefs)
+    assert refined.shape == (5, HEIGHT, WIDTH)
+    assert not refined[2:].any()
+    np.testing.assert_allclose(refined[:2], dense_crf(two_colour_image(), beliefs[:2]), atol=1e-3)
+
+
+@pytest.mark.skipif("FSR_VOC_ANIMALS" not in os.environ, reason="FSR_VOC_ANIMALS names no folder of photographs")
+def test_both_ways_agree_on_photographs():
+    root = Path(os.environ["FSR_VOC_ANIMALS"])
+    equal = []
+    for name in (root / "ImageSets/Segmentation/val.txt").read_text().split()[:20:10]:
+        with Image.open(root / "JPEGImages" / f"{name}.jpg") as picture:
+            image = np.asarray(picture.convert("RGB").resize((100, 75)))
+        with Image.open(root / "SegmentationClassAug" / f"{name}.png") as picture:
+            mask = np.asarray(picture.resize((100, 75), Image.Resampling.NEAREST))
+        foreground = gaussian_filter((mask > 0).astype(np.float32), 4)
+        beliefs = probabilities_of(0.1 + 0.8 * foreground)
+        both = [dense_crf(image, beliefs, backend=backend).argmax(0) for backend in ("pydensecrf", "exact")]
+        assert (both[0] != beliefs.argmax(0)).any()
+        equal.append((both[0] == both[1]).mean())
+    assert np.mean(equal) >= 0.985
+
+
+# --- many images
+
+
+def blocks(count: int):
+    for number in range(count):
+        yield number, two_colour_image(), probabilities_of(np.where(truth(), 0.5 + 0.1 * number, 0.3))
+
+
+@pytest.mark.parametrize(("backend", "workers"), [("pydensecrf", 2), ("exact", 1), ("exact", 0), ("pydensecrf", 0)])
+def test_a_pool_gives_in_order_what_one_call_gives(backend, workers):
+    pool = CrfPool(backend, torch.device("cpu"), workers=workers, images=3)
+    with pool:
+        found = list(pool.refine(blocks(3)))
+    assert [(number, error) for number, _, error in found] == [(0, None), (1, None), (2, None)]
+    for (_, marginals, _), (_, image, beliefs) in zip(found, blocks(3), strict=True):
+        np.testing.assert_allclose(marginals, dense_crf(image, beliefs, backend=backend), atol=1e-5)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_fails_or_asks_for_nothing_keeps_its_place(workers):
+    image, beliefs = two_colour_image(), noisy()
+    items = [("a", image, beliefs), ("b", None, None), ("c", image, beliefs[:, 1:]), ("d", image, beliefs)]
+    with CrfPool("pydensecrf", torch.device("cpu"), workers=workers, images=4) as pool:
+        found = {name: (marginals, error) for name, marginals, error in pool.refine(items)}
+    assert list(found) == ["a", "b", "c", "d"]
+    assert found["b"] == (None, None)
+    assert found["c"][0] is None
+    assert "expected (C+1,40,60)" in str(found["c"][1])
+    np.testing.assert_array_equal(found["a"][0], found["d"][0])
+
+
+def test_images_are_drawn_ahead_but_not_all_of_them():
+    drawn = []
+
+    def endless():
+        while True:
+            drawn.append(len(drawn))
+            yield len(drawn), None, None
+
+    with CrfPool("pydensecrf", torch.device("cpu"), workers=2, images=3) as pool:
+        results = pool.refine(endless())
+        for count in range(1, 6):
+            next(results)
+            assert len(drawn) - count == 4
