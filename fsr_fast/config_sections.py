@@ -312,7 +312,7 @@ class EvaluateConfig(Section):
     """`pydensecrf` filters by a permutohedral lattice, in processes of its own; `exact` by exact Gaussians, made for a
     GPU (on a CPU it takes minutes a photograph)."""
     crf_workers: int | None = Field(None, ge=0, le=256)
-    """Processes of the CRF a rank; 0: the rank itself; none: one a CPU core."""
+    """Processes of the CRF a rank; 0: the rank itself; none: one a CPU core, shared out among the ranks."""
     training_limit: Count | None = 500
     """Largest number of images of a validation during the training, spread over the list; the last one takes all."""
     limit: Count | None = None

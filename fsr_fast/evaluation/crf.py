@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Self, TypeVar
 
@@ -118,14 +119,16 @@ def require_pydensecrf() -> None:
 
 
 class CrfPool:
-    """The dense CRF of many images, in processes of its own while the network goes on.
+    """The dense CRF of many images, in processes of its own.
 
-    Use as a context manager. What is exact on a GPU is computed there, in this process.
+    Use as a context manager. While the network works on a GPU, the processes work beside it. On a CPU, where both would
+    fight for the cores, they take turns: as many images as there are processes, then the CRF of these at once. What is
+    exact on a GPU is computed there, in this process.
 
     Args:
         backend: as in `dense_crf`.
         device: of the network.
-        workers: processes; 0: none but this one. None: one a CPU core that this process may use.
+        workers: processes; 0: none but this one. None: one a CPU core that falls to this process.
         images: how many there will be at most; no more processes than those are started.
     """
 
@@ -133,8 +136,9 @@ class CrfPool:
         if backend == "pydensecrf":
             require_pydensecrf()
         self._backend, self._device = backend, device
-        count = min(_cores() if workers is None else workers, images - 1)  # a single image has nothing to overlap with
-        self._workers = 0 if backend == "exact" and device.type == "cuda" else max(count, 0)
+        count = min(_cores() if workers is None else workers, images)
+        alone = (backend == "exact" and device.type == "cuda") or images == 1 or (count == 1 and device.type == "cpu")
+        self._workers = 0 if alone else count
         self._pool: ProcessPoolExecutor | None = None
 
     def __enter__(self) -> Self:
@@ -159,29 +163,36 @@ class CrfPool:
 
         Args:
             items: anything, (H, W, 3) uint8 RGB, and (C+1, H, W) float32 probabilities; or anything, none and none,
-                which keeps its place. At most two a process are drawn before the first result is given.
+                which keeps its place. No more are drawn ahead than two a process.
 
         Returns:
             The item, its marginals (C+1, H, W) float32, and none; or the item, none, and what went wrong.
         """
+        if self._device.type == "cpu":
+            for turn in _in_turns(items, max(self._workers, 1)):
+                yield from [_collect(*pair) for pair in [self._submit(*one) for one in turn]]
+            return
         running: deque[tuple[Item, Future[np.ndarray] | None]] = deque()
-        for item, image, probabilities in items:
-            refined = None if image is None or probabilities is None else self._submit(image, probabilities)
-            running.append((item, refined))
+        for one in items:
+            running.append(self._submit(*one))
             if len(running) > 2 * self._workers:
                 yield _collect(*running.popleft())
         while running:
             yield _collect(*running.popleft())
 
-    def _submit(self, image: np.ndarray, probabilities: np.ndarray) -> Future[np.ndarray]:
+    def _submit(
+        self, item: Item, image: np.ndarray | None, probabilities: np.ndarray | None
+    ) -> tuple[Item, Future[np.ndarray] | None]:
+        if image is None or probabilities is None:
+            return item, None
         if self._pool is not None:
-            return self._pool.submit(dense_crf, image, probabilities, backend=self._backend)
+            return item, self._pool.submit(dense_crf, image, probabilities, backend=self._backend)
         future: Future[np.ndarray] = Future()
         try:
             future.set_result(dense_crf(image, probabilities, backend=self._backend, device=self._device))
         except _OF_THE_IMAGE as error:
             future.set_exception(error)
-        return future
+        return item, future
 
 
 _OF_THE_IMAGE = (RuntimeError, ValueError, MemoryError)
@@ -205,8 +216,16 @@ def _prepare(backend: Backend) -> None:
         torch.set_num_threads(1)
 
 
+def _in_turns(items: Iterable[Item], count: int) -> Iterator[list[Item]]:
+    items = iter(items)
+    while turn := list(islice(items, count)):
+        yield turn
+
+
 def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """CPU cores that fall to this process, of those that the processes of this machine share."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def _check(image: np.ndarray, probabilities: np.ndarray) -> None:

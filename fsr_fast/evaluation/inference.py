@@ -158,11 +158,22 @@ def _pass(
         size = scaled_size((images[0].shape[-2], images[0].shape[-1]), scale, network.encoder.patch_size)
         scaled = torch.cat([resize_images(part, size) for part in images])
         views.append(torch.cat([scaled, scaled.flip(-1)]))
-    passes = dict(zip(wanted, pair_mirrored(network.encoder.forward_packed(views)), strict=True))
+    passes = dict(zip(wanted, pair_mirrored(_run_trunk(network, views)), strict=True))
     logits = []
     for plain, mirrored in (passes[scale] for scale in scales):
         logits.append(decode(plain) + decode(mirrored).flip(-1) if flip else decode(plain))
     return _Passed([passes[scale] for scale in cam_scales], logits)
+
+
+def _run_trunk(network: Network, views: Sequence[Tensor]) -> list[Features]:
+    """Pass images of several sizes (B, 3, h, w): on a GPU all at once, on a CPU one by one, as its caches like it."""
+    if views[0].is_cuda:
+        return network.encoder.forward_packed(views)
+    found = [[network.encoder(image[None]) for image in view] for view in views]
+    return [
+        Features(torch.cat([one.tokens for one in each]), torch.cat([one.aux for one in each]), each[0].grid)
+        for each in found
+    ]
 
 
 def _read_out(network: Network, passed: _Passed, labels: Tensor | None, size: tuple[int, int]) -> Inference:

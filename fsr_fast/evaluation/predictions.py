@@ -19,7 +19,7 @@ from fsr_fast.evaluation.samples import Failure, Images, Sample, batches_of_like
 from fsr_fast.models import Network
 
 Kind = Literal["pseudo", "seg", "seg+crf"]
-BATCH_PIXELS = {"cpu": 2**19, "cuda": 2**22}
+BATCH_PIXELS = {"cpu": 2**18, "cuda": 2**22}
 """Pixels of the images that go through the network together, at their own resolution."""
 
 

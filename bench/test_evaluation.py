@@ -1,0 +1,166 @@
+"""Evaluation: the latency of a single image, and images a second beside a plain loop with pydensecrf.
+
+The plain loop is what one writes first: image by image, the passes of the CAMs, then those of the segmentation, each
+scale and each mirror image by itself, then pydensecrf in the same process. It runs the same network. The folder of
+photographs is that of FSR_VOC_ANIMALS; without it the embedded data set is taken.
+"""
+
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.harness import Floor, compare, size
+from fsr_fast.config import Config, build_config
+from fsr_fast.dataloading.datasets import SegmentationDataset, build_datasets
+from fsr_fast.evaluation.crf import dense_crf
+from fsr_fast.evaluation.evaluator import evaluate_network
+from fsr_fast.evaluation.inference import infer
+from fsr_fast.evaluation.metrics import ConfusionMatrix
+from fsr_fast.models import Network, build_network
+from fsr_fast.models.network import activate, to_map
+from fsr_fast.models.work import TrunkPass
+from fsr_fast.runtime.distributed import Process
+
+CAM_SCALES, SCALES = (1.0, 0.5, 1.5), (1.0, 1.25, 1.5)
+BACKBONES = {"ViT-Ti": "vit_tiny", "ViT-S": "vit_small", "ViT-B": "vit_base"}
+IMAGES = 16
+
+
+def network_of(backbone: str, device: torch.device, classes: tuple[str, ...]) -> tuple[Network, Config]:
+    recipe = {"model": {"backbone": f"{backbone}_patch16_224", "pretrained": "none"}, "run": {"device": device.type}}
+    config = build_config({**recipe, "evaluate": {"crf": True}, "data": {"root": "unused"}}, "the bench")
+    torch.manual_seed(0)
+    return build_network(config.model, classes, 224).to(device).eval(), config
+
+
+@torch.no_grad()
+def plain_passes(network: Network, image: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """CAMs of the classes that `labels` (1, C) shows, and logits, at the size of the image."""
+    height, width = image.shape[-2:]
+
+    def features(scale: float, flip: bool) -> tuple[Tensor, tuple[int, int]]:
+        grid = tuple(max(1, round(side * scale / 16)) for side in (height, width))
+        scaled = F.interpolate(image, size=(16 * grid[0], 16 * grid[1]), mode="bilinear")
+        found = network.encoder(scaled.flip(-1) if flip else scaled)
+        return network.encoder.norm(found.tokens), found.grid
+
+    def upsample(maps: Tensor, flip: bool) -> Tensor:
+        return F.interpolate(maps.flip(-1) if flip else maps, size=(height, width), mode="bilinear")
+
+    cams = []
+    for scale in CAM_SCALES:
+        both = [activate(*_with(network.top_classifier, features(scale, flip))).relu() for flip in (False, True)]
+        cams.append(torch.maximum(*(upsample(cam, flip) for cam, flip in zip(both, (False, True), strict=True))))
+    cam = sum(cams) * labels[..., None, None]
+    cam = cam - cam.amin((2, 3), keepdim=True)
+    cam = cam / (cam.amax((2, 3), keepdim=True) + 1e-5)
+    logits = []
+    for scale in SCALES:
+        both = [network.decoder(to_map(*features(scale, flip))) for flip in (False, True)]
+        logits.append(upsample(both[0], False) + upsample(both[1], True))
+    return cam, torch.stack(logits).amax(0)
+
+
+def _with(classifier: torch.nn.Conv2d, found: tuple[Tensor, tuple[int, int]]) -> tuple[Any, ...]:
+    return found[0], classifier, found[1]
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_latency(benchmark: Any, device: torch.device, name: str) -> None:
+    h, w = size(device, gpu=(375, 500), cpu=(224, 224))
+    classes = tuple(f"class {number}" for number in range(20))
+    network, _ = network_of(BACKBONES[name], device, classes)
+    scales = [*CAM_SCALES, *(scale for scale in SCALES if scale not in CAM_SCALES)]
+    groups = tuple((2, round(h * scale / 16) * round(w * scale / 16)) for scale in scales)
+    flops = network.encoder.shape.flops([TrunkPass(groups, network.encoder.depth, gradient=False)])
+    weights = sum(4 * parameter.numel() for parameter in network.parameters())
+
+    def inputs(generator: torch.Generator) -> tuple[Tensor, ...]:
+        labels = torch.zeros(1, len(classes))
+        labels[0, :2] = 1
+        return torch.randn(1, 3, h, w, generator=generator).to(device), labels.to(device)
+
+    def ours(image: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        found = infer(network, image, labels, cam_scales=CAM_SCALES, scales=SCALES)
+        return found.cams.values, found.seg_logits
+
+    def eager(image: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        return plain_passes(network, image, labels)
+
+    floor = Floor(forward_bytes=weights, forward_flops=flops)
+    compare(
+        benchmark, device, f"evaluation_latency {name} {h}x{w}", ours=ours, eager=eager, inputs=inputs, floor=floor,
+        dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
+    )  # fmt: skip
+
+
+def plain_loop(network: Network, dataset: SegmentationDataset, indices: Sequence[int], device: torch.device) -> None:
+    matrices = [ConfusionMatrix(len(network.classes)) for _ in range(3)]
+    mean, deviation = (torch.tensor(values).view(3, 1, 1) for values in (network.mean, network.deviation))
+    for index in indices:
+        picture = np.asarray(dataset.image(index))
+        image = (torch.tensor(picture).permute(2, 0, 1) / 255 - mean) / deviation
+        labels = torch.from_numpy(dataset.labels[index])[None].to(device)
+        cam, logits = plain_passes(network, image[None].to(device), labels)
+        refined = dense_crf(picture, logits[0].softmax(0).cpu().numpy())
+        value, label = cam[0].max(0)
+        found = [torch.where(value > 0.5, label + 1, 0), logits[0].argmax(0), torch.from_numpy(refined.argmax(0))]
+        for matrix, prediction in zip(matrices, found, strict=True):
+            matrix.update(prediction.cpu(), dataset.mask(index))
+
+
+def setting(device: torch.device) -> tuple[Network, SegmentationDataset, Config]:
+    folder = os.environ.get("FSR_VOC_ANIMALS")
+    data = {"dataset": "voc", "root": folder, "workers": 0} if folder else {"dataset": "synthetic", "workers": 0}
+    recipe = {"data": data, "evaluate": {"crf": True, "limit": IMAGES}, "run": {"device": device.type}}
+    config = build_config(recipe, "the bench")
+    _, dataset = build_datasets(config.data)
+    network, _ = network_of("vit_tiny", device, dataset.classes)
+    return network, dataset, config
+
+
+def evaluate_share(rank: int, world_size: int, folder: str) -> None:
+    """One of several processes on the CPU; the first writes down how long all of them took together."""
+    torch.set_num_threads(1)
+    os.environ["LOCAL_WORLD_SIZE"] = str(world_size)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world_size)
+    device = torch.device("cpu")
+    network, dataset, config = setting(device)
+    dist.barrier()
+    began = time.perf_counter()
+    evaluate_network(network, dataset, config, Process(rank, world_size, device))
+    dist.barrier()
+    if rank == 0:
+        Path(folder, "seconds").write_text(str(time.perf_counter() - began))
+    dist.destroy_process_group()
+
+
+def test_images_per_second(benchmark: Any, device: torch.device, tmp_path: Path) -> None:
+    network, dataset, config = setting(device)
+    began = time.perf_counter()
+    plain_loop(network, dataset, range(IMAGES), device)
+    seconds = {"plain loop": time.perf_counter() - began}
+
+    def evaluate() -> None:
+        began = time.perf_counter()
+        assert evaluate_network(network, dataset, config, Process(0, 1, device)).images == IMAGES
+        seconds["one process"] = time.perf_counter() - began
+
+    benchmark.pedantic(evaluate, rounds=1)
+    if device.type == "cpu":
+        cores = len(os.sched_getaffinity(0))
+        multiprocessing.spawn(evaluate_share, (cores, str(tmp_path)), nprocs=cores)
+        seconds[f"{cores} processes"] = float((tmp_path / "seconds").read_text())
+    benchmark.extra_info.update(seconds)
+    rates = ", ".join(f"{name} {IMAGES / value:.3f} images/s" for name, value in seconds.items())
+    print(f"\n{IMAGES} images with CRF: {rates}")
