@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test interpret lint types bench clean
+.PHONY: train test interpret lint types docs bench clean
 
 train: .venv/runtime
 	$(BIN)/python -m fsr_fast.train
@@ -24,6 +24,9 @@ lint: .venv/development
 
 types: .venv/development
 	$(BIN)/mypy
+
+docs: .venv/development
+	$(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache

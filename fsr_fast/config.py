@@ -156,7 +156,8 @@ def build_config(values: dict[str, Any], origin: str, source: CliSettingsSource[
 
 
 def read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Read a recipe. Its key `base` names another one, in the same folder, over whose values it is laid.
+    """Read a recipe. Its key `base` names another one, over whose values it is laid: a file in the same
+    folder, or a recipe of the package.
 
     Args:
         path: the file, or the name of a recipe of the package, e.g. `voc_vit_b`.
@@ -180,7 +181,11 @@ def read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise UserError(f"{path}: expected a mapping of sections (run:, data:, model:, …)")
     base = values.pop("base", None)
-    return _merge(read_yaml(path.parent / str(base), (*above, path)), values) if base is not None else values
+    if base is None:
+        return values
+    beside = path.parent / str(base)
+    found = beside if beside.is_file() or Path(str(base)).suffix else Path(str(base))
+    return _merge(read_yaml(found, (*above, path)), values)
 
 
 def dump_config(config: Config) -> str:

@@ -254,6 +254,14 @@ def test_a_recipe_is_found_by_its_name_and_a_file_of_that_name_goes_first(tmp_pa
     assert load("--config", "synthetic").mask.ratio == 0.125
 
 
+def test_a_base_is_a_file_beside_or_a_recipe_by_name(tmp_path):
+    (tmp_path / "mine.yaml").write_text("base: voc_animals\nmask: {ratio: 0.125}\n")
+    config = load("--config", str(tmp_path / "mine.yaml"))
+    assert (config.mask.ratio, config.data.subset) == (0.125, recipe("voc_animals").data.subset)
+    (tmp_path / "voc_animals").write_text("data: {dataset: synthetic}\n")
+    assert load("--config", str(tmp_path / "mine.yaml")).data.dataset == "synthetic"
+
+
 def test_a_missing_file_is_named_with_the_recipes_that_there_are(tmp_path):
     message = refusal("--config", str(tmp_path / "none.yaml"))
     assert "none.yaml: no such configuration" in message
