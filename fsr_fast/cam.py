@@ -27,6 +27,7 @@ def multi_scale_passes(
     first: Features | None = None,
     keep: Sequence[Tensor] | None = None,
     aux_only: bool = False,
+    float8: bool = False,
 ) -> list[ScalePass]:
     """Pass images and their mirror images through the trunk at every scale, all scales as one sequence.
 
@@ -37,13 +38,14 @@ def multi_scale_passes(
         first: features of the images at scale 1.0, where they are known already.
         keep: stochastic depth of each scale's images, (depth, 2, 2B): images first, then mirror images.
         aux_only: stop after the auxiliary block.
+        float8: round the factors of the blocks' linear layers to float8.
 
     Returns:
         One pair of features a scale. Source: paper, implementation details.
     """
     views = scaled_views(images, scales, encoder.patch_size, known=first is not None)
     factors = torch.cat(list(keep), dim=-1) if keep else None
-    return pair_mirrored(encoder.forward_packed(views, factors, aux_only=aux_only), first)
+    return pair_mirrored(encoder.forward_packed(views, factors, aux_only=aux_only, float8=float8), first)
 
 
 def scaled_views(images: Tensor, scales: Sequence[float], patch_size: int, *, known: bool = False) -> list[Tensor]:

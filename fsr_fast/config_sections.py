@@ -174,6 +174,9 @@ class CamConfig(Section):
 
     scales: Scales = (1.0, 0.5, 1.5)
     """Scales of the passes; each is run with its mirror image. The first must be 1.0."""
+    fp8: bool = False
+    """Round the factors of the linear layers to float8 (e4m3) in those CAM passes of the training that serve nothing
+    else. For GPUs of compute capability 8.9 and later."""
 
     @model_validator(mode="after")
     def _first_scale_is_one(self) -> Self:

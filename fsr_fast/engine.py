@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from timm.layers import Mlp
 from torch import Tensor
 from torch.nn.functional import interpolate
 
@@ -13,6 +14,8 @@ from fsr_fast.errors import UserError
 from fsr_fast.kernels import MergedCams
 from fsr_fast.models import Network
 from fsr_fast.models.attention import choose_backend
+from fsr_fast.models.encoder import Encoder
+from fsr_fast.models.float8 import has_float8
 from fsr_fast.pseudo_labels import half_size
 from fsr_fast.runtime.distributed import world_size
 from fsr_fast.runtime.precision import uses_half
@@ -94,7 +97,18 @@ def build_step(student: Network, config: Config, slots: int) -> FSRStep:
         encoder.compile_blocks()
     if device.type == "cuda":
         student.decoder.to(memory_format=torch.channels_last)
+    if config.cam.fp8:
+        _check_float8(encoder, device)
     return (ReferenceStep if run.engine == "reference" else FSRStep)(student, config, slots)
+
+
+def _check_float8(encoder: Encoder, device: torch.device) -> None:
+    if not has_float8(device):
+        raise UserError("cam.fp8: this GPU has no float8; it takes compute capability 8.9 or later; --cam.fp8 false")
+    mlp: Any = encoder.blocks[0].mlp
+    plain = type(mlp) is Mlp
+    if not plain or encoder.width % 16 or mlp.fc1.out_features % 16:
+        raise UserError("cam.fp8: the backbone needs plain MLPs and widths that are multiples of 16; --cam.fp8 false")
 
 
 def reference_settings(config: Config, student: Network) -> reference.Settings:

@@ -73,7 +73,15 @@ def _multi_scale_guide(
     source, scales = config.mask.source, config.cam.scales
     short = source == "aux" and unmasked is None
     with autocast(view2.device, config.run.amp):
-        passes = multi_scale_passes(student.encoder, view2, scales, first=unmasked, keep=draws.mask_cam, aux_only=short)
+        passes = multi_scale_passes(
+            student.encoder,
+            view2,
+            scales,
+            first=unmasked,
+            keep=draws.mask_cam,
+            aux_only=short,
+            float8=config.cam.fp8,
+        )
         size = (view2.shape[-2], view2.shape[-1])
         cams = merge_passes(student, passes, labels, classifier=source, slots=slots, size=size)
     return dense_cams(cams, labels.shape[1])

@@ -27,6 +27,9 @@ from fsr_fast.runtime.precision import autocast
 from fsr_fast.schedules import Schedule
 from fsr_fast.teacher import Teacher
 
+Size = tuple[int, int]
+Source = Literal["top", "aux"]
+
 
 class StepOutput(NamedTuple):
     """Result of a step."""
@@ -122,16 +125,16 @@ class FSRStep(nn.Module):
         self, view1: Tensor | None, view2: Tensor | None, draws: Draws
     ) -> tuple[Features | None, list[Features]]:
         """Give view 2's features, where the teacher shares them, and those of view 1's scaled and mirrored images."""
-        encoder, shared = self.student.encoder, self.shares_passes
-        views = [] if view2 is None or not shared else [view2]
-        if view1 is not None:
-            views += scaled_views(view1, self.config.cam.scales, encoder.patch_size, known=shared)
-        if not views:
-            return None, []
+        encoder, shared, cam = self.student.encoder, self.shares_passes, self.config.cam
+        alone = [view2] if view2 is not None and shared else []
+        scaled = [] if view1 is None else scaled_views(view1, cam.scales, encoder.patch_size, known=shared)
         keep = torch.cat(draws.cam, dim=-1) if draws.cam else None
         with torch.no_grad(), self._autocast():
-            features = encoder.forward_packed(views, keep)
-        return (features[0], features[1:]) if view2 is not None and shared else (None, features)
+            if cam.fp8:  # but view 2's features are the teacher's, too
+                features = encoder.forward_packed(alone) + encoder.forward_packed(scaled, keep, float8=True)
+            else:
+                features = encoder.forward_packed(alone + scaled, keep)
+        return features[0] if alone else None, features[len(alone) :]
 
     def _pass_student(
         self, view1: Tensor, view2: Tensor, masked: MaskedPatches | None, keep: Tensor
@@ -174,9 +177,7 @@ class FSRStep(nn.Module):
             aux_class_logits = classify(aux, self.student.aux_classifier)
         return classification_loss(class_logits, aux_class_logits, labels)
 
-    def _contrast(
-        self, top: Tensor, passes: list[ScalePass], labels: Tensor, size: tuple[int, int], grid: tuple[int, int]
-    ) -> Tensor:
+    def _contrast(self, top: Tensor, passes: list[ScalePass], labels: Tensor, size: Size, grid: Size) -> Tensor:
         thresholds = self.config.pseudo_label
         cams = self._merge(passes, labels, "aux", size, grid)
         patch_labels = merged_labels(cams, high=thresholds.high, low=thresholds.low)
@@ -230,22 +231,11 @@ class FSRStep(nn.Module):
 
     @torch.no_grad()
     def _merge(
-        self,
-        passes: list[ScalePass],
-        labels: Tensor,
-        classifier: Literal["top", "aux"],
-        size: tuple[int, int],
-        output_size: tuple[int, int] | None = None,
+        self, passes: list[ScalePass], labels: Tensor, source: Source, size: Size, output_size: Size | None = None
     ) -> MergedCams:
         with self._autocast():
             return merge_passes(
-                self.student,
-                passes,
-                labels,
-                classifier=classifier,
-                slots=self.slots,
-                size=size,
-                output_size=output_size,
+                self.student, passes, labels, classifier=source, slots=self.slots, size=size, output_size=output_size
             )
 
     def _autocast(self) -> torch.autocast:
@@ -256,5 +246,5 @@ def _detach(features: Features) -> Features:
     return Features(features.tokens.detach(), features.aux.detach(), features.grid)
 
 
-def _size(images: Tensor) -> tuple[int, int]:
+def _size(images: Tensor) -> Size:
     return images.shape[-2], images.shape[-1]

@@ -5,7 +5,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fsr_fast.engine import build_step
+from fsr_fast.errors import UserError
 from fsr_fast.models.encoder import run_block
+from fsr_fast.models.float8 import linear_float8
 from fsr_fast.schedules import schedule_at
 from fsr_fast.step import FSRStep, StepOutput
 from tests import helpers
@@ -53,6 +55,56 @@ def test_checkpointing_keeps_less_for_the_backward_pass():
 def test_a_teacher_of_its_own_is_compiled_too():
     step = build(OFFICIAL, {"run": {"compile": True}})
     assert step.teacher.network.encoder._run_block is step.student.encoder._run_block
+
+
+# --- float8
+
+
+def in_float8(*changes: dict) -> tuple[FSRStep, FSRStep]:
+    return build(OFF, *changes), build(OFF, *changes, {"cam": {"fp8": True}})
+
+
+@pytest.mark.parametrize("changes", [({},), (OFFICIAL,)], ids=["paper", "official"])
+def test_float8_leaves_nearly_all_pseudo_labels_as_they_are(changes):
+    agreed = []
+    for seed in range(3):
+        outputs = []
+        for step in in_float8(*changes):
+            draws = step.draw(8, helpers.generator(0))
+            views = helpers.views(8, seed)
+            outputs.append(step(views, helpers.labels(8), draws, schedule_at(step.config, LATE)))
+        plain, rounded = outputs
+        assert not torch.equal(plain.cams.values, rounded.cams.values)
+        agreed.append((plain.pseudo_labels == rounded.pseudo_labels).float().mean().item())
+    assert sum(agreed) / 3 > 0.98  # random weights: every map is near a threshold somewhere
+
+
+def test_float8_touches_no_loss_that_reads_no_cam():
+    distils = {"loss": {"affinity": 0.0, "segmentation": 0.0}}
+    plain, rounded = (run(step) for step in in_float8(distils))
+    assert plain.losses == rounded.losses
+    assert plain.work == rounded.work
+
+
+def test_a_layer_in_float8_is_off_by_its_rounding_alone():
+    layer = torch.nn.Linear(64, 32)
+    inputs = torch.randn(10, 64, generator=helpers.generator()) * torch.logspace(-3, 3, 10)[:, None]  # a scale a token
+    expected, found = layer(inputs), linear_float8(layer, inputs).float()
+    error = (found - expected).norm(dim=1) / expected.norm(dim=1)
+    assert 0.001 < error.max() < 0.06
+
+
+@pytest.mark.parametrize("options", [{"embed_dim": 24}, {"mlp_ratio": 2.625}], ids=str)
+def test_a_backbone_whose_widths_do_not_fit_float8_is_refused(options):
+    backbone = helpers.values()["model"]["backbone_options"]
+    with pytest.raises(UserError, match=r"multiples of 16; --cam\.fp8 false"):
+        build(OFF, {"model": {"backbone_options": backbone | options}, "cam": {"fp8": True}})
+
+
+def test_a_gpu_without_float8_is_refused(monkeypatch):
+    monkeypatch.setattr("fsr_fast.engine.has_float8", lambda device: False)
+    with pytest.raises(UserError, match=r"8\.9 or later"):
+        build(OFF, {"cam": {"fp8": True}})
 
 
 # --- the host never waits for the device

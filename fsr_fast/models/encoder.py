@@ -15,6 +15,7 @@ from fsr_fast.config import ModelConfig
 from fsr_fast.errors import UserError, nearest
 from fsr_fast.models.aggregator import AggregatorBlock, pool_unmasked
 from fsr_fast.models.attention import Backend, Groups, attend
+from fsr_fast.models.float8 import linear_float8
 from fsr_fast.models.work import TrunkPass, TrunkShape
 
 
@@ -120,7 +121,12 @@ class Encoder(nn.Module):
         return features
 
     def forward_packed(
-        self, images: Sequence[Tensor], keep: Tensor | None = None, *, aux_only: bool = False
+        self,
+        images: Sequence[Tensor],
+        keep: Tensor | None = None,
+        *,
+        aux_only: bool = False,
+        float8: bool = False,
     ) -> list[Features]:
         """Pass images of several sizes through the trunk as one sequence.
 
@@ -128,11 +134,14 @@ class Encoder(nn.Module):
             images: one (B, 3, H, W) for each size, as `forward` takes them.
             keep: (depth, 2, ΣB), factors of the branches of all images.
             aux_only: stop after the auxiliary block.
+            float8: round the factors of the blocks' linear layers to float8; no gradient then.
 
         Returns:
             Features of each entry of `images`.
         """
-        return self._pass([self._embed(one, None) for one in images], keep, aux_only)
+        if not images:
+            return []
+        return self._pass([self._embed(one, None) for one in images], keep, aux_only, float8)
 
     def _embed(self, images: Tensor, mask: Tensor | None) -> tuple[Tensor, tuple[int, int]]:
         embedded = self.patch_embed["proj"](images)
@@ -143,7 +152,11 @@ class Encoder(nn.Module):
         return tokens + resize_position_embedding(self.pos_embed, self.grid, grid)[:, 1:], grid
 
     def _pass(
-        self, embedded: Sequence[tuple[Tensor, tuple[int, int]]], keep: Tensor | None, aux_only: bool
+        self,
+        embedded: Sequence[tuple[Tensor, tuple[int, int]]],
+        keep: Tensor | None,
+        aux_only: bool,
+        float8: bool = False,
     ) -> list[Features]:
         shapes = [(one.shape[0], one.shape[1]) for one, _ in embedded]
         alike = itertools.groupby(shapes, key=lambda shape: shape[1])
@@ -155,7 +168,7 @@ class Encoder(nn.Module):
         factors = None if keep is None else _spread(keep.to(tokens.dtype), groups)
         aux = tokens
         for index, block in enumerate(self.blocks[:depth]):
-            arguments = block, tokens, None if factors is None else factors[index], groups, self.attention
+            arguments = block, tokens, None if factors is None else factors[index], groups, self.attention, float8
             if self.checkpointing and torch.is_grad_enabled():
                 tokens = checkpoint(self._run_block, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
@@ -233,7 +246,9 @@ def resize_position_embedding(embedding: Tensor, grid: tuple[int, int], size: tu
     return torch.cat([embedding[:, :1], patches.flatten(2).transpose(1, 2).to(embedding.dtype)], dim=1)
 
 
-def run_block(block: Any, tokens: Tensor, keep: Tensor | None, groups: Groups, backend: Backend) -> Tensor:
+def run_block(
+    block: Any, tokens: Tensor, keep: Tensor | None, groups: Groups, backend: Backend, float8: bool = False
+) -> Tensor:
     """Run one block on packed images.
 
     Args:
@@ -242,15 +257,19 @@ def run_block(block: Any, tokens: Tensor, keep: Tensor | None, groups: Groups, b
         keep: (2, T, 1), factors of the attention's and the MLP's branch; none: both count.
         groups: sizes of the images in T.
         backend: how attention is computed.
+        float8: round the factors of the linear layers to float8.
 
     Returns:
         (T, D).
     """
-    attention = block.attn
-    query, key, value = attention.qkv(block.norm1(tokens)).unflatten(-1, (3, attention.num_heads, -1)).unbind(1)
+    attention, mlp = block.attn, block.mlp
+    linear = linear_float8 if float8 else nn.Linear.__call__
+    query, key, value = linear(attention.qkv, block.norm1(tokens)).unflatten(-1, (3, attention.num_heads, -1)).unbind(1)
     mixed = attend(attention.q_norm(query), attention.k_norm(key), value, groups, backend)
-    tokens = _add(tokens, block.ls1(attention.proj(mixed)), None if keep is None else keep[0])
-    return _add(tokens, block.ls2(block.mlp(block.norm2(tokens))), None if keep is None else keep[1])
+    tokens = _add(tokens, block.ls1(linear(attention.proj, mixed)), None if keep is None else keep[0])
+    normed = block.norm2(tokens)
+    fed = linear_float8(mlp.fc2, mlp.norm(mlp.act(linear_float8(mlp.fc1, normed)))) if float8 else mlp(normed)
+    return _add(tokens, block.ls2(fed), None if keep is None else keep[1])
 
 
 def _add(tokens: Tensor, branch: Tensor, keep: Tensor | None) -> Tensor:
