@@ -1,15 +1,20 @@
 """The dense CRF: exact Gaussians on the tiles against the matrix of all pairs in blocks, and against pydensecrf."""
 
+import os
 import time
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from bench.harness import Floor, compare, size
 from fsr_fast.evaluation.crf import dense_crf as dense_crf_of
+from fsr_fast.evaluation.metrics import ConfusionMatrix
 from fsr_fast.kernels import dense_crf
 from fsr_fast.kernels.gaussian_tiles import bilateral_features
 
@@ -75,3 +80,53 @@ def test_dense_crf(benchmark: Any, device: torch.device, classes: int) -> None:
         inputs=inputs,
         floor=floor,
     )
+
+
+def beliefs_of(mask: np.ndarray, generator: torch.Generator) -> Tensor:
+    """What a decoder might say: the true mask, displaced, on a grid of patches, with noise; (1, 21, H, W)."""
+    known = torch.from_numpy(np.where(mask == 255, 0, mask)).long()
+    classes = F.one_hot(known, 21).permute(2, 0, 1)[None].float()
+    shift = torch.randint(-6, 7, (2,), generator=generator).tolist()
+    grid = (max(1, mask.shape[0] // 16), max(1, mask.shape[1] // 16))
+    logits = 7 * F.interpolate(classes.roll(shift, (2, 3)), size=grid, mode="area")
+    logits += torch.randn(1, 21, *grid, generator=generator)
+    absent = classes.amax((2, 3)) == 0
+    absent[:, 0] = False
+    logits -= 4 * absent[..., None, None]
+    return F.interpolate(logits, size=mask.shape, mode="bilinear").softmax(1)
+
+
+@pytest.mark.skipif("FSR_VOC_ANIMALS" not in os.environ, reason="FSR_VOC_ANIMALS names no folder of photographs")
+def test_agreement_on_photographs(benchmark: Any, device: torch.device) -> None:
+    """Both back ends on photographs: equal pixels, mean IoU, seconds an image. A CPU takes them at half size."""
+    root = Path(os.environ["FSR_VOC_ANIMALS"])
+    names = (root / "ImageSets/Segmentation/val.txt").read_text().split()
+    names = size(device, gpu=names, cpu=names[1:40:13])
+    matrices = {kind: ConfusionMatrix(20) for kind in ("before", "pydensecrf", "exact")}
+    seconds = dict.fromkeys(matrices, 0.0)
+    equal = pixels = 0
+    for number, name in enumerate(names):
+        picture, mask = read(root, name, half=device.type == "cpu")
+        beliefs = beliefs_of(mask, torch.Generator().manual_seed(number))[0].numpy()
+        found = {"before": beliefs.argmax(0)}
+        for backend in ("pydensecrf", "exact"):
+            began = time.perf_counter()
+            found[backend] = dense_crf_of(picture, beliefs, backend=backend, device=device).argmax(0)
+            seconds[backend] += (time.perf_counter() - began) / len(names)
+        for kind, labels in found.items():
+            matrices[kind].update(labels, mask)
+        equal += int((found["pydensecrf"] == found["exact"]).sum())
+        pixels += mask.size
+    benchmark.pedantic(lambda: None, rounds=1)
+    means = ", ".join(f"{kind} {matrix.mean_iou():.2f}" for kind, matrix in matrices.items())
+    print(f"\n{len(names)} photographs: {100 * equal / pixels:.2f} % of the pixels equal; mIoU {means}")
+    print(f"seconds an image: pydensecrf {seconds['pydensecrf']:.3f}, exact {seconds['exact']:.3f} on {device}")
+
+
+def read(root: Path, name: str, *, half: bool) -> tuple[np.ndarray, np.ndarray]:
+    with (
+        Image.open(root / "JPEGImages" / f"{name}.jpg") as image,
+        Image.open(root / "SegmentationClassAug" / f"{name}.png") as mask,
+    ):
+        shape = (image.width // 2, image.height // 2) if half else image.size
+        return np.asarray(image.convert("RGB").resize(shape)), np.asarray(mask.resize(shape, Image.Resampling.NEAREST))

@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from PIL import Image
 
-from fsr_fast.config import build_config
+from fsr_fast.config import CONFIG_FOLDER, build_config, read_yaml
 from fsr_fast.dataloading import synthetic
 from fsr_fast.dataloading.datasets import build_datasets
 from fsr_fast.errors import UserError
@@ -23,6 +23,7 @@ from fsr_fast.evaluation.metrics import ConfusionMatrix
 from fsr_fast.evaluation.samples import WINDOW, Failure, Sample, batches_of_like_size
 from fsr_fast.evaluation.tally import Tally, class_counts, count_image
 from fsr_fast.models import build_network
+from fsr_fast.models.work import TrunkPass, TrunkShape
 from fsr_fast.runtime.checkpoint import write_checkpoint
 from fsr_fast.runtime.distributed import Process
 from tests import helpers
@@ -315,6 +316,20 @@ def test_a_validation_while_training_takes_every_nth_image(count, limit, trainin
     config = helpers.config({"evaluate": {"limit": limit, "training_limit": training_limit}})
     assert list(choose_images(count, config, during_training=True)) == while_training
     assert list(choose_images(count, config)) == alone
+
+
+@pytest.mark.parametrize(("recipe", "size"), [("voc_vit_b", (375, 500)), ("coco_vit_b", (480, 640))])
+def test_validations_take_at_most_five_percent_of_the_trunk_s_arithmetic_by_default(recipe, size):
+    config = build_config(read_yaml(CONFIG_FOLDER / f"{recipe}.yaml"), recipe)
+    shape = TrunkShape(width=768, hidden=3072, patch_values=768, depth=12, tokens=(config.data.image_size // 16) ** 2)
+    one_view = TrunkPass(((1, shape.tokens),), shape.depth, gradient=False)
+    units = 13.8  # passes of one view that an image of a training step needs at least, in the paper's preset
+    training = config.run.evaluate_every * config.optim.batch_size * units * shape.flops([one_view])
+    sizes = patch_sizes(size, sorted({*config.cam.scales, *config.evaluate.scales}), 16)
+    groups = tuple((2, height * width // 256) for height, width in sizes)
+    images = len(choose_images(5_000, config, during_training=True))
+    validation = images * shape.flops([TrunkPass(groups, shape.depth, gradient=False)])
+    assert 0.01 < validation / training <= 0.05
 
 
 # --- report
