@@ -34,7 +34,7 @@ class Instances:
     Args:
         path: the JSON file.
         classes: names of the foreground classes, in the order of the mask values 1, 2, ….
-        with_masks: keep the outlines, too; about 150 MB for the official validation file.
+        with_masks: keep the outlines, too.
 
     Raises:
         UserError: the file is no instances file, or a category is not among the classes.
