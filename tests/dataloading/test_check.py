@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fsr_fast.config import DataConfig
 from fsr_fast.data import main
 from fsr_fast.dataloading.check import KINDS
 from fsr_fast.dataloading.datasets import default_lists, detect_dataset
@@ -192,6 +193,12 @@ def test_the_report_counts_images_masks_and_classes(animals: Path, capsys: pytes
     printed = capsys.readouterr().out
     assert "| train | 4      | 4     | 1.50" in printed
     assert "nothing was found" in printed
+
+
+def test_the_embedded_data_set_has_no_fault(creatures: DataConfig, tmp_path: Path) -> None:
+    code, report = check(creatures.root, report=tmp_path / "report.json")
+    assert (code, report["dataset"], report["findings"]) == (0, "synthetic", [])
+    assert [report["lists"][part]["images"] for part in ("train", "val")] == [22, 7]
 
 
 def test_kinds_may_be_accepted(animals: Path) -> None:

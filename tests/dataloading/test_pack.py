@@ -3,6 +3,9 @@ import io
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
 import tarfile
 import tracemalloc
 from pathlib import Path
@@ -154,6 +157,30 @@ def test_an_interrupted_pack_leaves_nothing(
     with pytest.raises(error):
         pack(folder, tmp_path / "shards")
     assert list((tmp_path / "shards").iterdir()) == []
+
+
+@pytest.mark.faults
+def test_a_killed_pack_leaves_whole_shards_without_an_index_and_no_second_one_joins_them(
+    folder: Path, tmp_path: Path
+) -> None:
+    script = (
+        "import os, signal, sys; from fsr_fast import data; from fsr_fast.dataloading import pack; data.MEGABYTE = 1; "
+        "write = pack.TarWriter.write; "
+        "pack.TarWriter.write = lambda self, sample: (os.kill(os.getpid(), signal.SIGKILL) "
+        "if sample['__key__'].endswith('2') else None, write(self, sample)); data.main(sys.argv[1:])"
+    )
+    arguments = ["pack", str(folder), *VOC, "--output", str(tmp_path / "shards"), "--shard-size", "1"]
+    killed = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    left = {path.name for path in (tmp_path / "shards").iterdir()}
+    assert left == {f"train_aug-00000{number}.{end}" for number in range(2) for end in ("tar", "idx")} | {
+        "train_aug-000002.tar.partial"
+    }
+    for number in range(2):
+        with tarfile.open(tmp_path / f"shards/train_aug-00000{number}.tar") as tar:
+            assert len(tar.getnames()) == 2
+    with pytest.raises(UserError, match="of one that was interrupted; delete train_aug"):
+        pack(folder, tmp_path / "shards")
 
 
 def test_a_pack_is_never_overwritten(folder: Path, tmp_path: Path) -> None:
