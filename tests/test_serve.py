@@ -71,7 +71,9 @@ def test_a_picture_gets_its_scores_masks_and_maps(server):
     shares = {entry["name"]: entry["share"] for entry in answer["legend"]}
     for number, name in enumerate(helpers.CLASSES, start=1):
         assert shares.get(name, 0) == pytest.approx((expected.mask == number).mean())
-    assert all(address.startswith("data:image/webp;base64,") for address in (answer["picture"], answer["mask"]))
+    picture, mask = (Image.open(io.BytesIO(base64.b64decode(answer[key].partition(",")[2]))) for key in ("picture", "mask"))
+    assert (picture.size, mask.size) == ((40, 30), (40, 30))
+    np.testing.assert_array_equal(np.asarray(mask.convert("RGBA"))[..., 3] == 255, expected.mask > 0)
 
 
 def test_large_pictures_are_scaled_down(server):

@@ -164,7 +164,7 @@ def _describe(picture: Image.Image, prediction: Prediction) -> dict[str, Any]:
     colours = np.dstack([colourise(mask), np.where(mask, 255, 0).astype(np.uint8)])  # the background is clear
     return {
         "picture": data_uri(picture, None),
-        "mask": data_uri(Image.fromarray(colours), None),
+        "mask": data_uri(Image.fromarray(colours), None, lossless=True),
         "legend": [
             {
                 "name": names[label - 1],

@@ -73,13 +73,13 @@ def render_page(runs: Sequence[RunRecord], galleries: Mapping[str, Gallery], cla
     )
 
 
-def data_uri(picture: Image.Image, side: int | None = SIDE) -> str:
+def data_uri(picture: Image.Image, side: int | None = SIDE, *, lossless: bool = False) -> str:
     """Give a picture as a `data:` address, WebP, no side longer than `side` pixels."""
     if side is not None:
         picture = picture.copy()
         picture.thumbnail((side, side), Image.Resampling.LANCZOS)
     content = io.BytesIO()
-    picture.save(content, format="WEBP", quality=82)
+    picture.save(content, format="WEBP", quality=82, lossless=lossless)
     return f"data:image/webp;base64,{base64.b64encode(content.getvalue()).decode()}"
 
 
