@@ -85,7 +85,7 @@ def test_the_page_holds_all_that_it_shows(report):
     assert all(address.startswith(("#", "data:")) for address in addresses)
     assert "default-src 'none'" in page.all("meta")[2]["content"]
     assert page.source.count("plotly.js v") == 1
-    assert [path.name for path in report.parent.glob(".*")] == []
+    assert [path.name for path in report.parent.glob(".report*")] == []
 
 
 def test_it_gives_the_scores_of_the_summary_by_class(report):
