@@ -11,6 +11,7 @@ from .harness import (
     BOUND,
     CLASSES,
     DTYPE,
+    KERNELS,
     LABELS,
     TINY,
     Comparison,
@@ -182,7 +183,8 @@ def test_training_by_the_reference_engine_gives_the_same_weights():
         outputs = [iterate(trainer, draw_views((40, 56), seed=iteration), LABELS) for trainer in (fast, slow)]
     assert outputs[0].losses.keys() == outputs[1].losses.keys()
     torch.testing.assert_close(outputs[0].cams, outputs[1].cams, rtol=BOUND, atol=BOUND)
-    torch.testing.assert_close(state_of(fast), state_of(slow), rtol=0, atol=BOUND)
+    steps = 3 * fast.config.optim.learning_rate if KERNELS else BOUND  # Adam's, where the gradient is rounding error
+    torch.testing.assert_close(state_of(fast), state_of(slow), rtol=0, atol=steps)
     for part in ("teacher", "distillation"):
         ours, theirs = (getattr(trainer.step, part).state_dict() for trainer in (fast, slow))
         torch.testing.assert_close(ours, theirs, rtol=0, atol=BOUND)
