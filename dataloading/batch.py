@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 
@@ -50,6 +51,57 @@ class TrainSource(Protocol):
 
     def order(self, seed: int, epoch: int) -> Order:
         """Give the order of an epoch: every number once; a function of seed and epoch."""
+        ...
+
+
+Item = TypeVar("Item", covariant=True)
+
+
+class Items(Protocol[Item]):
+    """A property of each image, by its number."""
+
+    def __len__(self) -> int:
+        """Number of images."""
+        ...
+
+    def __getitem__(self, index: int, /) -> Item:
+        """Give it for an image."""
+        ...
+
+
+class ImageSet(TrainSource, Protocol):
+    """A list of images to train on or to evaluate: `SegmentationDataset` and `ShardDataset` are such."""
+
+    @property
+    def ids(self) -> Items[str]:
+        """Names of the images."""
+
+    @property
+    def labels(self) -> Items[NDArray[np.float32]]:
+        """For each image (C,), 1 where it shows the class, else 0."""
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the C foreground classes."""
+
+    @property
+    def max_labels(self) -> int:
+        """Largest number of labels that an image has."""
+
+    def image(self, index: int) -> Image.Image:
+        """Read an image as RGB, upright.
+
+        Raises:
+            DamagedFileError: it is missing or cannot be decoded.
+        """
+        ...
+
+    def mask(self, index: int) -> NDArray[np.uint8] | None:
+        """Read a mask, (H, W): 0 background, 1…C the classes, 255 ignored; none where there is none.
+
+        Raises:
+            DamagedFileError: it is damaged.
+        """
         ...
 
 

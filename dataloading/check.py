@@ -116,7 +116,7 @@ def check_dataset(config: DataConfig, parts: Iterable[str], accepted: Iterable[s
         for digest in lists["train"].digests.keys() & lists["val"].digests.keys():
             name, other = lists["train"].digests[digest], lists["val"].digests[digest]
             findings.append(Finding("leak", "train", name, f"has the pixels of the validation picture {other}"))
-    if config.dataset == "own" and config.root:
+    if config.dataset == "own" and isinstance(config.root, Path):
         findings += _unlisted(config.root / "images", splits.values())
     return Report(config, lists, [finding for finding in findings if finding.kind not in set(accepted)])
 

@@ -43,7 +43,7 @@ from fsr_fast.errors import UserError
 
 VIEWS = 2
 KINDS = {"brightness": 1, "contrast": 2, "saturation": 3}
-JPEG_END, PNG_END, TAIL = b"\xff\xd9", b"IEND", 64
+JPEG_END, PNG_END, PNG_EXIF, TAIL = b"\xff\xd9", b"IEND", b"eXIf", 64
 
 
 class DaliLoader(StreamLoader):
@@ -290,7 +290,9 @@ def _is_plain(data: bytes, kind: str, mode: str) -> bool:
     if mode not in ("RGB", "L"):
         return False
     tail = data[-TAIL:]
-    return (kind == "JPEG" and JPEG_END in tail) or (kind == "PNG" and data[24] == 8 and PNG_END in tail)
+    if kind == "PNG":
+        return data[24] == 8 and PNG_END in tail and PNG_EXIF not in data
+    return kind == "JPEG" and JPEG_END in tail
 
 
 def _reason(error: RuntimeError) -> str:

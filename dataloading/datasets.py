@@ -16,7 +16,7 @@ from PIL import Image
 
 from fsr_fast.config import DataConfig
 from fsr_fast.dataloading import synthetic
-from fsr_fast.dataloading.batch import EncodedImage, Order
+from fsr_fast.dataloading.batch import EncodedImage, ImageSet, Order
 from fsr_fast.dataloading.class_names import COCO_CLASSES, VOC_CLASSES
 from fsr_fast.dataloading.coco import has_instances, open_coco
 from fsr_fast.dataloading.images import IGNORE, DamagedFileError, image_size, read_image
@@ -24,6 +24,7 @@ from fsr_fast.dataloading.labels import open_labels, read_labels
 from fsr_fast.dataloading.layout import Files, Split, check_names, no_mask
 from fsr_fast.dataloading.names import Names
 from fsr_fast.dataloading.own import TABLE_ENDINGS, open_own
+from fsr_fast.dataloading.shard_reader import open_shards
 from fsr_fast.dataloading.voc import IMAGES, LISTS, PARTS, open_voc
 from fsr_fast.errors import UserError, nearest
 
@@ -134,7 +135,7 @@ def check_size(mask: NDArray[np.uint8], size: tuple[int, int], place: str) -> No
     )
 
 
-def build_datasets(config: DataConfig) -> tuple[SegmentationDataset, SegmentationDataset]:
+def build_datasets(config: DataConfig) -> tuple[ImageSet, ImageSet]:
     """Open the training and the validation list. The embedded data set is drawn if need be.
 
     Args:
@@ -147,12 +148,22 @@ def build_datasets(config: DataConfig) -> tuple[SegmentationDataset, Segmentatio
     Raises:
         UserError: a missing folder, list, image, label or mask, or an unknown class name.
     """
+    if config.dataset == "shards":
+        return open_shards(config, training=True), open_shards(config, training=False)
     if config.dataset == "synthetic":
-        synthetic.ensure(config.root or SYNTHETIC_ROOT)
+        synthetic.ensure(_folder(config))
     train = _build(config, training=True)
     if config.val_list is None:
         return train, replace(train, ids=Names(()), labels=train.labels[:0], dropped=0)
     return train, _build(config, training=False)
+
+
+def _folder(config: DataConfig) -> Path:
+    if isinstance(config.root, str):
+        raise UserError(
+            f"data.root: {config.root} is a URL; data.dataset {config.dataset!r} needs a folder, only 'shards' does not"
+        )
+    return config.root or SYNTHETIC_ROOT
 
 
 def detect_dataset(root: Path) -> str:
@@ -201,7 +212,7 @@ def open_split(config: DataConfig, *, training: bool, with_masks: bool) -> Split
     Raises:
         UserError: a missing folder or list, or a file of labels or annotations that cannot be read.
     """
-    root = config.root or SYNTHETIC_ROOT
+    root = _folder(config)
     list_name, key = (config.train_list, "data.train_list") if training else (config.val_list, "data.val_list")
     if list_name is None:
         raise UserError(f"{key}: none; name a list of images with masks")

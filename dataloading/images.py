@@ -187,7 +187,8 @@ def _opened(source: Source, name: str) -> Iterator[Image.Image]:
 
 def _orientation(image: Image.Image) -> int:
     try:
-        return image.getexif().get(ExifTags.Base.Orientation, 1)
+        # the base class's: PNG's own would decode the pixels, and its errors would be lost here
+        return Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
     except Exception:  # damaged EXIF data of all kinds, around pixels that may be sound
         return 1
 

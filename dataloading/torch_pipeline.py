@@ -14,8 +14,7 @@ from torch.utils.data import Dataset
 
 from fsr_fast.config import AugmentConfig, DataConfig
 from fsr_fast.dataloading.augment import apply_view, build_erasing, build_policy, draw_view_at
-from fsr_fast.dataloading.batch import Batch, EvaluationSample, TrainSource
-from fsr_fast.dataloading.datasets import SegmentationDataset
+from fsr_fast.dataloading.batch import Batch, EvaluationSample, ImageSet, TrainSource
 from fsr_fast.dataloading.images import read_image
 from fsr_fast.dataloading.stream import Positions, Stream, StreamLoader, read_ahead
 from fsr_fast.errors import UserError
@@ -55,7 +54,7 @@ class TorchLoader(StreamLoader):
 
 
 def evaluation_samples(
-    dataset: SegmentationDataset,
+    dataset: ImageSet,
     *,
     mean: Sequence[float],
     std: Sequence[float],
@@ -146,7 +145,7 @@ class _Decoded(NamedTuple):
 class _Images(Dataset[Any]):
     """Whole images by number."""
 
-    def __init__(self, dataset: SegmentationDataset, mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(self, dataset: ImageSet, mean: Sequence[float], std: Sequence[float]) -> None:
         self.dataset, self.normalise = dataset, _Normalise(mean, std)
 
     def __len__(self) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 Weight = Annotated[float, Field(ge=0.0, le=1000.0)]
@@ -73,11 +73,12 @@ class RunConfig(Section):
 class DataConfig(Section):
     """The data set."""
 
-    dataset: Literal["synthetic", "voc", "coco", "own"] = "voc"
+    dataset: Literal["synthetic", "voc", "coco", "own", "shards"] = "voc"
     """`synthetic` is generated on first use; `voc` is any folder in VOC layout; `coco` is MS COCO 2014, from
-    its own annotations or in VOC layout; `own` is a folder of pictures with a table of labels (docs/custom_data.md)."""
-    root: Path | None = None
-    """Folder of the data set. `synthetic` needs none."""
+    its own annotations or in VOC layout; `own` is a folder of pictures with a table of labels (docs/custom_data.md);
+    `shards` is what `fsr-fast data pack` writes."""
+    root: Path | str | None = None
+    """Folder of the data set; for `shards` also a URL that fsspec knows (`s3://…`). `synthetic` needs none."""
     train_list: str = "train_aug"
     """Name of the training list, without ending (VOC layout: in ImageSets/Segmentation), or the path of a list file."""
     val_list: str | None = "val"
@@ -99,6 +100,11 @@ class DataConfig(Section):
     max_bad_fraction: Probability = 0.001
     """Largest share of the training images that may be damaged: those are skipped and listed in bad_files.txt of the
     run folder, more stop the run. One is let pass in any case, unless this is 0."""
+
+    @field_validator("root", mode="before")
+    @classmethod
+    def _folder_or_url(cls, value: object) -> object:
+        return Path(value) if isinstance(value, str) and "://" not in value else value
 
 
 class AugmentConfig(Section):

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from fsr_fast.config import Config
-from fsr_fast.dataloading.datasets import SegmentationDataset
+from fsr_fast.dataloading.batch import ImageSet
 from fsr_fast.errors import UserError
 from fsr_fast.evaluation.crf import require_pydensecrf
 from fsr_fast.evaluation.journal import Journal
@@ -61,7 +61,7 @@ class Evaluation:
 
 def evaluate_network(
     network: Network,
-    dataset: SegmentationDataset,
+    dataset: ImageSet,
     config: Config,
     process: Process,
     *,

@@ -9,9 +9,10 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from fsr_fast.dataloading.names import Names
+from fsr_fast.dataloading.batch import Items
+from fsr_fast.dataloading.stream import read_ahead
 from fsr_fast.errors import UserError
 
 WINDOW = 64
@@ -22,12 +23,12 @@ class Images(Protocol):
     """What is read of a data set: `SegmentationDataset` has it."""
 
     @property
-    def ids(self) -> Names:
+    def ids(self) -> Items[str]:
         """Names of the images."""
 
     @property
-    def labels(self) -> NDArray[np.float32]:
-        """(n, C), 1 where an image shows a class, else 0."""
+    def labels(self) -> Items[NDArray[np.float32]]:
+        """For each image (C,), 1 where it shows a class, else 0."""
 
     def image(self, index: int) -> Image.Image:
         """Read an image as RGB."""
@@ -71,9 +72,7 @@ def read_samples(dataset: Images, indices: Sequence[int], workers: int) -> Itera
         A sample for each index, or what kept it from being read.
     """
     if indices:
-        yield from DataLoader(
-            _Reader(dataset), batch_size=None, sampler=indices, num_workers=workers, collate_fn=_as_it_is
-        )
+        yield from read_ahead(_Reader(dataset), workers, batch_size=None, sampler=indices)
 
 
 def batches_of_like_size(
@@ -117,7 +116,3 @@ class _Reader(Dataset[Any]):
         except UserError as error:
             return Failure(self.dataset.ids[index], str(error))
         return Sample(index, self.dataset.ids[index], image, self.dataset.labels[index], truth)
-
-
-def _as_it_is(item: Any) -> Any:
-    return item

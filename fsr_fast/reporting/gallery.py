@@ -13,8 +13,7 @@ from torch import Tensor
 from fsr_fast.analysis import attention_entropy, class_attention
 from fsr_fast.cam import merged_labels, resize_images
 from fsr_fast.config import Config
-from fsr_fast.dataloading.batch import EvaluationSample
-from fsr_fast.dataloading.datasets import SegmentationDataset
+from fsr_fast.dataloading.batch import EvaluationSample, ImageSet
 from fsr_fast.dataloading.torch_pipeline import evaluation_samples
 from fsr_fast.errors import UserError
 from fsr_fast.evaluation.crf import dense_crf
@@ -70,7 +69,7 @@ class Gallery:
 
 def look(
     network: Network,
-    dataset: SegmentationDataset,
+    dataset: ImageSet,
     config: Config,
     device: torch.device,
     *,
@@ -117,7 +116,7 @@ def look(
 
 def _infer_all(
     network: Network,
-    dataset: SegmentationDataset,
+    dataset: ImageSet,
     config: Config,
     device: torch.device,
     limit: int | None,
@@ -156,7 +155,7 @@ def _choose(ious: list[float], rows: int) -> dict[int, tuple[str, ...]]:
 
 def _entry(
     network: Network,
-    dataset: SegmentationDataset,
+    dataset: ImageSet,
     config: Config,
     sample: EvaluationSample,
     result: Inference,

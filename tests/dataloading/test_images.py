@@ -259,3 +259,14 @@ def test_damaged_masks_give_values_or_one_error() -> None:
         assert mask.dtype == np.uint8
         assert mask.ndim == 2
         assert set(np.unique(mask)) <= {0, 1, 2, 3, 255}
+
+
+def test_a_damaged_png_is_no_black_image() -> None:
+    """Asking Pillow for the EXIF data of a PNG decodes it; the error must not be lost there."""
+    target = io.BytesIO()
+    Image.effect_noise((16, 16), 50).save(target, "PNG")
+    content = bytearray(target.getvalue())
+    start = content.index(b"IDAT") + 4
+    content[start : start + 20] = bytes(20)
+    with pytest.raises(DamagedFileError, match="cannot be decoded"):
+        read_image(bytes(content))

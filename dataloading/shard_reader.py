@@ -1,0 +1,270 @@
+"""Training and evaluation from shards, as `pack.py` writes them: tar files in a folder, or behind any fsspec URL.
+
+The index files say where each part of each sample stands, so a sample is one read of a range of bytes, and the stream
+is exact, as it is with single files: every sample once an epoch over all ranks, order and augmentation functions of
+seed and position, resume at the very next sample with any number of workers. A reader that runs through whole shards
+with a shuffle buffer, as WebDataset's own, gives none of this away only by keeping the state of the buffer.
+
+The order of an epoch: the shards are shuffled and taken in windows of `WINDOW` shards, and the samples of a window are
+shuffled together. So memory holds the offsets of a few shards, whatever the number of images, and reads stay within a
+few files at a time: a cache such as `simplecache::s3://…` fetches each shard once an epoch. Neighbours in the list
+meet in few windows; pack a sorted list with `--seed`.
+
+Both pipelines read through this module; WebDataset's tools and DALI's reader can read the same files.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import fsspec
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from fsr_fast.config import DataConfig
+from fsr_fast.dataloading.batch import EncodedImage
+from fsr_fast.dataloading.images import DamagedFileError, read_image, read_mask
+from fsr_fast.errors import UserError, nearest
+
+VERSION = 1  # of the format
+WINDOW = 8  # shards that are shuffled together
+PLACES = 2 * WINDOW  # shards whose offsets a process keeps
+IMAGE_ENDINGS = ("jpg", "png")
+
+Item = TypeVar("Item")
+
+
+class Column(Generic[Item]):
+    """One property of all samples, read when it is asked for."""
+
+    def __init__(self, count: int, read: Callable[[int], Item]) -> None:
+        self._count, self._read = count, read
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> Item:
+        if not 0 <= index < self._count:
+            raise IndexError(f"sample {index} of {self._count}")
+        return self._read(index)
+
+
+class ShardDataset:
+    """The samples of one list of shards; the same use as `SegmentationDataset`.
+
+    Args:
+        root: folder, or URL that fsspec knows.
+        name: of the list.
+        empty: be the list without its samples.
+
+    Raises:
+        UserError: the index is missing, damaged or of another version.
+    """
+
+    def __init__(self, root: str, name: str, *, empty: bool = False) -> None:
+        self._root, self._name = root.rstrip("/"), name
+        self._process = -1
+        self._filesystem: Any = None
+        self._folder = ""
+        self._places: OrderedDict[int, list[dict[str, tuple[int, int]]]] = OrderedDict()
+        index = self._read_index()
+        self._files = [str(shard["file"]) for shard in index["shards"]]
+        self._starts = np.cumsum([0, *(int(shard["samples"]) for shard in index["shards"] if not empty)])
+        self.classes = tuple(str(label) for label in index["classes"])
+        self.max_labels = int(index["max_labels"])
+        self.ids = Column(len(self), self._id)
+        self.labels = Column(len(self), self._labels)
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def encoded(self, index: int) -> EncodedImage:
+        """Read an image as it is stored, and its labels.
+
+        Raises:
+            DamagedFileError: the sample cannot be read.
+        """
+        data, about, place = self._sample(index)
+        labels = np.zeros(len(self.classes), np.float32)
+        try:
+            labels[np.asarray(about["labels"], np.int64)] = 1
+        except (KeyError, IndexError, TypeError, ValueError):
+            raise DamagedFileError(
+                f"{place}: labels that are no numbers of its {len(labels)} classes; pack anew"
+            ) from None
+        return EncodedImage(data, labels, place)
+
+    def image(self, index: int) -> Image.Image:
+        """Read an image as RGB, upright.
+
+        Raises:
+            DamagedFileError: it cannot be read or decoded.
+        """
+        data, _, place = self._sample(index)
+        return read_image(data, place)
+
+    def mask(self, index: int) -> NDArray[np.uint8] | None:
+        """Read a mask, (H, W) uint8: 0 background, 1…C classes, 255 ignored; none where none was packed.
+
+        Raises:
+            DamagedFileError: it cannot be read.
+        """
+        shard, parts = self._parts(index)
+        if "mask.png" not in parts:
+            return None
+        start, size = parts["mask.png"]
+        return read_mask(self._read(shard, start, start + size), len(self.classes), self._place(index, shard))
+
+    def order(self, seed: int, epoch: int) -> ShardOrder:
+        """Give the order of an epoch: shards shuffled, then the samples of each window of shards."""
+        return ShardOrder(self._starts, seed, epoch)
+
+    def _id(self, index: int) -> str:
+        _, about, place = self._sample(index)
+        return str(about.get("name", place))
+
+    def _labels(self, index: int) -> NDArray[np.float32]:
+        return self.encoded(index).labels
+
+    def _sample(self, index: int) -> tuple[bytes, dict[str, Any], str]:
+        """Read an image and what is written about it, in one piece, and say where they stand."""
+        shard, parts = self._parts(index)
+        place = self._place(index, shard)
+        image = next((parts[ending] for ending in IMAGE_ENDINGS if ending in parts), None)
+        if image is None or "json" not in parts:
+            raise DamagedFileError(f"{place}: no image or no JSON in this sample; pack anew")
+        first, last = min(image, parts["json"]), max(image, parts["json"])
+        run = self._read(shard, first[0], sum(last))
+        data, text = (run[start - first[0] : start - first[0] + size] for start, size in (image, parts["json"]))
+        try:
+            about = json.loads(text)
+            if not isinstance(about, dict):
+                raise ValueError("no object")
+        except ValueError as error:
+            raise DamagedFileError(f"{place}: its JSON cannot be read: {error}; pack anew") from None
+        return data, about, place
+
+    def _parts(self, index: int) -> tuple[int, dict[str, tuple[int, int]]]:
+        """Give the shard of a sample, and offset and size of its parts by ending."""
+        shard = int(np.searchsorted(self._starts, index, side="right")) - 1
+        if shard not in self._places:
+            self._places[shard] = self._read_places(shard)
+            if len(self._places) > PLACES:
+                self._places.popitem(last=False)
+        self._places.move_to_end(shard)
+        return shard, self._places[shard][index - int(self._starts[shard])]
+
+    def _read_places(self, shard: int) -> list[dict[str, tuple[int, int]]]:
+        file = self._files[shard].removesuffix(".tar") + ".idx"
+        try:
+            lines = self._open_root().cat_file(f"{self._folder}/{file}").decode().splitlines()
+            places = []
+            for line in lines[1:]:
+                words = line.split()
+                rows = [words[start : start + 4] for start in range(0, len(words), 4)]
+                places.append({ending: (int(offset), int(size)) for ending, offset, size, _ in rows})
+            expected = int(self._starts[shard + 1] - self._starts[shard])
+            if lines[0].split() != ["v1.2", str(expected)] or len(places) != expected:
+                raise ValueError(f"not {expected} samples in the format v1.2")
+        except (OSError, ValueError, IndexError) as error:
+            raise UserError(f"{self._root}/{file}: cannot be read: {error}; pack the list anew") from None
+        return places
+
+    def _read(self, shard: int, start: int, end: int) -> bytes:
+        file = self._files[shard]
+        try:
+            data: bytes = self._open_root().cat_file(f"{self._folder}/{file}", start=start, end=end)
+        except OSError as error:
+            raise DamagedFileError(f"{self._root}/{file}: bytes {start} to {end} cannot be read: {error}") from None
+        if len(data) != end - start:
+            raise DamagedFileError(f"{self._root}/{file}: ends before byte {end}; copy or pack it anew")
+        return data
+
+    def _read_index(self) -> dict[str, Any]:
+        path = f"{self._root}/{self._name}.json"
+        try:
+            filesystem = self._open_root()
+            try:
+                index = json.loads(filesystem.cat_file(f"{self._folder}/{self._name}.json"))
+            except FileNotFoundError:
+                found = [str(file).rpartition("/")[2] for file in filesystem.glob(f"{self._folder}/*.json")]
+                hint = nearest(self._name, [file.removesuffix(".json") for file in found]) if found else ""
+                raise UserError(
+                    f"{path}: no such file{hint}; expected the index that `fsr-fast data pack` writes"
+                ) from (None)
+            if index["version"] != VERSION or not index["shards"]:
+                raise ValueError(f"version {index['version']} with {len(index['shards'])} shards, expected {VERSION}")
+        except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+            raise UserError(
+                f"{path}: not a readable index of shards ({type(error).__name__}: {error}); pack the list anew, or "
+                "install what fsspec needs for this URL"
+            ) from None
+        return index
+
+    def _open_root(self) -> Any:
+        """Give the file system, each process its own: connections do not survive a fork."""
+        if self._process != os.getpid():
+            self._filesystem, self._folder = fsspec.core.url_to_fs(self._root)
+            self._process = os.getpid()
+        return self._filesystem
+
+    def _place(self, index: int, shard: int) -> str:
+        return f"{self._root}/{self._files[shard]}, sample {index - int(self._starts[shard])}"
+
+
+class ShardOrder:
+    """The order of one epoch; an offset is looked up in its window alone.
+
+    Args:
+        starts: (S + 1,) numbers of the first samples of the shards, and of all samples.
+        seed: ≥ 0.
+        epoch: ≥ 0.
+    """
+
+    def __init__(self, starts: NDArray[np.int64], seed: int, epoch: int) -> None:
+        self._starts, self._seed, self._epoch = starts, seed, epoch
+        self._shards = np.random.default_rng((seed, epoch)).permutation(len(starts) - 1)
+        sizes = np.diff(starts)[self._shards]
+        self._windows = np.cumsum([0, *(sizes[first : first + WINDOW].sum() for first in range(0, len(sizes), WINDOW))])
+        self._window = _Window(-1, np.empty(0, np.int64))
+
+    def __getitem__(self, offset: int) -> int:
+        number = int(np.searchsorted(self._windows, offset, side="right")) - 1
+        if number != self._window.number:
+            shards = self._shards[number * WINDOW : (number + 1) * WINDOW]
+            samples = np.concatenate([np.arange(self._starts[shard], self._starts[shard + 1]) for shard in shards])
+            shuffled = np.random.default_rng((self._seed, self._epoch, number)).permutation(samples)
+            self._window = _Window(number, shuffled)
+        return int(self._window.samples[offset - int(self._windows[number])])
+
+
+class _Window(NamedTuple):
+    number: int
+    samples: NDArray[np.int64]
+
+
+def open_shards(config: DataConfig, *, training: bool) -> ShardDataset:
+    """Open the shards of the training or the validation list.
+
+    Args:
+        config: the section `data` of the configuration.
+        training: the training list, else the validation list.
+
+    Raises:
+        UserError: there are none, or the configuration asks for what shards cannot do.
+    """
+    if config.subset is not None or config.labels != "auto":
+        key = "labels" if config.subset is None else "subset"
+        raise UserError(
+            f"data.{key}: shards bring their labels with them; choose when they are packed, and leave it out"
+        )
+    name = config.train_list if training else config.val_list
+    dataset = ShardDataset(str(config.root), name or config.train_list, empty=name is None)
+    if config.classes is not None and config.classes != dataset.classes:
+        raise UserError(f"data.classes: differ from those of the shards ({', '.join(dataset.classes)}); leave them out")
+    return dataset
