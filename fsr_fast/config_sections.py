@@ -66,6 +66,8 @@ class RunConfig(Section):
     """Iterations between two evaluations on the validation list; 0: only at the end."""
     timeout: float = Field(1800.0, ge=0.0, le=1e6)
     """Seconds without a finished iteration after which a process reports where it hangs, and ends; 0: never."""
+    wandb: str | None = None
+    """Project of Weights & Biases that takes the scalars, too; none: the package is not even imported."""
     profile: bool = False
     """Write a profile of iterations 6 to 10 after the start, a process, to the run folder (`profile/`)."""
 

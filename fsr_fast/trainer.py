@@ -23,6 +23,7 @@ from fsr_fast.reporting.pictures import evaluation_grid, training_grid
 from fsr_fast.reporting.progress import TrainingProgress
 from fsr_fast.reporting.tables import score_table
 from fsr_fast.reporting.tracking import Tracker, read_metrics
+from fsr_fast.reporting.wandb_mirror import open_mirror
 from fsr_fast.runtime.checkpoint import Survivors, read_newest
 from fsr_fast.runtime.distributed import Process, distribute, wait_for_all
 from fsr_fast.runtime.guard import Guard, gradient_norm
@@ -108,7 +109,9 @@ class Trainer:
         with self.supervisor:
             if self.process.is_main:
                 open_run_folder(self.config)
-                self.tracker = Tracker(self.config.run.output, iteration=self.iteration)
+                run = self.config.run
+                mirror = open_mirror(run.wandb, run.output, self.config.model_dump(mode="json"))
+                self.tracker = Tracker(run.output, iteration=self.iteration, mirror=mirror)
             self._train(distribute(self.step, self.process))
             return self._finish()
 
@@ -204,6 +207,7 @@ class Trainer:
             return {}
         lines = read_metrics(self.config.run.output)
         summary: dict[str, Any] = {"iterations": self.iteration, **{name: _median(lines, name) for name in RATES}}
+        summary["checkpoint_wait"] = self.supervisor.saving_share()
         if evaluation is not None:
             grid = evaluation_grid(evaluation.examples, self.network.classes)
             summary["picture"] = str(self.tracker.pictures(self.iteration, grid, "validation"))

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from fsr_fast.errors import UserError
+from fsr_fast.reporting.wandb_mirror import Mirror
 
 PACKAGES = ("fsr_fast", "torch", "torchvision", "triton", "timm", "xformers", "nvidia-dali-cuda130", "numpy", "pillow")
 
@@ -34,12 +35,21 @@ class Tracker:
         folder: run folder; made where it is missing.
         iteration: iterations that are done already; 0 for a new run.
         clock: seconds; replaced in tests.
+        mirror: takes the scalars, too.
 
     Raises:
         UserError: metrics.jsonl of an earlier start is damaged.
     """
 
-    def __init__(self, folder: Path, *, iteration: int = 0, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        iteration: int = 0,
+        clock: Callable[[], float] = time.perf_counter,
+        mirror: Mirror | None = None,
+    ) -> None:
+        self._mirror = mirror
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         lines = [line for line in read_metrics(folder) if line["iteration"] <= iteration]
@@ -71,6 +81,8 @@ class Tracker:
         self._metrics.flush()
         for name, value in scalars.items():
             self._board.add_scalar(name, value, iteration)
+        if self._mirror is not None:
+            self._mirror.log(scalars, step=iteration)
 
     def pictures(self, iteration: int, grid: Image.Image, name: str = "pictures") -> Path:
         """Write a picture to TensorBoard and to `pictures/<name>_<iteration>.png` of the run folder.
@@ -104,6 +116,8 @@ class Tracker:
         """Write out what is buffered."""
         self._metrics.close()
         self._board.close()
+        if self._mirror is not None:
+            self._mirror.finish()
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -24,7 +24,10 @@ _MAY_DIFFER = (
     "data.root",
     "data.workers",
     "data.max_bad_fraction",
-    *(f"run.{key}" for key in ("output", "device", "resume", "keep_checkpoints", "keep_every", "timeout", "profile")),
+    *(
+        f"run.{key}"
+        for key in ("output", "device", "resume", "keep_checkpoints", "keep_every", "timeout", "profile", "wandb")
+    ),
     *(f"run.{key}_every" for key in ("log", "picture", "checkpoint", "evaluate")),
 )
 """Sections and keys that do not change what is computed, so that a resumed run may differ in them."""

@@ -1,5 +1,6 @@
 """What keeps a run alive, and ends it well: lock, log, signals, watchdog, checkpoints, profile."""
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
@@ -34,6 +35,7 @@ class Supervisor:
         self._signals = Signals()
         self._watchdog = Watchdog(run.timeout, process)
         self._saver: Saver | None = None
+        self._began, self._waited = time.perf_counter(), 0.0
         self._open = ExitStack()
 
     def __enter__(self) -> Self:
@@ -49,6 +51,7 @@ class Supervisor:
             self._profiler = stack.enter_context(profiled(self._run, self._process))
             stack.enter_context(self._signals)
             self._open = stack.pop_all()
+        self._began = time.perf_counter()
         LOGGER.info("rank %d of %d starts", self._process.rank, self._process.world_size)
         return self
 
@@ -102,7 +105,13 @@ class Supervisor:
     def save(self) -> None:
         """Save the state, beside the training."""
         if self._saver is not None:
+            began = time.perf_counter()
             self._saver.save(self._state())
+            self._waited += time.perf_counter() - began
+
+    def saving_share(self) -> float:
+        """Give the share of the time since the start that the training waited for `save`."""
+        return self._waited / (time.perf_counter() - self._began)
 
     def finish(self) -> None:
         """Wait until the last state is on disk, in all processes.

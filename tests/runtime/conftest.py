@@ -29,10 +29,13 @@ def record() -> Callable[..., None]:
 
 
 def pytest_sessionfinish() -> None:
-    """Write the record, if it was asked for."""
+    """Write the record, if it was asked for; a new row takes the place of an earlier one."""
     if _rows and os.environ.get(RECORD):
-        content = {"python": platform.python_version(), "torch": torch.__version__, "rows": _rows}
-        Path(os.environ[RECORD]).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        path = Path(os.environ[RECORD])
+        earlier = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
+        rows = {row["fault"]: row for row in (*earlier, *_rows)}
+        content = {"python": platform.python_version(), "torch": torch.__version__, "rows": list(rows.values())}
+        path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 @pytest.fixture(scope="package", autouse=True)

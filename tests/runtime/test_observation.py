@@ -1,0 +1,121 @@
+"""Profiles, mirrors, logs, and what a long run uses up."""
+
+import gzip
+import json
+import os
+import sys
+import threading
+from types import ModuleType
+
+import psutil
+import pytest
+
+from fsr_fast.errors import UserError
+from fsr_fast.reporting.tracking import read_metrics
+from fsr_fast.train import main as train
+from fsr_fast.trainer import Trainer
+from tests import helpers
+
+SMALL = {
+    "run": {"checkpoint_every": 20, "log_every": 5},
+    "model": {
+        "backbone_options": {**helpers.config().model.backbone_options, "depth": 3, "embed_dim": 16},
+        "aux_block": -2,
+        "aggregator_blocks": 1,
+    },
+    "optim": {"batch_size": 2},
+}
+STEPS = int(os.environ.get("FSR_LONG_RUN_STEPS", "100"))
+MEBIBYTE = 2**20
+
+
+def test_a_profile_of_five_iterations_is_written_where_it_is_asked_for(recipe, tmp_path):
+    train(["--config", str(recipe("run", {"optim": {"iterations": 11}, "run": {"profile": True}}))])
+    with gzip.open(tmp_path / "run" / "profile" / "rank_0.json.gz") as file:
+        events = json.load(file)["traceEvents"]
+    steps = {event["name"] for event in events if str(event.get("name", "")).startswith("ProfilerStep#")}
+    assert len(steps) == 5
+
+
+def test_without_the_question_nothing_is_profiled_or_mirrored(recipe, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # an import would fail
+    train(["--config", str(recipe("run", {"optim": {"iterations": 3}}))])
+    assert not (tmp_path / "run" / "profile").exists()
+
+
+class FakeRun:
+    def __init__(self, **options) -> None:
+        self.id, self.options, self.lines, self.finished = "abc123", options, [], False
+
+    def log(self, values, step):
+        self.lines.append((step, dict(values)))
+
+    def finish(self):
+        self.finished = True
+
+
+def test_weights_and_biases_gets_what_the_metrics_file_gets_and_goes_on_with_the_same_run(
+    recipe, tmp_path, monkeypatch
+):
+    runs = []
+    module = ModuleType("wandb")
+    module.init = lambda **options: runs.append(FakeRun(**options)) or runs[-1]
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    path = recipe("run", {"optim": {"iterations": 3}, "run": {"wandb": "weak"}})
+    train(["--config", str(path)])
+    train(["--config", str(path)])
+    first, second = runs
+    assert first.finished
+    assert (first.options["project"], first.options["name"], first.options["id"]) == ("weak", "run", None)
+    assert first.options["config"]["optim"]["iterations"] == 3
+    assert (second.options["id"], second.options["resume"]) == ("abc123", "allow")
+    lines = read_metrics(tmp_path / "run")
+    assert [step for step, _ in first.lines] == [line["iteration"] for line in lines] == [1, 2, 3]
+    assert first.lines[0][1]["loss/total"] == lines[0]["loss/total"]
+
+
+def test_weights_and_biases_that_is_not_installed_is_named(recipe, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match="pip install wandb"):
+        train(["--config", str(recipe("run", {"run": {"wandb": "weak"}}))])
+
+
+def test_the_log_of_a_process_tells_its_story(recipe, tmp_path):
+    train(["--config", str(recipe("run", {"optim": {"iterations": 3}}))])
+    log = (tmp_path / "run" / "logs" / "rank_0.log").read_text()
+    assert "rank 0 of 1 starts" in log
+    assert str(tmp_path / "run" / "checkpoints" / "0000003.pt") in log
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert 0 < summary["checkpoint_wait"] < 1
+
+
+def usage() -> dict[str, int]:
+    process = psutil.Process()
+    return {"memory": process.memory_info().rss, "handles": process.num_fds(), "threads": threading.active_count()}
+
+
+@pytest.mark.faults
+@pytest.mark.slow
+def test_a_long_run_uses_no_more_memory_handles_or_threads_at_its_end_than_early_on(recipe, monkeypatch, record):
+    samples = {}
+    iterate = Trainer._iterate
+
+    def changed(self, forward, batch):
+        if self.iteration % (STEPS // 10) == 5:  # well behind a checkpoint, whose files are closed then
+            self.supervisor._saver._join()
+            samples[self.iteration] = usage()
+        return iterate(self, forward, batch)
+
+    monkeypatch.setattr(Trainer, "_iterate", changed)
+    train(["--config", str(recipe("run", SMALL, {"optim": {"iterations": STEPS}}))])
+    _, _, early, *_, last = samples.values()
+    growth = (last["memory"] - early["memory"]) / MEBIBYTE
+    assert last["handles"] == early["handles"]
+    assert last["threads"] == early["threads"]
+    assert growth < 16
+    record(
+        "a long run (number: its iterations)",
+        injected=STEPS,
+        lost="nothing",
+        outcome=f"no more file handles and threads than early on; memory {growth:+.1f} MiB",
+    )
