@@ -65,8 +65,8 @@ def test_the_summary_holds_the_scores_and_where_the_pictures_are(finished):
     with Image.open(summary["picture"]) as picture:
         assert picture.width > 5 * 36  # image | truth | CAM | pseudo | seg
     assert finished.printed.splitlines()[-2:] == [
-        f"summary: {finished.run / 'summary.json'}",
         f"picture: {summary['picture']}",
+        f"summary: {finished.run / 'summary.json'}",
     ]
 
 

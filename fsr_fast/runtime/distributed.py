@@ -3,6 +3,7 @@
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -48,7 +49,8 @@ def start_process(device: str, timeout: float = 1800.0) -> Process:
     if cuda:
         torch.cuda.set_device(target)
     if size > 1:
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=2 * timeout or _NEVER))
+        limit = timedelta(seconds=2 * timeout or _NEVER)
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=limit, **_meeting(limit))
     return Process(rank, size, target)
 
 
@@ -84,6 +86,19 @@ def sum_over_ranks(value: Tensor) -> Tensor:
         value = value.clone()
         dist.all_reduce(value)
     return value
+
+
+def _meeting(limit: timedelta) -> dict[str, Any]:
+    """Give the arguments by which the processes find each other.
+
+    torchrun keeps its store when it restarts the processes, and in it the addresses of the dead. On one machine all
+    processes know the number of the attempt, and each attempt gets keys of its own.
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt == "0" or os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE"):
+        return {}
+    store, rank, size = next(dist.rendezvous("env://", timeout=limit))
+    return {"store": dist.PrefixStore(f"attempt_{attempt}", store), "rank": rank, "world_size": size}
 
 
 _NEVER = 1e6
