@@ -61,6 +61,7 @@ setup(
             *EXPORT,
             *DOCS,
             "build>=1.2",
+            "setuptools>=77",
             "playwright>=1.49",
             "psutil>=6.0",
             "pytest>=8.0",
