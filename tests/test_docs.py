@@ -74,11 +74,13 @@ def words_of(command: str) -> list[str] | None:
 
 def check(command: str) -> None:
     """Check a command that is not run: the module of the repository that it starts, or the options of our verb."""
-    started = re.match(r"(?:\w+=\S+ )*(?:python -m )?(bench\.\w+|pytest)\b", command)
-    if started is None:
-        parse(words_of(command) or [])
-    elif started[1] != "pytest":
-        assert (ROOT / f"{started[1].replace('.', '/')}.py").is_file(), command
+    module = re.search(r"python -m (bench\.\w+)", command)
+    if module:
+        assert (ROOT / f"{module[1].replace('.', '/')}.py").is_file(), command
+    ours = re.search(r"(?:fsr-fast|torchrun|python -m fsr_fast\S*)\s.*", command, re.DOTALL)
+    words = words_of(ours[0].removesuffix("&")) if ours else None
+    if words:
+        parse(words)
 
 
 def parse(words: list[str]) -> None:
@@ -181,5 +183,9 @@ def test_links_between_pages_lead_somewhere():
 def test_an_unknown_option_in_a_page_would_be_found():
     with pytest.raises(UserError, match="unknown option"):
         parse(["train", "--config", "voc_vit_b", "--data.rot", "x"])
+    with pytest.raises(UserError, match="unknown option"):
+        check("srun torchrun --nnodes 2 \\\n -m fsr_fast.train --config voc_vit_b --data.rot x &")
+    with pytest.raises(AssertionError, match=r"bench\.stepp"):
+        check("FSR_RECORD=1 python -m bench.stepp")
     assert commands("a \\\n  b\nc <<'E'\nd\nE\n# no\n\ne") == ["a \\\n  b", "c <<'E'\nd\nE", "e"]
     assert words_of("torchrun --nproc-per-node 4 -m fsr_fast.train --x 1  # so") == ["train", "--x", "1"]
