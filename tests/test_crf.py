@@ -139,16 +139,25 @@ def test_both_ways_agree_on_photographs():
 
 def blocks(count: int):
     for number in range(count):
-        yield number, two_colour_image(), probabilities_of(np.where(truth(), 0.5 + 0.1 * number, 0.3))
+        yield number, two_colour_image(), probabilities_of(np.where(truth(), 0.5 + 0.08 * number, 0.3))
 
 
-@pytest.mark.parametrize(("backend", "workers"), [("pydensecrf", 2), ("exact", 2), ("exact", 0), ("pydensecrf", 0)])
-def test_a_pool_gives_in_order_what_one_call_gives(backend, workers):
-    pool = CrfPool(backend, torch.device("cpu"), workers=workers, images=3)
+@pytest.mark.parametrize(
+    ("backend", "workers", "device"),
+    [
+        ("pydensecrf", 2, "cpu"),
+        ("pydensecrf", 0, "cpu"),
+        ("pydensecrf", 1, "cuda"),  # the processes work beside the GPU, not on it
+        ("exact", 2, "cpu"),
+        ("exact", 0, "cpu"),
+    ],
+)
+def test_a_pool_gives_in_order_what_one_call_gives(backend, workers, device):
+    pool = CrfPool(backend, torch.device(device), workers=workers, images=5)
     with pool:
-        found = list(pool.refine(blocks(3)))
-    assert [(number, error) for number, _, error in found] == [(0, None), (1, None), (2, None)]
-    for (_, marginals, _), (_, image, beliefs) in zip(found, blocks(3), strict=True):
+        found = list(pool.refine(blocks(5)))
+    assert [(number, error) for number, _, error in found] == [(number, None) for number in range(5)]
+    for (_, marginals, _), (_, image, beliefs) in zip(found, blocks(5), strict=True):
         np.testing.assert_allclose(marginals, dense_crf(image, beliefs, backend=backend), atol=1e-5)
 
 

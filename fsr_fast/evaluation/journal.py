@@ -131,4 +131,4 @@ def _parse(text: str) -> dict[str, Any] | None:
         line = json.loads(text)
     except ValueError:
         return None
-    return line if text.endswith("\n") and isinstance(line, dict) else None
+    return line if isinstance(line, dict) else None

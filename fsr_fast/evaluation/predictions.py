@@ -128,12 +128,13 @@ class _Stream:
 
     def _results(self, batch: list[Sample]) -> Iterator[Inference]:
         labels = [torch.from_numpy(sample.labels).to(self.device) if self.labelled else None for sample in batch]
+        scales, cam_scales = self.config.evaluate.scales, self.config.cam.scales
         return infer_like(
             self.network,
             [self._normalise(sample.image) for sample in batch],
             labels,
-            cam_scales=self.config.cam.scales,
-            scales=self.config.evaluate.scales,
+            cam_scales=cam_scales if "pseudo" in self.kinds else cam_scales[:1],  # no pass that nothing is read of
+            scales=cam_scales[:1] if list(self.kinds) == ["pseudo"] else scales,
             flip=self.config.evaluate.flip,
             amp=self.config.run.amp,
         )
