@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from fsr_fast.config import AugmentConfig, DataConfig
 from fsr_fast.dataloading.batch import TrainLoader, TrainSource
@@ -60,7 +62,10 @@ def build_train_loader(
         "bad_files": damaged,
     }
     target = torch.device(device)
-    chosen, reason = _choose(data, augment, target)
+    chosen, reason = choose_pipeline(data, augment, target)
+    if chosen == "dali" and data.pipeline == "auto" and (obstacle := _try_dali(target)):
+        logger.warning("data.pipeline: DALI does not run here (%s)", obstacle)
+        chosen, reason = "torch", "DALI does not run here"
     logger.info("data.pipeline: %s (%s)", chosen, reason)
     if chosen == "dali":
         from fsr_fast.dataloading.dali_pipeline import DaliLoader  # slow to import
@@ -73,8 +78,20 @@ def build_train_loader(
     return loader
 
 
-def _choose(data: DataConfig, augment: AugmentConfig, device: torch.device) -> tuple[str, str]:
-    """Give the pipeline, and why."""
+def choose_pipeline(data: DataConfig, augment: AugmentConfig, device: torch.device) -> tuple[str, str]:
+    """Choose between `torch` and `dali`.
+
+    Args:
+        data: what is wanted.
+        augment: DALI knows all but RandAugment.
+        device: of the training.
+
+    Returns:
+        The pipeline, and why.
+
+    Raises:
+        UserError: DALI is wanted and cannot do it.
+    """
     if data.pipeline == "torch":
         return "torch", "as configured"
     obstacle = None
@@ -89,3 +106,16 @@ def _choose(data: DataConfig, augment: AugmentConfig, device: torch.device) -> t
     if obstacle is not None:
         return "torch", obstacle
     return ("dali", "on the GPU") if device.type == "cuda" else ("torch", "faster than DALI on a CPU")
+
+
+def _try_dali(device: torch.device) -> str | None:
+    """Decode a picture; say why that fails, if it does (a driver older than this DALI, for one)."""
+    target = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(target, "JPEG")
+    try:
+        from fsr_fast.dataloading import dali_graph
+
+        dali_graph.build_decoder(target.getvalue(), device.index or 0).run()
+    except (ImportError, RuntimeError) as error:
+        return " ".join(str(error).split())[:300]
+    return None

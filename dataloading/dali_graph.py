@@ -101,13 +101,18 @@ def build_graph(
     return graph(batch_size=batch_size, num_threads=threads, device_id=device_id)
 
 
-def build_decoder(data: bytes) -> Pipeline:
-    """Build a pipeline that decodes one image, to find out whether DALI can."""
+def build_decoder(data: bytes, device_id: int | None = None) -> Pipeline:
+    """Build a pipeline that decodes one image, to find out whether DALI can.
 
-    @pipeline_def(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1)
+    Args:
+        data: content of the file.
+        device_id: number of the GPU; none: the CPU.
+    """
+
+    @pipeline_def(batch_size=1, num_threads=1, device_id=device_id, prefetch_queue_depth=1)
     def graph() -> Node:
         encoded = fn.external_source(lambda: [np.frombuffer(data, np.uint8)])
-        return fn.decoders.image(encoded, device="cpu", output_type=types.RGB)
+        return fn.decoders.image(encoded, device="cpu" if device_id is None else "mixed", output_type=types.RGB)
 
     return graph()
 

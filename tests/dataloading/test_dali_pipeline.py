@@ -1,15 +1,24 @@
 """The two pipelines give the same views: the draws are equal, the pixels up to rounding."""
 
+import io
+import logging
 from itertools import islice
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from fsr_fast.config import AugmentConfig, DataConfig
-from fsr_fast.dataloading.build import build_train_loader
-from fsr_fast.dataloading.datasets import SegmentationDataset, build_datasets
+from fsr_fast.dataloading import build, dali_graph
+from fsr_fast.dataloading.batch import ImageSet
+from fsr_fast.dataloading.build import build_train_loader, choose_pipeline
+from fsr_fast.dataloading.dali_pipeline import DaliLoader, _is_plain
+from fsr_fast.dataloading.datasets import build_datasets
+from fsr_fast.dataloading.stream import BadFiles
+from fsr_fast.dataloading.torch_pipeline import TorchLoader
+from fsr_fast.errors import UserError
 
 MEAN, LEVELS = (0.4, 0.5, 0.6), (1 / 255,) * 3  # views are counted in levels of 8 bits
 PLAIN = {"crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0), "flip": 0.0, "jitter": 0.0}
@@ -17,27 +26,34 @@ NONE = {"flip": 0.0, "jitter": 0.0, "brightness": 0.0, "contrast": 0.0, "saturat
 
 
 @pytest.fixture(scope="module")
-def train(creatures: DataConfig) -> SegmentationDataset:
+def train(creatures: DataConfig) -> ImageSet:
     return build_datasets(creatures)[0]
 
 
 def views(
-    dataset: SegmentationDataset, pipeline: str, augment: dict[str, Any], *, size: int = 48, batches: int = 3
+    dataset: ImageSet, pipeline: str, augment: dict[str, Any], *, size: int = 48, batches: int = 3, **changes: Any
 ) -> Tensor:
     """Give the views of the first batches, (2, n, 3, H, W)."""
     data = DataConfig.model_validate({"image_size": size, "workers": 0, "pipeline": pipeline})
-    options: dict[str, Any] = {"batch_size": 8, "rank": 0, "world_size": 1, "seed": 5, "mean": MEAN, "std": LEVELS}
-    stream = build_train_loader(dataset, data, AugmentConfig.model_validate(augment), **options)
+    options: dict[str, Any] = {
+        "batch_size": 8,
+        "rank": 0,
+        "world_size": 1,
+        "seed": 5,
+        "mean": MEAN,
+        "std": LEVELS,
+    } | changes
+    stream = build_train_loader(dataset, data, AugmentConfig.model_validate(augment), **options | changes)
     return torch.cat([torch.stack(batch.views) for batch in islice(stream, batches)], 1)
 
 
-def differences(dataset: SegmentationDataset, augment: dict[str, Any], **options: Any) -> Tensor:
+def differences(dataset: ImageSet, augment: dict[str, Any], **options: Any) -> Tensor:
     """Give the mean absolute difference of each view, in levels of 8 bits."""
     first, second = (views(dataset, pipeline, augment, **options) for pipeline in ("torch", "dali"))
     return (first - second).abs().mean((2, 3, 4))
 
 
-def test_an_image_that_is_neither_cropped_nor_resized_is_equal(train: SegmentationDataset) -> None:
+def test_an_image_that_is_neither_cropped_nor_resized_is_equal(train: ImageSet) -> None:
     assert differences(train, PLAIN, size=96).max() < 1e-3
 
 
@@ -56,9 +72,129 @@ def test_an_image_that_is_neither_cropped_nor_resized_is_equal(train: Segmentati
     ],
     ids=["crop", "flip", "brightness", "contrast", "saturation", "hue", "blur", "solarise", "all jitter"],
 )
-def test_a_step_gives_the_pixels_of_the_torch_pipeline(
-    train: SegmentationDataset, augment: dict[str, Any], level: float
-) -> None:
+def test_a_step_gives_the_pixels_of_the_torch_pipeline(train: ImageSet, augment: dict[str, Any], level: float) -> None:
     found = differences(train, augment)
     assert found.max() < level
     assert found.mean() < level / 2 + 0.05
+
+
+def test_autoaugment_does_the_operations_of_the_torch_pipeline(train: ImageSet) -> None:
+    """Pixels that are moved or equalised differ a little: another interpolation, another rounding of the histogram."""
+    found = differences(train, {**NONE, "policy": "autoaugment"}, batches=5)
+    assert found.median() < 1.5
+    assert found.quantile(0.9) < 9
+    assert found.max() < 20
+    plain, changed = (views(train, "dali", {**NONE, "policy": name}, batches=5) for name in ("none", "autoaugment"))
+    assert ((plain - changed).abs().mean((2, 3, 4)) > 2).float().mean() > 0.5
+
+
+def test_the_views_of_both_pipelines_are_distributed_alike(train: ImageSet) -> None:
+    """Mean, spread and colour of the views, compared as two samples of other seeds are."""
+
+    def moments(pipeline: str, seed: int) -> Tensor:
+        found = views(train, pipeline, {"blur": 0.3, "solarise": 0.1}, batches=8, seed=seed).flatten(0, 1)
+        return torch.cat([found.mean((2, 3)), found.std((2, 3))], 1)
+
+    torch_moments, dali_moments = moments("torch", 5), moments("dali", 6)
+    for first, second in zip(torch_moments.T, dali_moments.T, strict=True):
+        error = (first.var() / len(first) + second.var() / len(second)).sqrt()
+        assert abs(first.mean() - second.mean()) < 4 * error
+        assert 0.7 < first.std() / second.std() < 1.4
+
+
+def test_half_precision_and_channels_last(train: ImageSet) -> None:
+    data = DataConfig.model_validate({"image_size": 32, "workers": 0})
+    options: dict[str, Any] = {"batch_size": 4, "rank": 0, "world_size": 1, "seed": 5}
+    batches = [
+        next(
+            DaliLoader(
+                train,
+                data,
+                AugmentConfig(),
+                MEAN,
+                (0.2, 0.2, 0.2),
+                device=torch.device("cpu"),
+                bad_files=BadFiles(None, len(train), 0.0),
+                **options,
+                **form,
+            )
+        )
+        for form in ({}, {"half": True, "channels_last": True})
+    ]
+    for plain, other in zip(batches[0].views, batches[1].views, strict=True):
+        assert other.dtype == torch.half
+        assert other.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(other.float(), plain, rtol=1e-3, atol=1e-2)
+
+
+def test_what_dali_decodes_in_other_ways_is_left_to_pillow() -> None:
+    def kinds(image: Image.Image, kind: str) -> bool:
+        target = io.BytesIO()
+        image.save(target, kind)
+        return _is_plain(target.getvalue(), kind, image.mode)
+
+    colour = Image.new("RGB", (4, 4))
+    assert kinds(colour, "JPEG")
+    assert kinds(colour.convert("L"), "PNG")
+    assert not kinds(colour.convert("CMYK"), "JPEG")
+    assert not kinds(colour.convert("P"), "PNG")
+    assert not kinds(colour, "BMP")
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "policy", "device", "expected"),
+    [
+        ("torch", "none", "cuda", ("torch", "as configured")),
+        ("dali", "autoaugment", "cpu", ("dali", "as configured")),
+        ("auto", "none", "cuda", ("dali", "on the GPU")),
+        ("auto", "none", "cpu", ("torch", "faster than DALI on a CPU")),
+        ("auto", "randaugment", "cuda", ("torch", "DALI does not know the policy randaugment")),
+    ],
+)
+def test_the_pipeline_is_chosen_by_device_and_policy(
+    pipeline: str, policy: str, device: str, expected: tuple[str, str]
+) -> None:
+    data = DataConfig.model_validate({"pipeline": pipeline})
+    augment = AugmentConfig.model_validate({"policy": policy})
+    assert choose_pipeline(data, augment, torch.device(device)) == expected
+
+
+def test_dali_is_refused_where_it_cannot_do_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    data, cpu = DataConfig.model_validate({"pipeline": "dali"}), torch.device("cpu")
+    with pytest.raises(UserError, match=r"does not know the policy randaugment; give --data\.pipeline torch"):
+        choose_pipeline(data, AugmentConfig(policy="randaugment"), cpu)
+    monkeypatch.setattr(build, "find_spec", lambda _: None)
+    with pytest.raises(UserError, match="NVIDIA DALI is not installed"):
+        choose_pipeline(data, AugmentConfig(), cpu)
+    assert choose_pipeline(DataConfig(), AugmentConfig(), torch.device("cuda"))[0] == "torch"
+
+
+@pytest.mark.parametrize(("wanted", "taken"), [("auto", TorchLoader), ("dali", DaliLoader)])
+def test_auto_tries_dali_and_goes_on_without_it(
+    train: ImageSet, wanted: str, taken: type, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("driver too old")
+
+    monkeypatch.setattr(dali_graph, "build_decoder", fail)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _: None)  # there may be no GPU here
+    data = DataConfig.model_validate({"pipeline": wanted})
+    options: dict[str, Any] = {"batch_size": 4, "rank": 0, "world_size": 1, "seed": 5, "mean": MEAN, "std": LEVELS}
+    stream = build_train_loader(train, data, AugmentConfig(), device="cuda", **options)
+    assert isinstance(stream, taken)
+    assert ("DALI does not run here (driver too old)" in caplog.text) == (wanted == "auto")
+
+
+@pytest.mark.gpu
+def test_a_gpu_gives_the_views_of_the_cpu(train: ImageSet) -> None:
+    """The GPU's decoder rounds in its own way."""
+    augment = {"blur": 0.3, "solarise": 0.3}
+    first, second = (views(train, "dali", augment, device=name) for name in ("cpu", "cuda"))
+    assert second.is_cuda
+    assert (first - second.cpu()).abs().mean() < 2
+
+
+def test_the_choice_is_logged(train: ImageSet, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        views(train, "auto", PLAIN, batches=1)
+    assert "data.pipeline: torch (faster than DALI on a CPU)" in caplog.messages
