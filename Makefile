@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test interpret lint types docs bench clean
+.PHONY: train test interpret gpu lint types docs bench clean
 
 train: .venv/runtime
 	$(BIN)/python -m fsr_fast.train
@@ -27,6 +27,10 @@ types: .venv/development
 
 docs: .venv/development
 	$(BIN)/mkdocs build --strict
+
+# on a CUDA GPU: all checks and benches, part by part; repeat it to go on
+gpu: .venv/development
+	$(BIN)/python -m bench.gpu
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache

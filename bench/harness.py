@@ -222,6 +222,12 @@ def _line(case: str, row: dict[str, Any]) -> str:
     return text
 
 
+def device_name(device: torch.device) -> str:
+    """Name the device as its folder in ``bench/results`` is named."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu-{platform.machine()}"
+    return name.replace(" ", "-")
+
+
 def record(case: str, device: torch.device, content: dict[str, Any]) -> None:
     """Add or replace a case in the JSON of its bench and device, where ``FSR_RECORD=1`` asks for it.
 
@@ -232,8 +238,8 @@ def record(case: str, device: torch.device, content: dict[str, Any]) -> None:
     """
     if os.environ.get("FSR_RECORD") != "1":
         return
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu-{platform.machine()}"
-    file = RESULTS / name.replace(" ", "-") / f"{case.split()[0]}.json"
+    name = device_name(device)
+    file = RESULTS / name / f"{case.split()[0]}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     cases = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     commit = subprocess.run(

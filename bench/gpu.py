@@ -1,0 +1,128 @@
+"""Check and measure everything on a GPU, part by part: ``make gpu``, which is ``python -m bench.gpu``.
+
+A part that has passed at this commit is not run again, so that the command can be repeated after an interruption or
+with a few minutes at a time (``--minutes 8``). What ran is listed in ``bench/results/<gpu>/parts``; the log of each
+part lies beside it while the commit stays the same.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.harness import RESULTS, device_name
+from fsr_fast.cli import run_command
+from fsr_fast.errors import UserError
+
+ROOT = RESULTS.parent.parent
+LONGEST = 480
+"""Seconds after which a part is stopped."""
+Parts = dict[str, list[str]]
+
+
+def list_parts() -> Parts:
+    """Name every part and its command, in the order in which they are run."""
+    pytest = [sys.executable, "-m", "pytest", "-q"]
+    kernels = sorted(path.stem for path in (ROOT / "tests" / "kernels").glob("test_*.py"))
+    benches = sorted(path.stem for path in (ROOT / "bench").glob("test_*.py"))
+    parts = {f"check {name}": [*pytest, "-m", "gpu", f"tests/kernels/{name}.py"] for name in kernels}
+    parts["check the rest"] = [*pytest, "-m", "gpu", "tests", "--ignore", "tests/kernels"]
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer:
+        small = [*pytest, "-m", "gpu", "tests/kernels/test_masked_cross_attention.py", "-x"]
+        parts["memory check"] = [sanitizer, "--tool", "memcheck", "--error-exitcode", "9", *small]
+    parts |= {f"bench {name}": [*pytest, f"bench/{name}.py"] for name in benches}
+    return parts
+
+
+def run_parts(
+    parts: Parts,
+    folder: Path,
+    commit: str,
+    *,
+    minutes: float | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> dict[str, dict[str, Any]]:
+    """Run the parts that have not passed at this commit.
+
+    Args:
+        parts: commands by name.
+        folder: for logs and parts.json, which is written after every part.
+        commit: that is checked; the record of another one is dropped.
+        minutes: no part is begun after that; none: all are run.
+        clock: seconds; replaced in tests.
+
+    Returns:
+        Of every part that was run: `passed`, `seconds`, the last line that it printed, `tests` that ran.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "parts.json"
+    record = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    done: dict[str, dict[str, Any]] = record["parts"] if record.get("commit") == commit else {}
+    began = clock()
+    for name, command in parts.items():
+        if done.get(name, {}).get("passed"):
+            continue
+        if minutes is not None and clock() - began > 60 * minutes:
+            break
+        done[name] = _run(command, folder / f"{name.replace(' ', '_')}.log", clock)
+        file.write_text(json.dumps({"commit": commit, "parts": done}, indent=1) + "\n", encoding="utf-8")
+        print(f"{name}: {'passed' if done[name]['passed'] else 'FAILED'}, {done[name]['last']}", flush=True)
+    return done
+
+
+def _run(command: list[str], log: Path, clock: Callable[[], float]) -> dict[str, Any]:
+    began = clock()
+    with log.open("w", encoding="utf-8") as file:
+        try:
+            environment = os.environ | {"FSR_RECORD": "1"}
+            code = subprocess.run(
+                command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, timeout=LONGEST, env=environment
+            ).returncode
+        except subprocess.TimeoutExpired:
+            code = -1
+            file.write(f"\nstopped after {LONGEST} s\n")
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or [""]
+    found = re.search(r"(\d+) passed", lines[-1])
+    # pytest's exit code 5: no test of this file wants a GPU
+    passed = code == 0 or (code == 5 and "deselected" in lines[-1])
+    return {
+        "passed": passed,
+        "seconds": round(clock() - began, 1),
+        "tests": int(found[1]) if found else 0,
+        "last": lines[-1],
+    }
+
+
+def main(arguments: list[str]) -> None:
+    """Run all parts, then draw and tabulate what they recorded."""
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
+    parser.add_argument("--minutes", type=float, help="begin no part after that many; the next call goes on")
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        raise UserError(
+            "make gpu: torch sees no CUDA GPU; on a CPU, make test and make bench check what can be checked"
+        )
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
+    parts, folder = list_parts(), RESULTS / device_name(torch.device("cuda")) / "parts"
+    done = run_parts(parts, folder, commit.stdout.strip(), minutes=options.minutes)
+    missing = [name for name in parts if not done.get(name, {}).get("passed")]
+    print(
+        f"{sum(part['tests'] for part in done.values())} tests ran; {len(parts) - len(missing)} of {len(parts)} passed"
+    )
+    if missing:
+        raise UserError(f"not passed: {', '.join(missing)}; see the logs in {folder}, and repeat the command")
+    subprocess.run([sys.executable, "-m", "bench.plot"], cwd=ROOT, check=True)
+
+
+if __name__ == "__main__":
+    run_command(main)

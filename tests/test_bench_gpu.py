@@ -1,0 +1,63 @@
+import json
+import sys
+
+import pytest
+import torch
+
+from bench import gpu
+from fsr_fast.errors import UserError
+
+
+def printing(text: str, code: int = 0) -> list[str]:
+    return [sys.executable, "-c", f"print({text!r}); raise SystemExit({code})"]
+
+
+def test_every_part_is_run_once_and_noted(tmp_path):
+    parts = {"good": printing("3 passed in 1s"), "bad": printing("1 failed, 2 passed in 1s", 1)}
+    done = gpu.run_parts(parts, tmp_path, "abc")
+    assert {name: (part["passed"], part["tests"]) for name, part in done.items()} == {
+        "good": (True, 3),
+        "bad": (False, 2),
+    }
+    assert json.loads((tmp_path / "parts.json").read_text()) == {"commit": "abc", "parts": done}
+    assert "1 failed" in (tmp_path / "bad.log").read_text()
+
+
+def test_only_what_has_not_passed_is_run_again_at_the_same_commit(tmp_path):
+    first = {"good": printing("3 passed"), "bad": printing("1 failed", 1)}
+    gpu.run_parts(first, tmp_path, "abc")
+    second = {"good": printing("never run", 1), "bad": printing("1 passed")}
+    assert all(part["passed"] for part in gpu.run_parts(second, tmp_path, "abc").values())
+    assert not gpu.run_parts(second, tmp_path, "another")["good"]["passed"]
+
+
+def test_no_part_is_begun_when_the_time_is_over(tmp_path):
+    ticks = iter(range(0, 10_000, 60))
+    parts = {str(number): printing("1 passed") for number in range(5)}
+    done = gpu.run_parts(parts, tmp_path, "abc", minutes=4, clock=lambda: next(ticks))
+    assert list(done) == ["0", "1"]
+    assert list(gpu.run_parts(parts, tmp_path, "abc")) == list(parts)
+
+
+def test_a_part_that_hangs_is_stopped_and_has_failed(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "LONGEST", 0.5)
+    done = gpu.run_parts({"long": [sys.executable, "-c", "import time; time.sleep(60)"]}, tmp_path, "abc")
+    assert (done["long"]["passed"], done["long"]["last"]) == (False, "stopped after 0.5 s")
+
+
+def test_a_file_without_gpu_tests_is_no_failure(tmp_path):
+    parts = {"none": printing("12 deselected in 1s", 5), "broken": printing("no tests ran", 5)}
+    done = gpu.run_parts(parts, tmp_path, "abc")
+    assert (done["none"]["passed"], done["broken"]["passed"]) == (True, False)
+
+
+def test_all_kernels_and_benches_have_a_part():
+    parts = gpu.list_parts()
+    for name in ("check test_merge_cams", "check the rest", "bench test_step", "bench test_affinity_loss"):
+        assert name in parts
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_what_to_run_instead():
+    with pytest.raises(UserError, match="no CUDA GPU; on a CPU, make test"):
+        gpu.main([])
