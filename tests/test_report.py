@@ -160,6 +160,9 @@ def test_several_runs_are_compared(comparison):
         assert words in rows
     assert "data.root" not in rows
     figures = json.loads(page.source.partition('id="specifications">')[2].partition("</script>")[0])
+    lines = {curve["name"]: curve["line"] for curve in figures["losses"]["data"]}
+    assert lines["total · first"]["color"] == lines["total · second"]["color"] != lines["affinity · first"]["color"]
+    assert lines["total · first"]["dash"] != lines["total · second"]["dash"]
     assert {curve["name"] for curve in figures["speed"]["data"]} == {
         "images per second · first",
         "images per second · second",

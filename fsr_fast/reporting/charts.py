@@ -163,13 +163,15 @@ def _points(run: RunRecord) -> dict[str, list[tuple[int, float]]]:
 
 def _line_chart(key: str, title: str, unit: str, lines: Mapping[str, tuple[list[tuple[int, float]], str]]) -> Chart:
     figure = go.Figure()
+    kinds = list(dict.fromkeys(name.partition(" · ")[0] for name in lines))  # of several runs one colour a kind
     for number, (name, (points, dash)) in enumerate(lines.items()):
+        colour = kinds.index(name.partition(" · ")[0]) if len(kinds) > 1 else number
         figure.add_scatter(
             x=[iteration for iteration, _ in points],
             y=[value for _, value in points],
             name=name,
             mode="lines" if len(points) > TABLE_ROWS else "lines+markers",
-            line={"color": COLOURS[number % len(COLOURS)], "dash": dash, "width": 2},
+            line={"color": COLOURS[colour % len(COLOURS)], "dash": dash, "width": 2},
         )
     figure.update_layout(xaxis_title="iteration", yaxis_title=unit, showlegend=len(lines) > 1)
     if key in ("speed", "wait", "memory"):
