@@ -68,7 +68,7 @@ def test_an_image_that_is_neither_cropped_nor_resized_is_equal(train: ImageSet) 
         ({**NONE, "jitter": 1.0, "hue": 0.5}, 1.2),
         ({**NONE, "blur": 0.5}, 1.5),
         ({**NONE, "solarise": 0.5}, 0.5),
-        ({"jitter": 0.7}, 1.2),
+        ({"jitter": 1.0, "contrast": 0.9, "saturation": 0.9, "hue": 0.5}, 2.0),
     ],
     ids=["crop", "flip", "brightness", "contrast", "saturation", "hue", "blur", "solarise", "all jitter"],
 )
