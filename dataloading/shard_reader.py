@@ -15,16 +15,17 @@ Both pipelines read through this module; WebDataset's tools and DALI's reader ca
 
 from __future__ import annotations
 
-import json
+import itertools
 import os
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Annotated, Any, Generic, NamedTuple, TypeVar
 
 import fsspec
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from pydantic import BaseModel, Field, ValidationError
 
 from fsr_fast.config import DataConfig
 from fsr_fast.dataloading.batch import EncodedImage
@@ -37,6 +38,26 @@ PLACES = 2 * WINDOW  # shards whose offsets a process keeps
 IMAGE_ENDINGS = ("jpg", "png")
 
 Item = TypeVar("Item")
+Place = tuple[int, int]
+"""First byte and number of bytes."""
+
+
+class _Shard(BaseModel):
+    file: str = Field(pattern=r"^[^/\\\x00]+\.tar$")  # beside the index, nowhere else
+    samples: int = Field(ge=0, lt=2**31)
+    bytes: int = Field(ge=0, lt=2**48)
+
+
+class _Index(BaseModel):
+    version: int
+    classes: tuple[str, ...]
+    max_labels: int
+    shards: tuple[_Shard, ...]
+
+
+class _About(BaseModel):
+    labels: tuple[Annotated[int, Field(ge=0)], ...]
+    name: str | None = None
 
 
 class Column(Generic[Item]):
@@ -71,12 +92,13 @@ class ShardDataset:
         self._process = -1
         self._filesystem: Any = None
         self._folder = ""
-        self._places: OrderedDict[int, list[dict[str, tuple[int, int]]]] = OrderedDict()
+        self._places: OrderedDict[int, list[dict[str, Place]]] = OrderedDict()
         index = self._read_index()
-        self._files = [str(shard["file"]) for shard in index["shards"]]
-        self._starts = np.cumsum([0, *(int(shard["samples"]) for shard in index["shards"] if not empty)])
-        self.classes = tuple(str(label) for label in index["classes"])
-        self.max_labels = int(index["max_labels"])
+        self._files = [shard.file for shard in index.shards]
+        self._sizes = [shard.bytes for shard in index.shards]
+        self._starts = np.cumsum([0, *(shard.samples for shard in index.shards if not empty)])
+        self.classes = index.classes
+        self.max_labels = index.max_labels
         self.ids = Column(len(self), self._id)
         self.labels = Column(len(self), self._labels)
 
@@ -91,12 +113,9 @@ class ShardDataset:
         """
         data, about, place = self._sample(index)
         labels = np.zeros(len(self.classes), np.float32)
-        try:
-            labels[np.asarray(about["labels"], np.int64)] = 1
-        except (KeyError, IndexError, TypeError, ValueError):
-            raise DamagedFileError(
-                f"{place}: labels that are no numbers of its {len(labels)} classes; pack anew"
-            ) from None
+        if any(label >= len(labels) for label in about.labels):
+            raise DamagedFileError(f"{place}: labels that are no numbers of its {len(labels)} classes; pack anew")
+        labels[list(about.labels)] = 1
         return EncodedImage(data, labels, place)
 
     def image(self, index: int) -> Image.Image:
@@ -126,30 +145,28 @@ class ShardDataset:
 
     def _id(self, index: int) -> str:
         _, about, place = self._sample(index)
-        return str(about.get("name", place))
+        return place if about.name is None else about.name
 
     def _labels(self, index: int) -> NDArray[np.float32]:
         return self.encoded(index).labels
 
-    def _sample(self, index: int) -> tuple[bytes, dict[str, Any], str]:
+    def _sample(self, index: int) -> tuple[bytes, _About, str]:
         """Read an image and what is written about it, in one piece, and say where they stand."""
         shard, parts = self._parts(index)
         place = self._place(index, shard)
         image = next((parts[ending] for ending in IMAGE_ENDINGS if ending in parts), None)
         if image is None or "json" not in parts:
             raise DamagedFileError(f"{place}: no image or no JSON in this sample; pack anew")
-        first, last = min(image, parts["json"]), max(image, parts["json"])
-        run = self._read(shard, first[0], sum(last))
-        data, text = (run[start - first[0] : start - first[0] + size] for start, size in (image, parts["json"]))
+        both = image, parts["json"]
+        first = min(start for start, _ in both)
+        run = self._read(shard, first, max(start + size for start, size in both))
+        data, text = (run[start - first : start - first + size] for start, size in both)
         try:
-            about = json.loads(text)
-            if not isinstance(about, dict):
-                raise ValueError("no object")
-        except ValueError as error:
-            raise DamagedFileError(f"{place}: its JSON cannot be read: {error}; pack anew") from None
-        return data, about, place
+            return data, _About.model_validate_json(text), place
+        except ValidationError as error:
+            raise DamagedFileError(f"{place}: its JSON cannot be read: {_explain(error)}; pack anew") from None
 
-    def _parts(self, index: int) -> tuple[int, dict[str, tuple[int, int]]]:
+    def _parts(self, index: int) -> tuple[int, dict[str, Place]]:
         """Give the shard of a sample, and offset and size of its parts by ending."""
         shard = int(np.searchsorted(self._starts, index, side="right")) - 1
         if shard not in self._places:
@@ -159,7 +176,7 @@ class ShardDataset:
         self._places.move_to_end(shard)
         return shard, self._places[shard][index - int(self._starts[shard])]
 
-    def _read_places(self, shard: int) -> list[dict[str, tuple[int, int]]]:
+    def _read_places(self, shard: int) -> list[dict[str, Place]]:
         file = self._files[shard].removesuffix(".tar") + ".idx"
         try:
             lines = self._open_root().cat_file(f"{self._folder}/{file}").decode().splitlines()
@@ -171,6 +188,9 @@ class ShardDataset:
             expected = int(self._starts[shard + 1] - self._starts[shard])
             if lines[0].split() != ["v1.2", str(expected)] or len(places) != expected:
                 raise ValueError(f"not {expected} samples in the format v1.2")
+            for start, size in itertools.chain.from_iterable(sample.values() for sample in places):
+                if min(start, size) < 0 or start + size > self._sizes[shard]:
+                    raise ValueError(f"{size} bytes from {start} on, in a shard of {self._sizes[shard]} bytes")
         except (OSError, ValueError, IndexError) as error:
             raise UserError(f"{self._root}/{file}: cannot be read: {error}; pack the list anew") from None
         return places
@@ -179,30 +199,31 @@ class ShardDataset:
         file = self._files[shard]
         try:
             data: bytes = self._open_root().cat_file(f"{self._folder}/{file}", start=start, end=end)
-        except OSError as error:
+        except (OSError, MemoryError) as error:
             raise DamagedFileError(f"{self._root}/{file}: bytes {start} to {end} cannot be read: {error}") from None
         if len(data) != end - start:
             raise DamagedFileError(f"{self._root}/{file}: ends before byte {end}; copy or pack it anew")
         return data
 
-    def _read_index(self) -> dict[str, Any]:
+    def _read_index(self) -> _Index:
         path = f"{self._root}/{self._name}.json"
         try:
             filesystem = self._open_root()
             try:
-                index = json.loads(filesystem.cat_file(f"{self._folder}/{self._name}.json"))
+                index = _Index.model_validate_json(filesystem.cat_file(f"{self._folder}/{self._name}.json"))
             except FileNotFoundError:
                 found = [str(file).rpartition("/")[2] for file in filesystem.glob(f"{self._folder}/*.json")]
                 hint = nearest(self._name, [file.removesuffix(".json") for file in found]) if found else ""
                 raise UserError(
                     f"{path}: no such file{hint}; expected the index that `fsr-fast data pack` writes"
                 ) from (None)
-            if index["version"] != VERSION or not index["shards"]:
-                raise ValueError(f"version {index['version']} with {len(index['shards'])} shards, expected {VERSION}")
-        except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+            if index.version != VERSION or not index.shards:
+                raise ValueError(f"version {index.version} with {len(index.shards)} shards, expected {VERSION}")
+        except (OSError, ValueError, ImportError) as error:
+            reason = _explain(error) if isinstance(error, ValidationError) else f"{type(error).__name__}: {error}"
             raise UserError(
-                f"{path}: not a readable index of shards ({type(error).__name__}: {error}); pack the list anew, or "
-                "install what fsspec needs for this URL"
+                f"{path}: not a readable index of shards ({reason}); pack the list anew, or install what fsspec needs "
+                "for this URL"
             ) from None
         return index
 
@@ -246,6 +267,11 @@ class ShardOrder:
 class _Window(NamedTuple):
     number: int
     samples: NDArray[np.int64]
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}".removeprefix(": ")
 
 
 def open_shards(config: DataConfig, *, training: bool) -> ShardDataset:

@@ -14,8 +14,11 @@ from hypothesis import strategies as st
 
 from fsr_fast.config import Config, build_config, load_config, read_yaml
 from fsr_fast.dataloading.coco import Instances
+from fsr_fast.dataloading.datasets import open_split
 from fsr_fast.dataloading.labels import TableLabels, read_csv, read_json
 from fsr_fast.dataloading.layout import read_list
+from fsr_fast.dataloading.pack import pack
+from fsr_fast.dataloading.shard_reader import ShardDataset
 from fsr_fast.errors import UserError
 from fsr_fast.models.build import restore_network
 from fsr_fast.reporting.tracking import read_metrics
@@ -178,6 +181,104 @@ def test_a_list_of_images(tmp_path, content):
     for name in attempt(read_list, path, "data.train_list") or []:
         inside = (tmp_path / "images" / name).resolve()
         assert inside.is_relative_to((tmp_path / "images").resolve())
+
+
+# --- shards
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> dict[str, bytes]:
+    """Sound shards of four images with masks, by file name."""
+    root = helpers.write_dataset(tmp_path_factory.mktemp("files"))
+    folder = tmp_path_factory.mktemp("packed")
+    split = open_split(build_config(helpers.values(root=root), "the test").data, training=False, with_masks=True)
+    pack(split, str(folder), "val", with_masks=True, shard_bytes=10**6, track=lambda samples, *_: samples)
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def lay_out(folder: Path, files: dict[str, bytes]) -> str:
+    """Write shards beside a file that is none of theirs."""
+    (folder / "shards").mkdir(exist_ok=True)
+    (folder / "secret.tar").write_bytes(files["val-000000.tar"])
+    (folder / "secret.idx").write_bytes(files["val-000000.idx"])
+    for name, content in files.items():
+        (folder / "shards" / name).write_bytes(content)
+    return str(folder / "shards")
+
+
+def read_shards(root: str) -> int:
+    """Read all there is; give the number of parts that could be read."""
+    dataset = ShardDataset(root, "val")
+    found = 0
+    for index in range(min(len(dataset), 6)):
+        readers = dataset.encoded, dataset.image, dataset.mask, dataset.ids.__getitem__
+        found += sum(attempt(reader, index) is not None for reader in readers)
+    return found
+
+
+def test_sound_shards_are_read_whole(tmp_path, shards):
+    assert read_shards(lay_out(tmp_path, shards)) == 4 * 4
+
+
+@fuzz
+@given(data=st.data())
+def test_the_bytes_of_shards(tmp_path, shards, data):
+    name = data.draw(st.sampled_from(sorted(shards)))
+    attempt(read_shards, lay_out(tmp_path, {**shards, name: data.draw(damaged(shards[name]))}))
+
+
+numbers = st.integers(-3, 10**4) | st.sampled_from([2**31, 2**47, 2**63, 10**30])
+elsewhere = st.sampled_from(["../secret.tar", "..\\secret.tar", "/secret.tar", "", ".", "val-000000.tar"])
+
+
+@fuzz
+@given(data=st.data())
+def test_the_index_of_shards(tmp_path, shards, data):
+    index = json.loads(shards["val.json"])
+    place = data.draw(st.sampled_from([index, index["shards"][0]]))
+    place[data.draw(st.sampled_from(sorted(place)))] = data.draw(anything | numbers | elsewhere)
+    attempt(read_shards, lay_out(tmp_path, {**shards, "val.json": json.dumps(index).encode()}))
+
+
+@fuzz
+@given(data=st.data())
+def test_offsets_within_shards(tmp_path, shards, data):
+    head, *lines = [line.split() for line in shards["val-000000.idx"].decode().splitlines()]
+    line = data.draw(st.sampled_from(lines))
+    line[data.draw(st.sampled_from(range(len(line))))] = str(data.draw(numbers | st.text(max_size=4)))
+    index = json.loads(shards["val.json"])
+    index["shards"][0]["bytes"] = data.draw(st.just(index["shards"][0]["bytes"]) | numbers)
+    changed = {
+        "val-000000.idx": "\n".join(" ".join(words) for words in (head, *lines)).encode("utf-8", "replace"),
+        "val.json": json.dumps(index).encode(),
+    }
+    attempt(read_shards, lay_out(tmp_path, {**shards, **changed}))
+
+
+@pytest.mark.parametrize("file", ["../secret.tar", "/secret.tar", "..\\secret.tar"])
+def test_no_shard_lies_outside_of_its_folder(tmp_path, shards, file):
+    index = json.loads(shards["val.json"])
+    index["shards"][0]["file"] = str(tmp_path) + file if file[0] == "/" else file
+    with pytest.raises(UserError, match=r"shards\.0\.file"):
+        read_shards(lay_out(tmp_path, {**shards, "val.json": json.dumps(index).encode()}))
+
+
+@fuzz
+@given(labels=anything, name=anything)
+def test_what_is_written_about_a_sample(tmp_path, shards, labels, name):
+    tar = shards["val-000000.tar"]
+    head, *lines = [line.split() for line in shards["val-000000.idx"].decode().splitlines()]
+    about = json.dumps({"labels": labels, "name": name}).encode()
+    place = lines[0].index("json")
+    lines[0][place + 1 : place + 3] = [str(len(tar)), str(len(about))]
+    index = json.loads(shards["val.json"])
+    index["shards"][0]["bytes"] = len(tar) + len(about)
+    changed = {
+        "val-000000.tar": tar + about,
+        "val-000000.idx": "\n".join(" ".join(words) for words in (head, *lines)).encode(),
+        "val.json": json.dumps(index).encode(),
+    }
+    attempt(read_shards, lay_out(tmp_path, {**shards, **changed}))
 
 
 # --- what a run has written
