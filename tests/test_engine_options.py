@@ -154,7 +154,9 @@ def test_the_step_reads_nothing_back_from_the_device(changes):
         run(step).loss.backward()
 
 
-@pytest.mark.parametrize("wait", [lambda x: x.sum().item(), lambda x: x[x > 0], torch.nonzero], ids=str)
+@pytest.mark.parametrize(
+    "wait", [lambda x: x.sum().item(), lambda x: x[x > 0], torch.nonzero], ids=["item", "mask", "nonzero"]
+)
 def test_waiting_for_the_device_would_be_noticed(wait):
     with pytest.raises(AssertionError, match="waits for the device"), NoWaiting():
         wait(torch.ones(3))
