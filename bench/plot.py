@@ -105,6 +105,37 @@ def tabulate_kernels(results: Path) -> str:
     return "\n".join(lines)
 
 
+def tabulate_data(records: list[Cases]) -> str:
+    """Give the table of the data pipelines."""
+    lines = [
+        "| device | views | images | pipeline | images/s | CPU time an image | host memory |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for cases in records:
+        for case, content in cases.items():
+            for row in content["rows"]:
+                cells = (
+                    content["device"],
+                    case.removeprefix("data "),
+                    content["images"],
+                    row["implementation"],
+                    f"{row['images_per_second']:.3g}",
+                    f"{row['cpu_ms_per_image']:.3g} ms",
+                    f"{row['host_memory_mib'] / 1024:.2g} GiB",
+                )
+                lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def tabulate(results: Path) -> dict[str, str]:
+    """Give every table by the name of its markers."""
+    return {
+        "steps": tabulate_steps(read_cases(results, "step")),
+        "kernels": tabulate_kernels(results),
+        "data": tabulate_data(read_cases(results, "data")),
+    }
+
+
 def fill(text: str, tables: dict[str, str]) -> str:
     """Put the tables between their markers."""
     for name, table in tables.items():
@@ -115,12 +146,11 @@ def fill(text: str, tables: dict[str, str]) -> str:
 
 def main() -> None:
     """Draw and tabulate all that is recorded."""
-    steps = read_cases(RESULTS, "step")
-    tables = {"steps": tabulate_steps(steps), "kernels": tabulate_kernels(RESULTS)}
+    tables = tabulate(RESULTS)
     for document in DOCUMENTS:
         text = document.read_text(encoding="utf-8")
         document.write_text(fill(text, tables), encoding="utf-8")
-    draw_waterfall(steps[0], PICTURE)
+    draw_waterfall(read_cases(RESULTS, "step")[0], PICTURE)
 
 
 if __name__ == "__main__":

@@ -65,6 +65,13 @@ def test_the_waterfall_shows_every_technique_and_memory_on_a_gpu(tmp_path, devic
     assert text.count("ours") == panels
 
 
+def test_pipelines_are_tabulated_by_their_views():
+    row = {"implementation": "dali", "images_per_second": 80.0, "cpu_ms_per_image": 23.0, "host_memory_mib": 2048.0}
+    cases = {"data plain": {"device": "cpu-x", "images": "photographs", "rows": [row]}}
+    last = plot.tabulate_data([cases]).splitlines()[-1]
+    assert last == "| cpu-x | plain | photographs | dali | 80 | 23 ms | 2 GiB |"
+
+
 def test_figures_stand_between_their_markers_alone():
     text = "a\n<!-- figures: steps -->\nold\n<!-- end -->\nb\n<!-- figures: other -->\nkept\n<!-- end -->\n"
     filled = plot.fill(text, {"steps": "new"})
@@ -73,8 +80,7 @@ def test_figures_stand_between_their_markers_alone():
 
 
 def test_the_documents_hold_what_is_recorded():
-    steps = plot.read_cases(plot.RESULTS, "step")
-    tables = {"steps": plot.tabulate_steps(steps), "kernels": plot.tabulate_kernels(plot.RESULTS)}
+    tables = plot.tabulate(plot.RESULTS)
     for document in plot.DOCUMENTS:
         text = document.read_text(encoding="utf-8")
         assert plot.fill(text, tables) == text, f"{document.name}: run python -m bench.plot"
