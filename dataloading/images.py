@@ -137,7 +137,7 @@ def inside(folder: Path, name: str) -> Path:
     """
     check_name(name)
     path = folder / name
-    if not os.path.realpath(path).startswith(_real(folder)):
+    if not os.path.realpath(path).startswith(_real(folder.absolute())):
         raise OutsideError(
             f"{path}: a symbolic link that leads out of {folder}; put the file itself there, or let data.root be the "
             "folder that holds it"

@@ -16,7 +16,7 @@ from fsr_fast.config import Config, build_config, load_config, read_yaml
 from fsr_fast.dataloading.coco import Instances
 from fsr_fast.dataloading.datasets import open_split
 from fsr_fast.dataloading.labels import TableLabels, read_csv, read_json
-from fsr_fast.dataloading.layout import read_list
+from fsr_fast.dataloading.layout import check_names, read_list
 from fsr_fast.dataloading.pack import pack
 from fsr_fast.dataloading.shard_reader import ShardDataset
 from fsr_fast.errors import UserError
@@ -178,7 +178,13 @@ def test_an_instances_file(tmp_path, content):
 def test_a_list_of_images(tmp_path, content):
     path = tmp_path / "train.txt"
     path.write_bytes(content)
-    for name in attempt(read_list, path, "data.train_list") or []:
+
+    def checked() -> list[str]:
+        names = read_list(path, "data.train_list")
+        check_names(names, path, "data.train_list")
+        return names
+
+    for name in attempt(checked) or []:
         inside = (tmp_path / "images" / name).resolve()
         assert inside.is_relative_to((tmp_path / "images").resolve())
 

@@ -270,3 +270,10 @@ def test_a_damaged_png_is_no_black_image() -> None:
     content[start : start + 20] = bytes(20)
     with pytest.raises(DamagedFileError, match="cannot be decoded"):
         read_image(bytes(content))
+
+
+def test_a_relative_folder_is_the_one_of_the_present_directory(tmp_path, monkeypatch):
+    for name in ("first", "second"):
+        (tmp_path / name / "images").mkdir(parents=True)
+        monkeypatch.chdir(tmp_path / name)
+        assert inside(Path("images"), "a.jpg") == Path("images/a.jpg")
