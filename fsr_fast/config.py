@@ -102,6 +102,8 @@ class Config(BaseSettings):
             raise ValueError(
                 f"data.root: missing; the data set {self.data.dataset!r} needs a folder: --data.root FOLDER"
             )
+        if self.run.shard and self.cam.fp8:
+            raise ValueError("cam.fp8: works on whole weights, but run.shard shares them out; leave one of them out")
         return self
 
 

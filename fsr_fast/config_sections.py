@@ -50,6 +50,9 @@ class RunConfig(Section):
     """Compile the transformer's blocks. `auto`: on a GPU alone; the first iterations take longer."""
     checkpointing: bool = False
     """Compute the blocks' activations again in the backward pass: less memory, a third more work with gradient."""
+    shard: bool = False
+    """For backbones that do not fit on one GPU: the processes share out weights, gradients, moments and averages
+    (FSDP2) instead of holding them whole. Blocks are not compiled then."""
     resume: bool = True
     """Go on from the newest checkpoint of the run folder. `false` refuses a folder that holds one."""
     log_every: Count = 50
@@ -70,6 +73,12 @@ class RunConfig(Section):
     """Project of Weights & Biases that takes the scalars, too; none: the package is not even imported."""
     profile: bool = False
     """Write a profile of iterations 6 to 10 after the start, a process, to the run folder (`profile/`)."""
+
+    @model_validator(mode="after")
+    def _whole_blocks(self) -> Self:
+        if self.shard and self.compile is True:
+            raise ValueError("shard: shared out, blocks cannot be compiled; leave out shard, or compile")
+        return self
 
 
 class DataConfig(Section):

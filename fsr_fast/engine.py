@@ -93,9 +93,9 @@ def build_step(student: Network, config: Config, slots: int) -> FSRStep:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = run.tf32
     encoder.attention = choose_backend(run.attention, device, half=uses_half(device, run.amp))
     encoder.checkpointing = run.checkpointing
-    if run.compile is True or (run.compile == "auto" and device.type == "cuda"):
+    if run.compile is True or (run.compile == "auto" and device.type == "cuda" and not run.shard):
         encoder.compile_blocks()
-    if device.type == "cuda":
+    if device.type == "cuda" and not run.shard:  # only contiguous weights can be shared out
         student.decoder.to(memory_format=torch.channels_last)
     if config.cam.fp8:
         _check_float8(encoder, device)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from fsr_fast.config import TeacherConfig
 from fsr_fast.models import Network
 from fsr_fast.models.projector import Projector
+from fsr_fast.runtime.sharding import local_parts
 
 
 class Teacher(nn.Module):
@@ -57,9 +58,10 @@ class Teacher(nn.Module):
 
 
 def _lerp(own: Sequence[Tensor], other: Sequence[Tensor], weight: float, skip: Tensor | None) -> None:
+    own, other = local_parts(own), local_parts(other)
     if skip is None:
-        torch._foreach_lerp_(list(own), list(other), weight)
+        torch._foreach_lerp_(own, other, weight)
         return
-    steps = torch._foreach_sub(list(other), list(own))
+    steps = torch._foreach_sub(other, own)
     torch._foreach_mul_(steps, weight * (~skip).to(own[0].dtype))
-    torch._foreach_add_(list(own), steps)
+    torch._foreach_add_(own, steps)

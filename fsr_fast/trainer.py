@@ -31,6 +31,7 @@ from fsr_fast.runtime.loading import SteadyLoader
 from fsr_fast.runtime.precision import measure_ceiling
 from fsr_fast.runtime.run_folder import claim_run_folder, open_run_folder
 from fsr_fast.runtime.seeding import stream
+from fsr_fast.runtime.sharding import shard_step, whole_weights
 from fsr_fast.runtime.supervision import Supervisor
 from fsr_fast.schedules import schedule_at
 from fsr_fast.step import StepOutput
@@ -66,6 +67,8 @@ class Trainer:
         model = config.model if newest is None else without_start(config.model)
         self.network = build_network(model, self.train_set.classes, config.data.image_size).to(process.device)
         self.step = build_step(self.network, config, self.train_set.max_labels).to(process.device)
+        if config.run.shard:
+            shard_step(self.step, process, config.run.amp)
         self.optimiser = build_optimiser(self.network, config.optim)
         self.guard = Guard(self.optimiser, self.step.distillation.buffers())
         self.tracker: Tracker | None = None
@@ -179,7 +182,7 @@ class Trainer:
                 tracker.log(self.iteration, scores)
 
     def _evaluate(self, *, examples: int = 0, during_training: bool = False) -> Evaluation:
-        with self.supervisor.interlude():
+        with self.supervisor.interlude(), whole_weights(self.step, self.network):
             evaluation = evaluate_network(
                 self.network,
                 self.val_set,

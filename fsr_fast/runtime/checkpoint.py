@@ -18,6 +18,7 @@ import torch
 
 from fsr_fast.errors import UserError
 from fsr_fast.runtime.log import LOGGER
+from fsr_fast.runtime.sharding import gather, scatter
 
 FORMAT = "fsr_fast checkpoint 2"
 FOLDER = "checkpoints"
@@ -57,13 +58,13 @@ class Survivors:
     """Number of skipped steps."""
 
     def state(self, iteration: int, description: dict[str, Any]) -> dict[str, Any]:
-        """Give what a checkpoint holds.
+        """Give what a checkpoint holds; where weights are shared out, all processes call it.
 
         Args:
             iteration: iterations done.
             description: configuration and class names, from which the network can be built again.
         """
-        parts = {field.name: getattr(self, field.name).state_dict() for field in fields(self)}
+        parts = {field.name: gather(getattr(self, field.name).state_dict()) for field in fields(self)}
         return {"format": FORMAT, "iteration": iteration, **description, **parts}
 
     def restore(self, state: dict[str, Any], origin: Path) -> int:
@@ -81,9 +82,10 @@ class Survivors:
         """
         try:
             for field in fields(self):
-                getattr(self, field.name).load_state_dict(state[field.name])
+                owner = getattr(self, field.name)
+                owner.load_state_dict(scatter(state[field.name], owner))
             return int(state["iteration"])
-        except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+        except (KeyError, IndexError, RuntimeError, ValueError, TypeError, AttributeError) as error:
             raise UserError(
                 f"{origin}: does not fit this run ({' '.join(str(error).split()[:30])}); delete it"
             ) from None

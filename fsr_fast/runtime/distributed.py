@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from fsr_fast.errors import UserError
@@ -67,8 +68,8 @@ def wait_for_all() -> None:
 
 
 def distribute(step: torch.nn.Module, process: Process) -> torch.nn.Module:
-    """Let the processes share the gradients of a step; alone, it stays as it is."""
-    if process.world_size == 1:
+    """Let the processes share the gradients of a step; alone, or sharded, it stays as it is."""
+    if process.world_size == 1 or isinstance(step, FSDPModule):
         return step
     devices = [process.device] if process.device.type == "cuda" else None
     # stages that a weight of 0 switches off leave parameters without gradient

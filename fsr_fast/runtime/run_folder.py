@@ -24,6 +24,7 @@ _MAY_DIFFER = (
     "data.root",
     "data.workers",
     "data.max_bad_fraction",
+    "run.shard",
     *(
         f"run.{key}"
         for key in ("output", "device", "resume", "keep_checkpoints", "keep_every", "timeout", "profile", "wandb")

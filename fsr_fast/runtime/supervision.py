@@ -104,9 +104,11 @@ class Supervisor:
 
     def save(self) -> None:
         """Save the state, beside the training."""
-        if self._saver is not None:
+        if self._saver is not None or self._run.shard:
             began = time.perf_counter()
-            self._saver.save(self._state())
+            state = self._state()
+            if self._saver is not None:
+                self._saver.save(state)
             self._waited += time.perf_counter() - began
 
     def saving_share(self) -> float:
