@@ -1,6 +1,10 @@
 """Fast, verified training of segmentation networks from image-level labels (Progressive Feature Self-Reinforcement)."""
 
+import os
 from typing import Any
+
+# Large tensors of a CPU in pages of 2 MiB, which are fewer to set up; torch asks for this at its first large tensor.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 __all__ = ["from_pretrained", "load_network", "segment"]
 
