@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from bench.harness import RESULTS, device_name
+from bench.harness import RESULTS, device_name, present_commit
 from fsr_fast.cli import run_command
 from fsr_fast.errors import UserError
 
@@ -112,9 +112,8 @@ def main(arguments: list[str]) -> None:
         raise UserError(
             "make gpu: torch sees no CUDA GPU; on a CPU, make test and make bench check what can be checked"
         )
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
     parts, folder = list_parts(), RESULTS / device_name(torch.device("cuda")) / "parts"
-    done = run_parts(parts, folder, commit.stdout.strip(), minutes=options.minutes)
+    done = run_parts(parts, folder, present_commit(), minutes=options.minutes)
     missing = [name for name in parts if not done.get(name, {}).get("passed")]
     print(
         f"{sum(part['tests'] for part in done.values())} tests ran; {len(parts) - len(missing)} of {len(parts)} passed"

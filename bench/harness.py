@@ -222,6 +222,12 @@ def _line(case: str, row: dict[str, Any]) -> str:
     return text
 
 
+def present_commit() -> str:
+    """Give the commit that is checked out."""
+    command = ["git", "rev-parse", "HEAD"]
+    return subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True, check=True).stdout.strip()
+
+
 def device_name(device: torch.device) -> str:
     """Name the device as its folder in ``bench/results`` is named."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu-{platform.machine()}"
@@ -242,9 +248,6 @@ def record(case: str, device: torch.device, content: dict[str, Any]) -> None:
     file = RESULTS / name / f"{case.split()[0]}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     cases = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=RESULTS.parent, capture_output=True, text=True, check=True
-    )
-    versions = {"torch": torch.__version__, "triton": version("triton"), "commit": commit.stdout.strip()}
+    versions = {"torch": torch.__version__, "triton": version("triton"), "commit": present_commit()}
     cases[case] = {"device": name, **versions, **content}
     file.write_text(json.dumps(cases, indent=1) + "\n", encoding="utf-8")

@@ -7,7 +7,6 @@ numbers, weights are random; neither changes the work.
 import argparse
 import contextlib
 import os
-import resource
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +24,7 @@ from fsr_fast.config import CONFIG_FOLDER, Config, build_config, read_yaml
 from fsr_fast.engine import build_step
 from fsr_fast.models.build import build_network
 from fsr_fast.optim import build_optimiser, fill_missing_gradients
+from fsr_fast.reporting.progress import peak_memory
 from fsr_fast.runtime.distributed import Process, distribute
 from fsr_fast.runtime.precision import autocast, measure_ceiling
 from fsr_fast.schedules import schedule_at
@@ -96,7 +96,7 @@ def measure(
                 torch.cuda.synchronize(device)
             times.append(time.perf_counter() - began)
     seconds = statistics.median(times)
-    row = {"seconds": seconds, "images_per_second": setting.batch / seconds, "peak_gib": _peak(device) / 2**30}
+    row = {"seconds": seconds, "images_per_second": setting.batch / seconds, "peak_gib": peak_memory(device) / 2**30}
     row["ceiling_tflops_per_second"] = statistics.median(ceilings) / 1e12
     if output is not None and output.work is not None:
         rate = output.work.flops / seconds / 1e12
@@ -166,12 +166,6 @@ def _fused_attention(state: dict[str, Tensor], name: str, tokens: Tensor, heads:
     query, key, value = F.linear(tokens, weight, bias).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
     mixed = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
     return F.linear(mixed, state[f"{name}.proj.weight"], state[f"{name}.proj.bias"])
-
-
-def _peak(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def main() -> None:

@@ -115,7 +115,7 @@ class TrainingProgress:
         rates = {
             "images_per_second": self._images / seconds,
             "data_wait": self._data_seconds / seconds,
-            "memory_gib": _peak_memory(self._device) / 2**30,
+            "memory_gib": peak_memory(self._device) / 2**30,
             "seconds_left": (self._total - self._done) * seconds / max(self._steps, 1),
         }
         speed = f"{rates['images_per_second']:.1f} images/s"
@@ -214,7 +214,8 @@ def _lines(
     print(f"{description} {done}{of}  {timedelta(seconds=round(clock() - began))}", flush=True)
 
 
-def _peak_memory(device: torch.device) -> int:
+def peak_memory(device: torch.device) -> int:
+    """Give the largest memory so far, in bytes: of a GPU what torch holds there, else of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
