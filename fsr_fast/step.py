@@ -94,7 +94,8 @@ class FSRStep(nn.Module):
         weights = schedule.weights
         distils = weights.uncertain > 0 or weights.class_token > 0
         needs_cams = weights.affinity > 0 or weights.segmentation > 0 or weights.energy > 0
-        made = self._count_passes()
+        made: list[TrunkPass] = []
+        self._note_passes(made)
 
         unmasked, scaled = self._pass_unmasked(view1 if needs_cams else None, view2 if distils else None, draws)
         masked = self._select_patches(view2, unmasked, labels, draws, schedule.random_mask) if distils else None
@@ -116,6 +117,7 @@ class FSRStep(nn.Module):
 
         total = torch.stack([getattr(weights, name) * loss for name, loss in losses.items()]).sum()
         detached = {name: loss.detach() for name, loss in losses.items()}
+        self._note_passes(None)
         work = self.student.encoder.shape.work(made, images=len(labels))
         return StepOutput(total, detached, cams, pseudo_labels, masked.mask if masked else None, work)
 
@@ -222,12 +224,10 @@ class FSRStep(nn.Module):
 
     # --- shared parts
 
-    def _count_passes(self) -> list[TrunkPass]:
-        made: list[TrunkPass] = []
+    def _note_passes(self, made: list[TrunkPass] | None) -> None:
         for network in (self.student, self.teacher.network):
             if network is not None:
                 network.encoder.passes = made
-        return made
 
     @torch.no_grad()
     def _merge(
