@@ -25,6 +25,7 @@ from fsr_fast.engine import build_step
 from fsr_fast.models.build import build_network
 from fsr_fast.optim import build_optimiser, fill_missing_gradients
 from fsr_fast.reporting.progress import peak_memory
+from fsr_fast.runtime.allocator import keep_freed_memory
 from fsr_fast.runtime.distributed import Process, distribute
 from fsr_fast.runtime.precision import autocast, measure_ceiling
 from fsr_fast.schedules import schedule_at
@@ -46,6 +47,8 @@ class Technique:
     compile: bool = False
     kernels: str = ""
     """FSR_KERNELS."""
+    keep_memory: bool = True
+    """Of the fast step on a CPU, as in training; the reference is timed without."""
 
 
 @dataclass(frozen=True)
@@ -155,6 +158,8 @@ def _build(setting: Setting, technique: Technique, process: Process) -> Callable
 @contextlib.contextmanager
 def _technique(technique: Technique) -> Iterator[None]:
     with mock.patch.dict(os.environ, {"FSR_KERNELS": technique.kernels}), contextlib.ExitStack() as stack:
+        keep_freed_memory(technique.engine == "fast" and technique.keep_memory)
+        stack.callback(keep_freed_memory, False)
         if technique.engine == "reference" and technique.attention == "fused":
             stack.enter_context(mock.patch.object(reference.encoder, "self_attention", _fused_attention))
         yield

@@ -27,11 +27,13 @@ def waterfall(device: torch.device) -> dict[str, Technique]:
     steps = {"reference": reference, "fused attention": replace(reference, attention="fused")}
     if half == "bf16":
         steps["bf16"] = replace(steps["fused attention"], amp=half)
-    steps["no pass twice, packed passes"] = fast
+    steps["no pass twice, packed passes"] = replace(fast, keep_memory=False)
     if device.type == "cuda":
         steps["Triton kernels"] = replace(fast, kernels="")
         steps["xformers attention"] = replace(fast, kernels="", attention="xformers")
         steps["compiled blocks"] = replace(fast, kernels="", attention="xformers", compile=True)
+    else:
+        steps["memory kept"] = fast
     return steps
 
 

@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from fsr_fast.errors import UserError
+from fsr_fast.runtime.allocator import keep_freed_memory
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,8 @@ def start_process(device: str, timeout: float = 1800.0) -> Process:
     target = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(target)
+    else:
+        keep_freed_memory()
     if size > 1:
         limit = timedelta(seconds=2 * timeout or _NEVER)
         dist.init_process_group("nccl" if cuda else "gloo", timeout=limit, **_meeting(limit))
