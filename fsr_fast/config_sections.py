@@ -330,7 +330,7 @@ class EvaluateConfig(Section):
     """Also report the decoder's result after the dense CRF."""
     crf_backend: Literal["pydensecrf", "exact"] = "pydensecrf"
     """`pydensecrf` filters by a permutohedral lattice, in processes of its own; `exact` by exact Gaussians, made for a
-    GPU (on a CPU it takes minutes a photograph)."""
+    GPU (a CPU's core takes more than a minute for a photograph)."""
     crf_workers: int | None = Field(None, ge=0, le=256)
     """Processes of the CRF a rank; 0: the rank itself; none: one a CPU core, shared out among the ranks."""
     training_limit: Count | None = 500

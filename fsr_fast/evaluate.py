@@ -1,6 +1,7 @@
 """Evaluate a trained network: `fsr-fast evaluate --checkpoint RUN_OR_FILE`."""
 
 import argparse
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -40,11 +41,13 @@ def main(arguments: Sequence[str]) -> None:
     try:
         settings = {"checkpoint": str(options.checkpoint), "iteration": iteration, "list": config.data.val_list}
         journal = Journal(folder, process.rank, _header(network, config))
+        began = time.perf_counter()
         evaluation = evaluate_network(
             network.to(process.device), dataset, config, process, examples=PICTURES, journal=journal
         )
         wait_for_all()  # every process has closed its part of the journal
         if process.is_main:
+            print(f"time: {time.perf_counter() - began:.1f} s")
             journal.join()
             _report(folder, evaluation, settings, network.classes)
             if evaluation.failed:

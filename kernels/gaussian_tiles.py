@@ -142,28 +142,63 @@ def _take(channels: Tensor, order: Tensor) -> Tensor:
 def _filter_tiles(features: Tensor, values: Tensor, filtered: Tensor, *, cutoff: float) -> None:
     """Adds to filtered (V, T, n) the filter of values (V, T, n) at features (F, T, n) of one image.
 
-    Weights are symmetric: each pair of tiles is computed once and serves both. Exponents come out of one matrix
-    product, -½ |a - b|² = [a, -½ |a|², 1] · [b, 1, -½ |b|²], in float64 since the terms cancel.
+    Weights are symmetric: each pair of tiles is computed once and serves both. Where most values are zero, tiles of the
+    others alone are met.
     """
     V, T, n = values.shape
-    lowest = math.log(torch.finfo(features.dtype).tiny) / 2  # denormal numbers would slow the products down many times
-    low, high = features.amin(dim=2), features.amax(dim=2)  # (F, T)
-    points = features.double()
-    norms = -0.5 * points.square().sum(dim=0, keepdim=True)
-    left = torch.cat([points, norms, torch.ones_like(norms)]).movedim(0, 2).contiguous()  # (T, n, F + 2)
-    right = torch.cat([points, torch.ones_like(norms), norms])  # (F + 2, T, n)
-
-    def weigh(tile: int, others: Tensor | slice) -> Tensor:
-        exponents = left[tile] @ right[:, others].flatten(1)
-        return exponents.to(features.dtype).clamp_(min=lowest).exp_()  # (n, n * others)
-
+    senders = values.flatten(1).any(dim=0).nonzero().flatten()
+    if 2 * senders.numel() < T * n:
+        if senders.numel():
+            _filter_from(senders, features, values, filtered, cutoff)
+        return
+    weights_of = _Weights(features, features, cutoff)
     for tile in range(T):
         value = values[:, tile]
-        total = value @ weigh(tile, slice(tile, tile + 1))
-        gap = torch.maximum(low[:, tile, None] - high, low - high[:, tile, None])[:, tile + 1 :].clamp_(min=0)
-        near = (gap.square().sum(dim=0) < 2 * cutoff).nonzero().flatten() + (tile + 1)
-        for others in near.split(_CPU_COLUMNS):
-            weights = weigh(tile, others)
+        total = value @ weights_of(tile, slice(tile, tile + 1))
+        for others in weights_of.near(tile, tile + 1):
+            weights = weights_of(tile, others)
             total.addmm_(values[:, others].flatten(1), weights.T)
             filtered.index_add_(1, others, (value @ weights).view(V, -1, n))
         filtered[:, tile] += total
+
+
+def _filter_from(senders: Tensor, features: Tensor, values: Tensor, filtered: Tensor, cutoff: float) -> None:
+    """Does the work of :func:`_filter_tiles` where the pixels numbered `senders` alone have values."""
+    _, T, n = values.shape
+    filler = -senders.numel() % n
+    padded = torch.cat([senders, senders[-1:].expand(filler)])
+    sent = values.flatten(1)[:, padded]
+    sent[:, senders.numel() :] = 0
+    sent = sent.unflatten(1, (-1, n))
+    weights_of = _Weights(features, features.flatten(1)[:, padded].unflatten(1, (-1, n)), cutoff)
+    for tile in range(T):
+        for others in weights_of.near(tile, 0):
+            filtered[:, tile].addmm_(sent[:, others].flatten(1), weights_of(tile, others).T)
+
+
+class _Weights:
+    """Weights between tiles of queries (F, T, n) and tiles of keys (F, S, n).
+
+    Exponents come out of one matrix product, -½ |a - b|² = [a, -½ |a|², 1] · [b, 1, -½ |b|²], in float64 since the
+    terms cancel.
+    """
+
+    def __init__(self, queries: Tensor, keys: Tensor, cutoff: float) -> None:
+        self.dtype, self.limit = queries.dtype, 2 * cutoff
+        self.lowest = math.log(torch.finfo(queries.dtype).tiny) / 2  # denormals would slow the products down many times
+        self.boxes = (queries.amin(dim=2), queries.amax(dim=2), keys.amin(dim=2), keys.amax(dim=2))
+        (a, norm_a), (b, norm_b) = (
+            (points, -0.5 * points.square().sum(dim=0, keepdim=True)) for points in (queries.double(), keys.double())
+        )
+        self.left = torch.cat([a, norm_a, torch.ones_like(norm_a)]).movedim(0, 2).contiguous()  # (T, n, F + 2)
+        self.right = torch.cat([b, torch.ones_like(norm_b), norm_b])  # (F + 2, S, n)
+
+    def near(self, tile: int, start: int) -> tuple[Tensor, ...]:
+        """Numbers of the key tiles near a query tile, from `start` on, as many at once as one product takes."""
+        low, high, key_low, key_high = self.boxes
+        gap = torch.maximum(low[:, tile, None] - key_high, key_low - high[:, tile, None])[:, start:].clamp_(min=0)
+        return ((gap.square().sum(dim=0) < self.limit).nonzero().flatten() + start).split(_CPU_COLUMNS)
+
+    def __call__(self, tile: int, others: Tensor | slice) -> Tensor:
+        exponents = self.left[tile] @ self.right[:, others].flatten(1)
+        return exponents.to(self.dtype).clamp_(min=self.lowest).exp_()  # (n, n * others)

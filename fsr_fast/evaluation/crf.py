@@ -44,7 +44,7 @@ def dense_crf(
         probabilities: (C+1,H,W) float32, softmax over the classes; values below 1e-5 count as 1e-5.
         backend: `pydensecrf` filters by a permutohedral lattice, an approximation, and leaves out classes that are
             nowhere likelier than 1e-4 (its time grows with the classes; their result is 0); `exact` filters by exact
-            Gaussians, which on a CPU takes minutes for a photograph.
+            Gaussians, which for a photograph takes a CPU's core more than a minute.
         device: where `exact` computes.
         iterations: mean-field iterations.
         gaussian_weight: weight of the smoothness term.

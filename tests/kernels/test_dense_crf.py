@@ -102,6 +102,20 @@ def test_classes_that_are_nowhere_likely_send_nothing_and_change_nothing(torch_p
     assert worst(marginals, beliefs, images) <= MARGINALS / 10
 
 
+def test_a_belief_that_has_settled_sends_nothing_more(torch_path, monkeypatch) -> None:
+    beliefs, images = draw(1, 3, 20, 30)
+    from fsr_fast.kernels.dense_crf import _Appearance
+
+    call, shares = _Appearance.__call__, []
+    monkeypatch.setattr(
+        _Appearance, "__call__", lambda self, sent: shares.append((sent != 0).any(0).float().mean()) or call(self, sent)
+    )
+    marginals = dense_crf(beliefs, images)
+    assert shares[0] == 1
+    assert shares[-1] < 0.5 * shares[1]
+    assert worst(marginals, beliefs, images) <= MARGINALS / 2
+
+
 def test_beliefs_below_the_floor_count_as_the_floor(torch_path) -> None:
     beliefs, images = draw(1, 3, 8, 9)
     beliefs[:, 0, 2, 3] = 0

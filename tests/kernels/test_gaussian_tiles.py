@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fsr_fast.kernels.gaussian_tiles import bilateral_features, gaussian_filter, gaussian_filter_op
+from fsr_fast.kernels.gaussian_tiles import _Weights, bilateral_features, gaussian_filter, gaussian_filter_op
 from tests.kernels.helpers import assert_close, permuted
 
 TF32 = 2.0**-10  # both factors of a product lose at most 2⁻¹¹, and nothing cancels
@@ -32,6 +32,17 @@ def filter_all_pairs(features: Tensor, values: Tensor) -> Tensor:
 def test_torch_path_sums_over_all_pairs(torch_path, shape, dtype) -> None:
     features, values = draw(*shape, dtype)
     assert_close(gaussian_filter(features, values), filter_all_pairs(features, values).to(dtype))
+
+
+@pytest.mark.parametrize("senders", [0, 1, 150])
+def test_torch_path_meets_the_pixels_that_have_a_value_alone(torch_path, monkeypatch, senders) -> None:
+    features, values = draw(1, 5, 3, 1000)
+    values[:, :, torch.randperm(1000, generator=torch.Generator().manual_seed(1))[senders:]] = 0
+    computed = []
+    weigh = _Weights.__call__
+    monkeypatch.setattr(_Weights, "__call__", lambda *arguments: computed.append(weigh(*arguments)) or computed[-1])
+    assert_close(gaussian_filter(features, values), filter_all_pairs(features, values).float())
+    assert sum(weights.numel() for weights in computed) <= 1024 * -(-senders // 128) * 128
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 3, 1), (1, 2, 21, 130), (1, 5, 81, 70), (2, 5, 130, 257)])
