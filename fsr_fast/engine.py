@@ -39,6 +39,8 @@ class ReferenceStep(FSRStep):
         super().__init__(student, config, slots)
         if config.run.amp == "bf16":
             raise UserError(f"run.amp: {config.run.amp!r}; the reference knows full precision alone: --run.amp off")
+        if config.cam.fp8:
+            raise UserError("cam.fp8: true; the reference knows full precision alone: --cam.fp8 false")
         if world_size() > 1:
             raise UserError(f"run.engine: the reference runs in one process, not in {world_size()}; start one alone")
         foreign = [name for name in student.state_dict() if any(part in name for part in FOREIGN)]

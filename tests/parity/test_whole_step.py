@@ -194,6 +194,9 @@ def test_the_reference_engine_refuses_what_it_does_not_know():
     config = tiny_config(PAPER, {"run": {"engine": "reference", "amp": "bf16"}})
     with pytest.raises(UserError, match=r"--run\.amp off"):
         build_step(build_tiny_network(config), config, len(CLASSES))
+    config = tiny_config(PAPER, {"run": {"engine": "reference", "amp": "off"}, "cam": {"fp8": True}})
+    with pytest.raises(UserError, match=r"--cam\.fp8 false"):
+        build_step(build_tiny_network(config), config, len(CLASSES))
     options = TINY["model"]["backbone_options"] | {"init_values": 0.1}
     config = tiny_config(PAPER, {"run": {"engine": "reference", "amp": "off"}, "model": {"backbone_options": options}})
     with pytest.raises(UserError, match=r"ls1\.gamma"):
