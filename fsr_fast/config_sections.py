@@ -58,7 +58,7 @@ class RunConfig(Section):
     log_every: Count = 50
     """Iterations between two lines of metrics.jsonl."""
     picture_every: Iterations = 1000
-    """Iterations between two sets of TensorBoard pictures; 0: none."""
+    """Iterations between two grids of training pictures; 0: none."""
     checkpoint_every: Count = 1000
     """Iterations between two checkpoints; the last iteration always writes one."""
     keep_checkpoints: Count = 2
@@ -100,8 +100,8 @@ class DataConfig(Section):
     subset: tuple[str, ...] | None = None
     """Train on these classes alone: labels are restricted to them, pixels of all others become 255 (ignored)."""
     labels: Literal["auto", "xml", "csv", "masks"] = "auto"
-    """Source of the image labels: Annotations/*.xml, labels.csv or the training masks; `auto`: the first one, but for
-    `coco` its annotations and for `own` its tables."""
+    """Source of the image labels: Annotations/*.xml, labels.csv or the training masks; `auto`: the first that is there,
+    but for `coco` its annotations and for `own` its tables."""
     image_size: int = Field(448, ge=32, le=4096)
     """Side of the square training views, in pixels; a multiple of the patch size."""
     workers: int = Field(4, ge=0, le=256)
@@ -206,7 +206,8 @@ class MaskConfig(Section):
     """Selection of the patches to mask in view 2 (Eq. 2-4, Table 3)."""
 
     strategy: Literal["uncertain", "random", "cam_strict", "edge_strict"] = "uncertain"
-    """What is masked first: uncertain patches, none; or exactly the uncertain patches / the patches with edges."""
+    """`uncertain` masks uncertain patches first, `random` any; `cam_strict` masks exactly the uncertain patches,
+    `edge_strict` exactly those with edges, whatever the ratio."""
     ratio: float = Field(0.4, ge=0.0, lt=1.0)
     """Share r of the patches that are masked."""
     low: Probability = 0.2

@@ -303,6 +303,17 @@ def test_what_is_kept_of_an_image_adds_up_to_the_confusion_matrix():
     assert both[1].tolist() == tally.bands.tolist()
 
 
+@pytest.mark.filterwarnings("error")
+def test_masks_that_cannot_be_written_to_are_counted_without_a_warning():
+    labels = np.ones((8, 8), np.uint8)
+    labels.flags.writeable = False
+    torch.set_warn_always(True)  # torch would say it once a process
+    try:
+        assert count_image(labels, labels, 1, CPU)["cells"] == [[1, 1, 64]]
+    finally:
+        torch.set_warn_always(False)
+
+
 @pytest.mark.parametrize(
     ("count", "limit", "training_limit", "while_training", "alone"),
     [

@@ -29,7 +29,7 @@ def count_image(prediction: np.ndarray, truth: np.ndarray, classes: int, device:
     Raises:
         ValueError: shapes that differ, or labels outside their range.
     """
-    found, there = (torch.as_tensor(labels, device=device) for labels in (prediction, truth))
+    found, there = (torch.tensor(labels, device=device) for labels in (prediction, truth))
     matrix = ConfusionMatrix(classes)
     matrix.update(found, there)
     return {
