@@ -210,8 +210,12 @@ def open_split(config: DataConfig, *, training: bool, with_masks: bool) -> Split
         with_masks: masks are wanted, where they cost memory.
 
     Raises:
-        UserError: a missing folder or list, or a file of labels or annotations that cannot be read.
+        UserError: a missing folder or list, a file of labels or annotations that cannot be read, or shards.
     """
+    if config.dataset == "shards":
+        raise UserError(
+            "data.dataset: shards, which cannot be opened as files; give the data set that they were packed of"
+        )
     root = _folder(config)
     list_name, key = (config.train_list, "data.train_list") if training else (config.val_list, "data.val_list")
     if list_name is None:

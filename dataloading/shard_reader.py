@@ -111,12 +111,13 @@ class ShardDataset:
         Raises:
             DamagedFileError: the sample cannot be read.
         """
-        data, about, place = self._sample(index)
-        labels = np.zeros(len(self.classes), np.float32)
-        if any(label >= len(labels) for label in about.labels):
-            raise DamagedFileError(f"{place}: labels that are no numbers of its {len(labels)} classes; pack anew")
-        labels[list(about.labels)] = 1
-        return EncodedImage(data, labels, place)
+        shard, parts = self._parts(index)
+        place = self._place(index, shard)
+        both = self._image_part(parts, place), self._json_part(parts, place)
+        first = min(start for start, _ in both)
+        run = self._read(shard, first, max(start + size for start, size in both))
+        data, text = (run[start - first : start - first + size] for start, size in both)
+        return EncodedImage(data, self._vector(_parse(text, place), place), place)
 
     def image(self, index: int) -> Image.Image:
         """Read an image as RGB, upright.
@@ -124,8 +125,10 @@ class ShardDataset:
         Raises:
             DamagedFileError: it cannot be read or decoded.
         """
-        data, _, place = self._sample(index)
-        return read_image(data, place)
+        shard, parts = self._parts(index)
+        place = self._place(index, shard)
+        start, size = self._image_part(parts, place)
+        return read_image(self._read(shard, start, start + size), place)
 
     def mask(self, index: int) -> NDArray[np.uint8] | None:
         """Read a mask, (H, W) uint8: 0 background, 1…C classes, 255 ignored; none where none was packed.
@@ -144,27 +147,42 @@ class ShardDataset:
         return ShardOrder(self._starts, seed, epoch)
 
     def _id(self, index: int) -> str:
-        _, about, place = self._sample(index)
-        return place if about.name is None else about.name
+        """Name a sample; by its place where it bears no name that can be read: what is damaged is named, too."""
+        try:
+            name = self._about(index)[0].name
+        except DamagedFileError:
+            name = None
+        return self._within(index, self._parts(index)[0]) if name is None else name
 
     def _labels(self, index: int) -> NDArray[np.float32]:
-        return self.encoded(index).labels
+        return self._vector(*self._about(index))
 
-    def _sample(self, index: int) -> tuple[bytes, _About, str]:
-        """Read an image and what is written about it, in one piece, and say where they stand."""
+    def _about(self, index: int) -> tuple[_About, str]:
+        """Read what is written about an image, and say where it stands."""
         shard, parts = self._parts(index)
         place = self._place(index, shard)
+        start, size = self._json_part(parts, place)
+        return _parse(self._read(shard, start, start + size), place), place
+
+    def _vector(self, about: _About, place: str) -> NDArray[np.float32]:
+        labels = np.zeros(len(self.classes), np.float32)
+        if any(label >= len(labels) for label in about.labels):
+            raise DamagedFileError(f"{place}: labels that are no numbers of its {len(labels)} classes; pack anew")
+        labels[list(about.labels)] = 1
+        return labels
+
+    @staticmethod
+    def _image_part(parts: dict[str, Place], place: str) -> Place:
         image = next((parts[ending] for ending in IMAGE_ENDINGS if ending in parts), None)
-        if image is None or "json" not in parts:
-            raise DamagedFileError(f"{place}: no image or no JSON in this sample; pack anew")
-        both = image, parts["json"]
-        first = min(start for start, _ in both)
-        run = self._read(shard, first, max(start + size for start, size in both))
-        data, text = (run[start - first : start - first + size] for start, size in both)
-        try:
-            return data, _About.model_validate_json(text), place
-        except ValidationError as error:
-            raise DamagedFileError(f"{place}: its JSON cannot be read: {_explain(error)}; pack anew") from None
+        if image is None:
+            raise DamagedFileError(f"{place}: no image in this sample; pack anew")
+        return image
+
+    @staticmethod
+    def _json_part(parts: dict[str, Place], place: str) -> Place:
+        if "json" not in parts:
+            raise DamagedFileError(f"{place}: no JSON in this sample; pack anew")
+        return parts["json"]
 
     def _parts(self, index: int) -> tuple[int, dict[str, Place]]:
         """Give the shard of a sample, and offset and size of its parts by ending."""
@@ -235,7 +253,10 @@ class ShardDataset:
         return self._filesystem
 
     def _place(self, index: int, shard: int) -> str:
-        return f"{self._root}/{self._files[shard]}, sample {index - int(self._starts[shard])}"
+        return f"{self._root}/{self._within(index, shard)}"
+
+    def _within(self, index: int, shard: int) -> str:
+        return f"{self._files[shard]}, sample {index - int(self._starts[shard])}"
 
 
 class ShardOrder:
@@ -267,6 +288,13 @@ class ShardOrder:
 class _Window(NamedTuple):
     number: int
     samples: NDArray[np.int64]
+
+
+def _parse(text: bytes, place: str) -> _About:
+    try:
+        return _About.model_validate_json(text)
+    except ValidationError as error:
+        raise DamagedFileError(f"{place}: its JSON cannot be read: {_explain(error)}; pack anew") from None
 
 
 def _explain(error: ValidationError) -> str:

@@ -55,9 +55,9 @@ class Stream:
             Number of the image, and what was read.
 
         Raises:
-            UserError: as many images in a row as the data set has are damaged.
+            UserError: all images of the data set are damaged.
         """
-        for place in range(position, position + len(self.dataset)):
+        for place in range(position, position + 2 * len(self.dataset)):  # so many hold a whole epoch
             index = self._index(place)
             if index not in self.bad:
                 try:

@@ -153,13 +153,13 @@ class _Images(Dataset[Any]):
 
     def __getitem__(self, index: int) -> EvaluationSample | UserError:
         try:
-            image, mask = self.dataset.image(index), self.dataset.mask(index)
+            image, labels, mask = self.dataset.image(index), self.dataset.labels[index], self.dataset.mask(index)
         except UserError as error:
             return error
         return EvaluationSample(
             index,
             self.normalise(np.array(image)[None])[0],
-            torch.from_numpy(self.dataset.labels[index]),
+            torch.from_numpy(labels),
             None if mask is None else torch.from_numpy(mask),
             self.dataset.ids[index],
         )

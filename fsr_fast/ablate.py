@@ -100,6 +100,8 @@ def main(arguments: Sequence[str]) -> None:
     chosen = _choose_rows(options.table, options.rows)
     _check_overrides(options.table, overrides)
     base, print_only = load_config(["--config", str(options.config), *overrides])
+    if base.data.val_list is None:
+        raise UserError("data.val_list: none; a table needs scores, and so a list of images with masks")
     output = options.output or base.run.output.with_name(f"{base.run.output.name}_table_{options.table}")
     seeds = list(dict.fromkeys(options.seeds))
     rows = TABLES[options.table].rows

@@ -26,6 +26,8 @@ def main(arguments: Sequence[str]) -> None:
     options = build_parser().parse_args(arguments)
     if options.draws < 100:
         raise UserError(f"--draws: {options.draws} resamples give no interval; expected 100 or more")
+    if options.seed < 0:
+        raise UserError(f"--seed: {options.seed}; expected 0 or more")
     images, differences = compare(options.first, options.second, draws=options.draws, seed=options.seed)
     text = markdown(options.first, options.second, images, differences)
     print(text, end="")

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 Weight = Annotated[float, Field(ge=0.0, le=1000.0)]
+Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 Count = Annotated[int, Field(ge=1)]
 Iterations = Annotated[int, Field(ge=0)]
@@ -302,8 +303,8 @@ class OptimConfig(Section):
     """Factor on the rate of decoder, projector and classifiers."""
     weight_decay: float = Field(0.05, ge=0.0)
     """Decay of matrices; vectors, biases, position embedding, class and mask token have none."""
-    betas: tuple[Probability, Probability] = (0.9, 0.999)
-    """Decay rates of AdamW's moments."""
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
+    """Decay rates of AdamW's moments, each below 1."""
     warmup: Iterations = 1500
     """Iterations of linear warm-up; cosine to 0 follows."""
     warmup_factor: Probability = 0.1

@@ -136,7 +136,7 @@ def build_parser() -> Parser:
     _add_common(action)
     action.add_argument("--output", required=True, metavar="FOLDER", help="folder, or URL (s3://…, gs://…)")
     action.add_argument("--shard-size", type=_positive, default=256, metavar="MB", help="size of a shard (%(default)s)")
-    action.add_argument("--shuffle", type=int, metavar="SEED", help="pack in an order drawn from this seed")
+    action.add_argument("--shuffle", type=_seed, metavar="SEED", help="pack in an order drawn from this seed")
     return parser
 
 
@@ -164,6 +164,13 @@ def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not above 0")
+    return value
+
+
+def _seed(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{value} is below 0")
     return value
 
 

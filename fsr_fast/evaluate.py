@@ -75,6 +75,7 @@ def _header(network: Network, config: Config) -> dict[str, Any]:
     return {
         "classes": list(network.classes),
         "list": config.data.val_list,
+        "root": str(config.data.root),
         "weights": fingerprint(network),
         "evaluate": config.evaluate.model_dump(mode="json", exclude={"crf_workers", "training_limit"}),
         "cam": config.cam.model_dump(mode="json"),

@@ -8,6 +8,7 @@ official: the state dict of the official code.
 import argparse
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -38,7 +39,7 @@ def main(arguments: Sequence[str]) -> None:
     try:
         with working(f"exporting to {options.output}"):
             if options.to == "safetensors":
-                _write_folder(network, options.checkpoint, options.output.name, partial)
+                _write_folder(network, options, partial)
             elif options.to == "official":
                 torch.save(official_state_dict(network), partial)
             else:
@@ -80,11 +81,14 @@ def load_teacher(path: Path) -> Network:
     return restore_network({**checkpoint, "student": checkpoint["student"] | averaged}, str(path))
 
 
-def _write_folder(network: Network, checkpoint: Path, name: str, folder: Path) -> None:
+def _write_folder(network: Network, options: argparse.Namespace, folder: Path) -> None:
+    checkpoint: Path = options.checkpoint
     run = read_run(checkpoint) if (checkpoint / "config.yaml").is_file() else None
+    if run is not None and options.teacher:
+        run = replace(run, summary={**run.summary, "results": {}})  # the scores are the student's
     folder.mkdir()
     write_network(network, _model_config(checkpoint), folder)
-    (folder / "README.md").write_text(model_card(name, network, run), encoding="utf-8")
+    (folder / "README.md").write_text(model_card(options.output.name, network, run), encoding="utf-8")
 
 
 def _model_config(path: Path) -> ModelConfig:

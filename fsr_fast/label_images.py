@@ -21,7 +21,7 @@ from fsr_fast.cli import run_command
 from fsr_fast.config import Config
 from fsr_fast.dataloading.class_names import VOC_CLASSES
 from fsr_fast.dataloading.datasets import build_datasets, open_split
-from fsr_fast.dataloading.images import read_image
+from fsr_fast.dataloading.images import check_name, read_image
 from fsr_fast.dataloading.layout import IMAGE_ENDINGS, Files
 from fsr_fast.dataloading.names import Names
 from fsr_fast.errors import UserError
@@ -80,13 +80,23 @@ def write_labels(
 
     Returns:
         What kept images from being labelled, by name; complete on the first process, empty on the others.
+
+    Raises:
+        UserError: two images of the list would share a file, or one's would lie outside of the folder.
     """
     settings = config.evaluate.model_dump(mode="json", exclude={"crf_workers", "training_limit", "limit"})
     header: dict[str, Any] = {"classes": list(network.classes), "kind": kind, "found": found, "amp": config.run.amp}
-    header |= {"weights": fingerprint(network), "evaluate": settings, "cam": config.cam.model_dump(mode="json")}
+    header |= {
+        "root": str(config.data.root),
+        "weights": fingerprint(network),
+        "evaluate": settings,
+        "cam": config.cam.model_dump(mode="json"),
+    }
     journal = Journal(folder, process.rank, header)
     count = min(len(images.ids), config.evaluate.limit or len(images.ids))
-    share = [index for index in range(count) if images.ids[index] not in journal.found]
+    names = [images.ids[index] for index in range(count)]
+    _check_names(names)
+    share = [index for index, name in enumerate(names) if name not in journal.found]
     share = share[process.rank :: process.world_size]
     wait_for_all()  # every process has read the journal
     journal.open()
@@ -105,7 +115,7 @@ def write_labels(
     if not process.is_main:
         return {}
     (folder / "classes.txt").write_text("\n".join(["background", *network.classes]) + "\n", encoding="utf-8")
-    failed = {line["name"]: line["error"] for line in journal.lines() if "error" in line}
+    failed = journal.failed()
     journal.join()
     print(f"{count - len(failed)} label maps: {folder / 'labels'}\nconfidence: {folder / 'confidence'}")
     return failed
@@ -175,6 +185,15 @@ def _write_maps(folder: Path, name: str, found: Labels) -> None:
         else:
             Image.fromarray(values.astype(np.uint8)).save(partial, format="PNG")
         partial.replace(path)
+
+
+def _check_names(names: Sequence[str]) -> None:
+    first: dict[str, str] = {}
+    for name in names:
+        check_name(name)
+        other = first.setdefault(_stem(name), name)
+        if other != name:
+            raise UserError(f"{name!r} and {other!r}: their label maps would have one name; rename one of the images")
 
 
 def _stem(name: str) -> str:

@@ -94,7 +94,8 @@ def write_prediction(
     picture = Image.fromarray(shown) if legend is None else with_legend(shown, labels, legend)
     picture.save(folder / "overlays" / f"{name}.png")
     for class_name, cam in prediction.cams.items():
-        Image.fromarray(heatmap(image, cam, opacity)).save(folder / "cams" / f"{name}_{class_name}.png")
+        shown = heatmap(image, cam, opacity)
+        Image.fromarray(shown).save(folder / "cams" / f"{name}_{class_name.replace('/', '_')}.png")
 
 
 def _expand(argument: str) -> list[Path]:

@@ -34,7 +34,7 @@ def main(arguments: Sequence[str]) -> None:
     galleries: dict[str, Gallery] = {}
     classes: tuple[str, ...] = ()
     for run in runs:
-        if list_checkpoints(run.folder):
+        if list_checkpoints(run.folder) and run.config.get("data", {}).get("val_list") is not None:
             galleries[run.name], found = _look_at(run, options.limit, options.rows, options.device, options.root)
             if classes and found != classes:
                 raise UserError(f"{run.folder}: its classes {found} are not those of {runs[0].folder}, {classes}")

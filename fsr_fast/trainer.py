@@ -1,5 +1,6 @@
 """The training loop: data → step → optimiser → teacher → log → checkpoint. No maths."""
 
+import math
 import statistics
 import time
 from typing import Any
@@ -212,11 +213,12 @@ class Trainer:
         summary: dict[str, Any] = {"iterations": self.iteration, **{name: _median(lines, name) for name in RATES}}
         summary["checkpoint_wait"] = self.supervisor.saving_share()
         if evaluation is not None:
-            grid = evaluation_grid(evaluation.examples, self.network.classes)
-            summary["picture"] = str(self.tracker.pictures(self.iteration, grid, "validation"))
             summary |= {**_mean_ious(evaluation), "results": evaluation.results}
             rich_print(score_table(evaluation.results))
-            print(f"picture: {summary['picture']}")
+            if evaluation.examples:  # none where the first images could not be evaluated
+                grid = evaluation_grid(evaluation.examples, self.network.classes)
+                summary["picture"] = str(self.tracker.pictures(self.iteration, grid, "validation"))
+                print(f"picture: {summary['picture']}")
         print(f"summary: {self.tracker.summary(summary)}", flush=True)
         return summary
 
@@ -234,4 +236,6 @@ def _median(lines: list[dict[str, Any]], name: str) -> float | None:
 
 
 def _mean_ious(evaluation: Evaluation) -> dict[str, float]:
-    return {f"{name}_miou": result["mean_iou"] for name, result in evaluation.results.items()}
+    """Give the means by name; nan where the truth is 255 everywhere."""
+    means = {name: result["mean_iou"] for name, result in evaluation.results.items()}
+    return {f"{name}_miou": math.nan if mean is None else mean for name, mean in means.items()}

@@ -202,3 +202,9 @@ def test_two_real_rows_end_with_their_table(recipe, tmp_path, capsys):
             assert row["seeds"][seed] == {"pseudo": summary["pseudo_miou"], "seg": summary["seg_miou"]}
             assert 0 < summary["pseudo_miou"] < 100
     assert capsys.readouterr().out.rstrip().endswith("table.md")
+
+
+def test_a_recipe_without_a_validation_list_is_refused_before_any_run(recipe, trainer):
+    with pytest.raises(UserError, match=r"data\.val_list: none; a table needs scores"):
+        call(recipe, "--data.val_list", "None")
+    assert trainer.made == []

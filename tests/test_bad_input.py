@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from fsr_fast import trainer
 from fsr_fast.cli import run_command
 from fsr_fast.config import build_config
 from fsr_fast.errors import UserError
@@ -253,6 +254,25 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, root):
         "optim.clip_norm",
     )
     assert not (tmp_path / "run" / "summary.json").exists()
+
+
+def test_masks_that_say_nothing_give_no_score(tmp_path, root):
+    for path in (root / "SegmentationClass").iterdir():
+        Image.new("L", (36, 40), 255).save(path)
+    recipe = helpers.values({"run": {"evaluate_every": 2}}, root=root, output=tmp_path / "run")
+    train(["--config", str(helpers.write_config(tmp_path / "recipe.yaml", recipe))])
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["seg_miou"] is None
+    assert (tmp_path / "run" / "checkpoints" / "best.pt").is_file()
+
+
+def test_a_run_ends_well_where_no_picture_of_the_validation_can_be_shown(tmp_path, root, monkeypatch):
+    monkeypatch.setattr(trainer, "PICTURES", 1)
+    (root / "SegmentationClass" / "picture_8.png").write_bytes(b"no mask")
+    recipe = helpers.values(root=root, output=tmp_path / "run")
+    train(["--config", str(helpers.write_config(tmp_path / "recipe.yaml", recipe))])
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["seg_miou"] > 0
+    assert "picture" not in summary
 
 
 # --- checkpoints

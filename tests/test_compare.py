@@ -104,3 +104,8 @@ def test_a_folder_without_a_whole_evaluation_is_named(tmp_path, content):
 def test_too_few_resamples_are_refused():
     with pytest.raises(UserError, match="--draws: 10 resamples"):
         main(["a", "b", "--draws", "10"])
+
+
+def test_a_seed_that_is_none_is_refused():
+    with pytest.raises(UserError, match="--seed: -1; expected 0 or more"):
+        main(["a", "b", "--seed", "-1"])

@@ -209,6 +209,10 @@ def test_a_value_out_of_range_is_named_with_its_key_and_the_range(tmp_path, key,
         assert value.strip("-") in message
 
 
+def test_a_moment_that_never_moves_is_refused():
+    assert refusal("--optim.betas", "[0.9,1.0]") == "command line: optim.betas.1: input should be less than 1, not 1.0"
+
+
 @pytest.mark.parametrize(
     ("text", "parts"),
     [

@@ -1,6 +1,7 @@
 """Evaluation of a list: sharding, interruption, failures, sizes, reports."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -131,8 +132,8 @@ def test_an_interrupted_evaluation_goes_on_and_gives_the_same_result(tmp_path, m
     assert [path.name for path in (tmp_path / "parts").glob("images.*")] == ["images.jsonl"]
 
 
-@pytest.mark.parametrize("change", ["weights", "settings"])
-def test_what_other_weights_or_settings_have_counted_is_not_taken(tmp_path, monkeypatch, change):
+@pytest.mark.parametrize("change", ["weights", "settings", "data"])
+def test_what_other_weights_settings_or_data_have_counted_is_not_taken(tmp_path, monkeypatch, change):
     root = helpers.write_dataset(tmp_path / "data", val=4)
     output = ["--output", str(tmp_path / "out")]
     monkeypatch.setattr(evaluator, "_count", InterruptAt(2))
@@ -141,8 +142,8 @@ def test_what_other_weights_or_settings_have_counted_is_not_taken(tmp_path, monk
     second = InterruptAt()
     monkeypatch.setattr(evaluator, "_count", second)
     other = checkpoint(tmp_path / "other", root, 1) if change == "weights" else tmp_path / "run"
-    options = [] if change == "weights" else ["--threshold", "0.2"]
-    evaluate_command(["--checkpoint", str(other), *options, *output])
+    options = {"settings": ["--threshold", "0.2"], "data": ["--root", str(shutil.copytree(root, tmp_path / "moved"))]}
+    evaluate_command(["--checkpoint", str(other), *options.get(change, []), *output])
     assert len(second.names) == 4
 
 

@@ -60,6 +60,15 @@ def test_the_teacher_is_the_averaged_network(averaged, tmp_path):
     assert not torch.equal(weights["encoder.norm.weight"], checkpoint["student"]["encoder.norm.weight"])
 
 
+def test_the_card_of_the_teacher_has_no_scores_for_they_are_the_student_s(averaged, tmp_path):
+    for name, options in (("student", []), ("teacher", ["--teacher"])):
+        export.main(["--checkpoint", str(averaged), "--output", str(tmp_path / name), *options])
+    student, teacher = ((tmp_path / name / "README.md").read_text() for name in ("student", "teacher"))
+    assert "| **mean** |" in student
+    assert "Not evaluated." in teacher
+    assert "| **mean** |" not in teacher
+
+
 def test_where_the_projector_alone_is_averaged_the_teacher_has_the_students_encoder(tmp_path):
     folder = run(tmp_path, model={"normalisation": "imagenet"}, teacher={"projector_momentum": 0.9})
     export.main(["--checkpoint", str(folder), *OFFICIAL, "--output", str(tmp_path / "teacher.pth"), "--teacher"])

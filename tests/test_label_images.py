@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,12 @@ from fsr_fast import label_images
 from fsr_fast.config import build_config
 from fsr_fast.dataloading.class_names import COCO_CLASSES, VOC_CLASSES
 from fsr_fast.dataloading.datasets import build_datasets
+from fsr_fast.dataloading.names import Names
 from fsr_fast.errors import UserError
 from fsr_fast.evaluation.archive import FOLDER, check_archive, write_archive
 from fsr_fast.evaluation.evaluator import evaluate_network
 from fsr_fast.evaluation.inference import infer
+from fsr_fast.evaluation.journal import Journal
 from fsr_fast.label_images import main
 from fsr_fast.models import build_network
 from fsr_fast.reporting.figures import save_palette_png, voc_palette
@@ -26,6 +29,7 @@ from fsr_fast.runtime.distributed import Process
 from tests import helpers
 
 NETWORK = helpers.network(helpers.config()).eval()
+ALONE = Process(0, 1, torch.device("cpu"))
 TRAIN = [f"picture_{number}" for number in range(4)]
 
 
@@ -90,7 +94,7 @@ def test_the_label_maps_of_the_crf_are_those_that_evaluation_scores(tmp_path, ro
     output = label(tmp_path, root, "--kind", "seg+crf", "--list", "val")
     config = build_config(helpers.values({"evaluate": {"crf": True}}, root=root), "the test")
     _, dataset = build_datasets(config.data)
-    scored = evaluate_network(NETWORK, dataset, config, Process(0, 1, torch.device("cpu"))).tallies["seg+crf"]
+    scored = evaluate_network(NETWORK, dataset, config, ALONE).tallies["seg+crf"]
     found = sum(np.bincount(read(path).ravel(), minlength=4) for path in (output / "labels").iterdir())
     assert found.tolist() == scored.matrix.counts.sum(0).tolist()
 
@@ -128,6 +132,32 @@ def test_an_image_without_label_map_is_named(tmp_path, root):
     with pytest.raises(UserError, match=r"1 images have no label map; the first is 'picture_2'"):
         label(tmp_path, root)
     assert len(list((tmp_path / "out" / "labels").iterdir())) == 3
+
+
+def test_what_failed_in_a_process_that_is_gone_and_was_mended_since_counts_no_more(tmp_path, root, monkeypatch):
+    picture = root / "JPEGImages" / "picture_2.jpg"
+    content = picture.read_bytes()
+    picture.write_bytes(b"no picture")
+    monkeypatch.setattr(Journal, "join", lambda journal: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        label(tmp_path, root)
+    monkeypatch.undo()
+    picture.write_bytes(content)
+    (tmp_path / "out" / "images.0.partial.jsonl").rename(tmp_path / "out" / "images.1.partial.jsonl")
+    label(tmp_path, root)
+    assert len(list((tmp_path / "out" / "labels").iterdir())) == 4
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [(["a.jpg", "b", "a.png"], "'a.png' and 'a.jpg': their label maps would have one name"), (["../a"], "leads out")],
+)
+def test_names_that_cannot_be_those_of_label_maps_are_refused(tmp_path, root, names, message):
+    config = build_config(helpers.values(root=root), "the test")
+    images = replace(build_datasets(config.data)[0], ids=Names(names))
+    with pytest.raises(UserError, match=message):
+        label_images.write_labels(NETWORK, images, config, ALONE, "pseudo", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 # --- test server
@@ -205,6 +235,6 @@ def test_eighty_one_classes_are_counted_and_written(tmp_path, root):
     main(["--checkpoint", str(path), "--output", str(tmp_path / "out"), "--kind", "seg", "--unlabelled"])
     assert max(read(path).max() for path in (tmp_path / "out" / "labels").iterdir()) > 20
     _, dataset = build_datasets(config.data)
-    found = evaluate_network(network.eval(), dataset, config, Process(0, 1, torch.device("cpu")))
+    found = evaluate_network(network.eval(), dataset, config, ALONE)
     assert found.tallies["seg"].matrix.counts.shape == (81, 81)
     assert len(found.results["seg"]["classes"]) == 81

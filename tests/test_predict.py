@@ -80,6 +80,17 @@ def test_mask_overlay_cams_and_scores_are_those_of_the_network(run, tmp_path):
     }
 
 
+def test_a_class_name_is_no_path(tmp_path):
+    names = ("fruit/apple", "fruit/pear", "fruit/plum")
+    state = {"iteration": 1, "config": RECIPE.model_dump(mode="json"), "classes": list(names)}
+    write_checkpoint(tmp_path / "run", {**state, "student": helpers.network(RECIPE).state_dict()})
+    (path,) = save_pictures(tmp_path, "a.png")
+    main(["--checkpoint", str(tmp_path / "run"), str(path), "--output", str(tmp_path / "out")])
+    found = {file.name for file in (tmp_path / "out" / "cams").iterdir()}
+    assert found
+    assert found <= {"a_fruit_apple.png", "a_fruit_pear.png", "a_fruit_plum.png"}
+
+
 def test_the_crf_refines_the_mask(run, tmp_path):
     (path,) = save_pictures(tmp_path, "a.png")
     main(["--checkpoint", str(run), str(path), "--output", str(tmp_path / "out"), "--crf"])

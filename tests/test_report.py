@@ -181,6 +181,14 @@ def test_a_run_that_has_not_ended_is_shown_as_far_as_it_came(folder, tmp_path):
     assert any(given.get("data-chart") == "losses" for given in page.all("div"))
 
 
+def test_a_run_without_a_validation_list_has_a_report_without_pictures(folder):
+    run = train_run(folder, "unscored", data={"val_list": None})
+    main([str(run)])
+    page = Page(run / "report.html")
+    assert page.all("article") == []
+    assert any(given.get("data-chart") == "losses" for given in page.all("div"))
+
+
 def test_names_from_the_run_cannot_become_markup(folder, tmp_path):
     run = tmp_path / "<script>alert(1)<"
     run.mkdir()

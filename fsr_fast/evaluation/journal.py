@@ -52,6 +52,12 @@ class Journal:
         for path in sorted(self._folder.glob(PARTIAL.format("*"))):
             yield from self._read(path)
 
+    def failed(self) -> dict[str, str]:
+        """Give what kept images from being done, by name; what failed before may have been mended since."""
+        lines = list(self.lines())
+        done = {line["name"] for line in lines if "error" not in line}
+        return {line["name"]: line["error"] for line in lines if "error" in line and line["name"] not in done}
+
     def open(self) -> None:
         """Begin to write; a line that an interruption cut short goes."""
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -77,10 +83,11 @@ class Journal:
         joined = path.with_suffix(".new")
         with joined.open("w", encoding="utf-8") as file:
             file.write(_text(self._header))
-            done = {line["name"] for line in self.lines() if "error" not in line}
             for line in self.lines():
-                if "error" not in line or line["name"] not in done:  # what failed before may have been mended
+                if "error" not in line:
                     file.write(_text(line))
+            for name, message in self.failed().items():
+                file.write(_text({"name": name, "error": message}))
             file.flush()
             os.fsync(file.fileno())
         joined.replace(path)

@@ -111,8 +111,9 @@ class _Reader(Dataset[Any]):
         return len(self.dataset.ids)
 
     def __getitem__(self, index: int) -> Sample | Failure:
+        name = self.dataset.ids[index]
         try:
-            image, truth = np.asarray(self.dataset.image(index)), self.dataset.mask(index)
+            image, labels = np.asarray(self.dataset.image(index)), self.dataset.labels[index]
+            return Sample(index, name, image, labels, self.dataset.mask(index))
         except UserError as error:
-            return Failure(self.dataset.ids[index], str(error))
-        return Sample(index, self.dataset.ids[index], image, self.dataset.labels[index], truth)
+            return Failure(name, str(error))

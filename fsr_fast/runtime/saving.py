@@ -80,11 +80,11 @@ class Saver:
         """Keep the last saved checkpoint as `best.pt` if its score is the highest of the run.
 
         Args:
-            score: of the network that was saved last; higher is better.
+            score: of the network that was saved last; higher is better, nan the worst.
         """
         link, record = self._run / FOLDER / BEST, self._run / FOLDER / BEST_SCORE
         self._join()
-        if self._failure is not None or (link.exists() and score <= _read_score(record)):
+        if self._failure is not None or (link.exists() and not score > _read_score(record)):
             return
         partial = link.with_suffix(".partial")
         partial.symlink_to(f"{self._saved:07d}.pt")

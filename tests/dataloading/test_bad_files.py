@@ -170,6 +170,13 @@ def test_a_set_without_a_sound_image_is_refused(root: Path, pipeline: str) -> No
         next(loader(root, pipeline, max_bad_fraction=1.0))
 
 
+def test_one_sound_image_stands_in_for_all(root: Path, pipeline: str) -> None:
+    for number in range(COUNT - 1):
+        picture(root, number).write_bytes(b"no image")
+    batches = loader(root, pipeline, max_bad_fraction=1.0)
+    assert {int(index) for batch in islice(batches, 8) for index in batch.indices} == {COUNT - 1}
+
+
 def test_ranks_count_together_and_a_new_start_forgets(tmp_path: Path) -> None:
     path = tmp_path / "run/bad_files.txt"
     ranks = [BadFiles(path, 1000, 0.002) for _ in range(2)]

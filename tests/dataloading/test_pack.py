@@ -195,6 +195,11 @@ def test_a_pack_is_never_overwritten(folder: Path, tmp_path: Path) -> None:
         pack(folder, tmp_path / "shards")
 
 
+def test_a_seed_that_is_none_is_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--shuffle: -1 is below 0"):
+        pack(folder, tmp_path / "shards", "--shuffle", "-1")
+
+
 class OneImage:
     """Files of a list in which every name is the same image."""
 

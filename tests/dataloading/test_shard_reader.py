@@ -18,11 +18,12 @@ from fsr_fast.data import main
 from fsr_fast.dataloading import shard_reader
 from fsr_fast.dataloading.batch import ImageSet, TrainLoader
 from fsr_fast.dataloading.build import build_train_loader
-from fsr_fast.dataloading.datasets import build_datasets
+from fsr_fast.dataloading.datasets import build_datasets, open_split
 from fsr_fast.dataloading.images import DamagedFileError
 from fsr_fast.dataloading.shard_reader import ShardDataset, ShardOrder
 from fsr_fast.dataloading.torch_pipeline import evaluation_samples
 from fsr_fast.errors import UserError
+from fsr_fast.evaluation.samples import Failure, read_samples
 
 NORM: dict[str, Any] = {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.25, 0.3)}
 COUNT = 22
@@ -214,6 +215,27 @@ def test_damaged_shards_are_named(packed: Path, tmp_path: Path) -> None:
     dataset = ShardDataset(str(copy), "train_aug")
     with pytest.raises(UserError, match=r"train_aug-000001\.idx: cannot be read: not \d samples in the format v1\.2"):
         dataset.encoded(int(dataset._starts[1]))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_sample_fails_alone_in_an_evaluation(packed: Path, tmp_path: Path, workers: int) -> None:
+    copy = damage(packed, tmp_path)
+    tar = copy / "val-000000.tar"
+    content = bytearray(tar.read_bytes())
+    offset, size = ShardDataset(str(copy), "val")._parts(1)[1]["json"]
+    content[offset : offset + size] = b"{" * size
+    tar.write_bytes(content)
+    samples = list(read_samples(ShardDataset(str(copy), "val"), [0, 1], workers))
+    assert [isinstance(sample, Failure) for sample in samples] == [False, True]
+    assert samples[1].name == "val-000000.tar, sample 1"
+    assert isinstance(samples[1], Failure)
+    assert "its JSON cannot be read" in samples[1].message
+    assert "Traceback" not in samples[1].message
+
+
+def test_shards_are_not_opened_as_files(packed: Path) -> None:
+    with pytest.raises(UserError, match=r"data\.dataset: shards"):
+        open_split(data(packed), training=True, with_masks=False)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import math
 import threading
 import zipfile
 from pathlib import Path
@@ -54,6 +55,14 @@ def test_the_best_stays_under_its_name_and_a_worse_one_does_not_replace_it(tmp_p
         writer.save(state(5))
         writer.mark_best(51.0)
     assert read_checkpoint(tmp_path / "checkpoints" / "best.pt")["iteration"] == 5
+
+
+def test_a_score_that_is_none_is_the_worst(tmp_path):
+    with saver(tmp_path) as writer:
+        for iteration, score in ((1, math.nan), (2, 10.0), (3, math.nan)):
+            writer.save(state(iteration))
+            writer.mark_best(score)
+    assert read_checkpoint(tmp_path / "checkpoints" / "best.pt")["iteration"] == 2
 
 
 def test_what_a_killed_process_left_half_written_is_removed(tmp_path):
