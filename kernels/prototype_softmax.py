@@ -83,7 +83,7 @@ def forward_kernel(
         weighted = weighted * shrink + tl.sum(p * tl.where((k < K)[None, :], s, 0.0), 1)
         teacher_peak = peak
     part = parts + split.to(tl.int64) * M + m
-    size = splits.to(tl.int64) * M
+    size = tl.cast(splits, tl.int64) * M  # a launch makes a constant of a 1, which has no .to
     tl.store(part, student_peak + tl.log(student_sum), mask=m < M)
     tl.store(part + size, teacher_peak + tl.log(teacher_sum), mask=m < M)
     tl.store(part + 2 * size, weighted / teacher_sum, mask=m < M)

@@ -98,10 +98,10 @@ def test_masked_patches_are_replaced_before_their_position_is_added():
 
 
 def test_stochastic_depth_keeps_the_first_block_and_drops_the_last_at_the_given_rate():
-    assert ENCODER.drop_rates.tolist() == pytest.approx([0.0, 0.1 / 3, 0.2 / 3, 0.1])
+    assert ENCODER.drop_rates == pytest.approx([0.0, 0.1 / 3, 0.2 / 3, 0.1])
     keep = ENCODER.draw_keep(20_000, helpers.generator())
     assert keep.shape == (DEPTH, 2, 20_000)
-    for block, rate in enumerate(ENCODER.drop_rates.tolist()):
+    for block, rate in enumerate(ENCODER.drop_rates):
         values = set(keep[block].unique().tolist())
         assert values == {1.0} if rate == 0 else sorted(values) == pytest.approx([0.0, 1 / (1 - rate)])
         assert (keep[block] == 0).float().mean(1).tolist() == pytest.approx([rate, rate], abs=0.01)

@@ -103,7 +103,8 @@ def block_diagonal_mask(groups: Groups, device: torch.device) -> Any:
 @functools.lru_cache(maxsize=64)
 def boundaries(groups: Groups, device: torch.device) -> Tensor:
     """Give the position of each packed image's first token, and the end: (images + 1,), int32."""
-    return torch.tensor([0, *accumulate(_lengths(groups))], dtype=torch.int32, device=device)
+    bounds = torch.tensor([0, *accumulate(_lengths(groups))], dtype=torch.int32, pin_memory=device.type == "cuda")
+    return bounds.to(device, non_blocking=True)
 
 
 def _lengths(groups: Groups) -> list[int]:

@@ -76,8 +76,7 @@ class Encoder(nn.Module):
         self.checkpointing = False
         self.passes: list[TrunkPass] | None = None
         self._run_block: Callable[..., Tensor] = run_block
-        self.register_buffer("drop_rates", torch.linspace(0, config.stochastic_depth, self.depth), persistent=False)
-        self.drop_rates: Tensor
+        self.drop_rates: list[float] = torch.linspace(0, config.stochastic_depth, self.depth).tolist()  # for the host
 
     def draw_keep(self, batch: int, generator: torch.Generator) -> Tensor:
         """Draw stochastic depth for a batch.
@@ -89,7 +88,7 @@ class Encoder(nn.Module):
         Returns:
             (depth, 2, B), float32: factor of each branch, 0 or 1/(1 - drop rate).
         """
-        keep = 1 - self.drop_rates.cpu().view(-1, 1, 1)
+        keep = 1 - torch.tensor(self.drop_rates).view(-1, 1, 1)
         draw = torch.rand(self.depth, 2, batch, generator=generator)
         return ((draw < keep) / keep).float()
 
