@@ -140,6 +140,8 @@ def write_clean_lists(report: Report, folder: Path) -> list[Path]:
             raise UserError(f"{origin}: nothing is left without a finding; nothing was written")
         if paths[part].exists():
             raise UserError(f"{paths[part]} exists; delete it or give another folder")
+    if len(set(paths.values())) < len(paths):
+        raise UserError(f"--train, --val: both lists are called {origin.stem!r}; rename one; nothing was written")
     folder.mkdir(parents=True, exist_ok=True)
     for part, path in paths.items():
         split, names = report.lists[part].split, report.clean(part)

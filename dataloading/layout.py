@@ -129,6 +129,11 @@ def find_list(folder: Path, name: str, key: str, endings: Sequence[str]) -> Path
     return path
 
 
+def list_stem(name: str) -> str:
+    """Give the name of a list, which may be given as a path, without folder and ending."""
+    return Path(name).stem if name.endswith(LIST_ENDINGS) else Path(name).name
+
+
 def read_list(path: Path, key: str) -> list[str]:
     """Read a text file with one name a line.
 

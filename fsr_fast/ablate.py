@@ -165,7 +165,7 @@ def read_finished(config: Config) -> dict[str, Any] | None:
     recorded = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     if recorded.get("evaluate") != config.model_dump(mode="json")["evaluate"]:
         raise UserError(
-            f"{folder} was started with other values of evaluate: a table compares like with like; give another "
+            f"{folder} was last started with other values of evaluate: a table compares like with like; give another "
             "--output, delete the folder, or repeat the values that made it"
         )
     try:

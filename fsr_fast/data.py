@@ -17,7 +17,7 @@ from fsr_fast.dataloading.class_names import COCO_CLASSES, VOC_CLASSES
 from fsr_fast.dataloading.coco import Instances
 from fsr_fast.dataloading.datasets import default_lists, detect_dataset, open_split
 from fsr_fast.dataloading.labels import write_csv
-from fsr_fast.dataloading.layout import Split, check_names
+from fsr_fast.dataloading.layout import Split, check_names, list_stem
 from fsr_fast.dataloading.masks import build_augmented_masks, write_masks
 from fsr_fast.dataloading.official_labels import read_official_labels
 from fsr_fast.dataloading.pack import pack
@@ -71,7 +71,8 @@ def labels(options: argparse.Namespace) -> None:
     else:
         config, parts = _open(options)
         splits = [open_split(config, training=part == "train", with_masks=options.labels == "masks") for part in parts]
-        rows = (row for split in splits for row in _rows(split))
+        seen: set[str] = set()
+        rows = (row for split in splits for row in _rows(split, seen))
     print(f"{options.output}: labels of {write_csv(options.output, rows)} images")
 
 
@@ -93,13 +94,17 @@ def masks(options: argparse.Namespace) -> None:
 def pack_lists(options: argparse.Namespace) -> None:
     """Write the lists of a data set as shards."""
     config, parts = _open(options)
+    names = {part: list_stem(str(config.train_list if part == "train" else config.val_list)) for part in parts}
+    if len(set(names.values())) < len(parts):
+        raise UserError(
+            f"--train, --val: both lists are called {names['val']!r}; rename one, their shards bear its name"
+        )
     for part in parts:
         split = open_split(config, training=part == "train", with_masks=part == "val")
-        name = str(config.train_list if part == "train" else config.val_list)
         index = pack(
             split,
             str(options.output),
-            Path(name).stem,
+            names[part],
             with_masks=part == "val",
             shard_bytes=options.shard_size * MEGABYTE,
             seed=options.shuffle,
@@ -107,7 +112,7 @@ def pack_lists(options: argparse.Namespace) -> None:
         )
         shards = index["shards"]
         size = sum(shard["bytes"] for shard in shards) / MEGABYTE
-        print(f"{options.output}: {Path(name).stem}: {len(split.ids)} images, {len(shards)} shards, {size:.1f} MB")
+        print(f"{options.output}: {names[part]}: {len(split.ids)} images, {len(shards)} shards, {size:.1f} MB")
 
 
 def build_parser() -> Parser:
@@ -196,10 +201,13 @@ def _open(options: argparse.Namespace) -> tuple[DataConfig, list[str]]:
     return config, sorted(lists)
 
 
-def _rows(split: Split) -> Iterator[tuple[str, list[str]]]:
+def _rows(split: Split, seen: set[str]) -> Iterator[tuple[str, list[str]]]:
+    """Give the rows of a list, without images of the lists before it."""
     check_names(split.ids, split.origin, "data labels")
-    shown = track(map_ahead(split.labels, split.ids), "reading labels", len(split.ids))
-    for name, numbers in zip(split.ids, shown, strict=True):
+    names = [name for name in split.ids if name not in seen]
+    seen.update(names)
+    shown = track(map_ahead(split.labels, names), "reading labels", len(names))
+    for name, numbers in zip(names, shown, strict=True):
         yield name, [split.classes[number] for number in numbers]
 
 

@@ -20,6 +20,9 @@ def main(arguments: Sequence[str]) -> None:
     options = build_parser().parse_args(arguments)
     if not 0 <= options.port <= 65535:
         raise UserError(f"--port: {options.port}; expected 0 (any free one) to 65535")
+    for name in ("max_mib", "side"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')}: {getattr(options, name)}; expected 1 or more")
     network = load_network(options.checkpoint).to(start_process(options.device).device)
     try:
         server = DemoServer((options.host, options.port), network, largest=options.max_mib * 2**20, side=options.side)

@@ -96,7 +96,7 @@ class Trainer:
             loader=self.loader,
             guard=self.guard,
         )
-        self.iteration = 0 if newest is None else self.survivors.restore(*read_newest(config.run.output))
+        self.iteration = 0 if newest is None else self._restore()
         self.supervisor = Supervisor(config.run, process, self._state, None if newest is None else self.iteration)
 
     def run(self) -> dict[str, Any]:
@@ -124,6 +124,16 @@ class Trainer:
         self.loader.close()
         if self.tracker is not None:
             self.tracker.close()
+
+    def _restore(self) -> int:
+        state, origin = read_newest(self.config.run.output)
+        learned = tuple(state.get("classes", ()))
+        if learned != self.network.classes:  # as when a classes.txt was sorted anew
+            raise UserError(
+                f"{origin}: learned the classes {learned}, but those of the data are {self.network.classes}; give the "
+                "data their names and order back, or give another --run.output"
+            )
+        return self.survivors.restore(state, origin)
 
     def _train(self, forward: torch.nn.Module) -> None:
         optim = self.config.optim

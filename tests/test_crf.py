@@ -1,3 +1,4 @@
+import multiprocessing
 import os
 import sys
 from pathlib import Path
@@ -172,6 +173,16 @@ def test_what_fails_or_asks_for_nothing_keeps_its_place(workers):
     assert found["c"][0] is None
     assert "expected (C+1,40,60)" in str(found["c"][1])
     np.testing.assert_array_equal(found["a"][0], found["d"][0])
+
+
+def test_a_process_that_dies_is_named():
+    with CrfPool("pydensecrf", torch.device("cpu"), workers=2, images=3) as pool:
+        results = pool.refine(blocks(3))
+        next(results)
+        for process in multiprocessing.active_children():
+            process.kill()
+        with pytest.raises(UserError, match="a process of the dense CRF died"):
+            list(results)
 
 
 @pytest.mark.parametrize(("device", "ahead"), [("cuda", [5, 6, 7, 8, 9]), ("cpu", [2, 2, 4, 4, 6])])

@@ -1,10 +1,13 @@
 """Interrupted trainings end as if they had not been; the same seed gives the same run."""
 
+import shutil
+
 import pytest
 import torch
 
 from fsr_fast import trainer as trainer_module
 from fsr_fast.config import load_config
+from fsr_fast.errors import UserError
 from fsr_fast.reporting.tracking import read_metrics
 from fsr_fast.runtime.checkpoint import read_checkpoint
 from fsr_fast.runtime.distributed import Process
@@ -124,6 +127,19 @@ def weights(root, folder, name, *changes):
         trainer._iterate(trainer.step, next(trainer.loader))
     trainer.close()
     return first, trainer.network.state_dict()
+
+
+def test_classes_in_another_order_are_not_taken_for_those_that_were_learned(root, tmp_path):
+    own = tmp_path / "own"
+    shutil.copytree(root / "JPEGImages", own / "images")
+    shutil.copy(root / "labels.csv", own / "train.csv")
+    (own / "classes.txt").write_text("\n".join(helpers.CLASSES))
+    change = {"data": {"dataset": "own", "classes": None, "labels": "auto", "val_list": None}}
+    recipe = helpers.write_config(tmp_path / "own.yaml", helpers.values(change, root=own, output=tmp_path / "run"))
+    train(["--config", str(recipe)])
+    (own / "classes.txt").write_text("\n".join(reversed(helpers.CLASSES)))
+    with pytest.raises(UserError, match=r"learned the classes \('red', 'green', 'blue'\)"):
+        train(["--config", str(recipe)])
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others(root, tmp_path):

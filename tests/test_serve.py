@@ -187,4 +187,7 @@ def test_a_place_that_is_taken_and_a_port_that_is_none_are_refused(server, tmp_p
         main(["--checkpoint", "run", "--port", str(server.server_address[1])])
     with pytest.raises(UserError, match="--port: 70000; expected 0"):
         main(["--checkpoint", "run", "--port", "70000"])
+    for option in ("--side", "--max-mib"):
+        with pytest.raises(UserError, match=f"{option}: 0; expected 1 or more"):
+            main(["--checkpoint", "run", option, "0"])
     assert not list(Path(tmp_path).iterdir())

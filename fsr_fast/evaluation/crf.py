@@ -167,7 +167,21 @@ class CrfPool:
 
         Returns:
             The item, its marginals (C+1, H, W) float32, and none; or the item, none, and what went wrong.
+
+        Raises:
+            UserError: a process died.
         """
+        try:
+            yield from self._refine(items)
+        except BrokenProcessPool:
+            raise UserError(
+                "a process of the dense CRF died; often the memory is short: lower evaluate.crf_workers, or look at "
+                "the kernel's log"
+            ) from None
+
+    def _refine(
+        self, items: Iterable[tuple[Item, np.ndarray | None, np.ndarray | None]]
+    ) -> Iterator[tuple[Item, np.ndarray | None, Exception | None]]:
         if self._device.type == "cpu":
             for turn in _in_turns(items, max(self._workers, 1)):
                 yield from [_collect(*pair) for pair in [self._submit(*one) for one in turn]]

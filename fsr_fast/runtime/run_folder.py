@@ -75,13 +75,12 @@ def claim_run_folder(config: Config) -> Path | None:
 
 
 def open_run_folder(config: Config) -> None:
-    """Make the run folder and write the resolved configuration into it."""
+    """Make the run folder and write the resolved configuration of this start into it."""
     folder = config.run.output
     folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / CONFIG_FILE).is_file():
-        partial = folder / PARTIAL_CONFIG
-        partial.write_text(dump_config(config), encoding="utf-8")
-        partial.replace(folder / CONFIG_FILE)
+    partial = folder / PARTIAL_CONFIG
+    partial.write_text(dump_config(config), encoding="utf-8")
+    partial.replace(folder / CONFIG_FILE)
     (folder / FOLDER).mkdir(exist_ok=True)
 
 

@@ -215,6 +215,15 @@ def test_clean_lists_overwrite_nothing(animals: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "train_aug.txt").exists()
 
 
+def test_two_clean_lists_of_one_name_are_refused(animals: Path, tmp_path: Path) -> None:
+    lists = animals / "ImageSets/Segmentation"
+    (tmp_path / "val.txt").write_text((lists / "train_aug.txt").read_text())
+    options = ["--train", str(tmp_path / "val.txt"), "--fix", str(tmp_path / "clean")]
+    with pytest.raises(UserError, match="both lists are called 'val'; rename one; nothing was written"):
+        main(["check", str(animals), *VOC, *options])
+    assert not (tmp_path / "clean").exists()
+
+
 def test_own_pictures_without_a_row_are_found_and_clean_tables_keep_labels(own: Path) -> None:  # noqa: F811
     names = ("one.jpg", "deep er/zwei ä.png", "three.JPG", "four.jpeg")
     for number, name in enumerate(names):

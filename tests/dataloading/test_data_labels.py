@@ -42,6 +42,14 @@ def test_the_table_is_one_that_training_reads(folder: Path, tmp_path: Path) -> N
     np.testing.assert_array_equal(train.labels, [[1, 1, 0, 0], [0, 0, 1, 0], [1, 0, 0, 1], [0, 1, 0, 0]])
 
 
+def test_an_image_of_two_lists_has_one_row(folder: Path, tmp_path: Path) -> None:
+    with (folder / "ImageSets/Segmentation/val.txt").open("a") as file:
+        file.write("two\n")
+    main(["labels", str(folder), "--classes", ",".join(CLASSES), "--output", str(tmp_path / "labels.csv")])
+    names = [line.partition(",")[0] for line in (tmp_path / "labels.csv").read_text().splitlines()]
+    assert sorted(names) == sorted(["image", *SHOWN])
+
+
 def test_ms_coco_s_labels_come_from_its_folder_or_one_file(coco: Path, tmp_path: Path) -> None:  # noqa: F811
     main(["labels", str(coco), "--output", str(tmp_path / "both.csv")])
     main(["labels", str(coco / "annotations/instances_train2014.json"), "--output", str(tmp_path / "train.csv")])

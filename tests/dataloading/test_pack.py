@@ -200,6 +200,20 @@ def test_a_seed_that_is_none_is_refused(folder: Path, tmp_path: Path) -> None:
         pack(folder, tmp_path / "shards", "--shuffle", "-1")
 
 
+def test_shards_bear_the_whole_name_of_their_list(folder: Path, tmp_path: Path) -> None:
+    lists = folder / "ImageSets/Segmentation"
+    shutil.copy(lists / "train_aug.txt", lists / "train.v2.txt")
+    pack(folder, tmp_path / "shards", "--train", "train.v2")
+    assert (tmp_path / "shards" / "train.v2.json").is_file()
+
+
+def test_two_lists_of_one_name_are_refused_before_anything_is_written(folder: Path, tmp_path: Path) -> None:
+    shutil.copy(folder / "ImageSets/Segmentation/train_aug.txt", tmp_path / "val.txt")
+    with pytest.raises(UserError, match="both lists are called 'val'"):
+        pack(folder, tmp_path / "shards", "--train", str(tmp_path / "val.txt"))
+    assert not (tmp_path / "shards").exists()
+
+
 class OneImage:
     """Files of a list in which every name is the same image."""
 
