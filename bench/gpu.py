@@ -26,6 +26,8 @@ from fsr_fast.errors import UserError
 ROOT = RESULTS.parent.parent
 LONGEST = 480
 """Seconds after which a part is stopped."""
+SPLIT = {"test_step": ("vit_tiny", "vit_small", "paper-vit_base", "official", "the_batch", "the_processes")}
+"""Benches that would take longer: what the names of the tests of each part hold."""
 Parts = dict[str, list[str]]
 
 
@@ -40,7 +42,9 @@ def list_parts() -> Parts:
     if sanitizer:
         small = [*pytest, "-m", "gpu", "tests/kernels/test_masked_cross_attention.py", "-x"]
         parts["memory check"] = [sanitizer, "--tool", "memcheck", "--error-exitcode", "9", *small]
-    parts |= {f"bench {name}": [*pytest, f"bench/{name}.py"] for name in benches}
+    for name in benches:
+        for chosen in SPLIT.get(name, ("",)):
+            parts[f"bench {name} {chosen}".strip()] = [*pytest, f"bench/{name}.py", "-k", chosen]
     return parts
 
 

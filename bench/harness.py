@@ -96,6 +96,7 @@ def compare(
     phases = ["forward", "forward + backward"] if trainable else ["forward"]
     functions = {"eager": eager, "ours": ours}
     if device.type == "cuda":
+        torch.compiler.reset()  # all cases compile one function, which may be compiled but a few times
         functions = {"eager": eager, "compiled": torch.compile(eager, dynamic=False), "ours": ours}
         ceilings = _ceilings(dtype)
         rows = [row for phase in phases for row in _time_on_gpu(functions, sets, phase, floor, ceilings)]

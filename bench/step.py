@@ -160,6 +160,7 @@ def _technique(technique: Technique) -> Iterator[None]:
     with mock.patch.dict(os.environ, {"FSR_KERNELS": technique.kernels}), contextlib.ExitStack() as stack:
         keep_freed_memory(technique.engine == "fast" and technique.keep_memory)
         stack.callback(keep_freed_memory, False)
+        torch.compiler.reset()  # all techniques compile one function, which may be compiled but a few times
         if technique.engine == "reference" and technique.attention == "fused":
             stack.enter_context(mock.patch.object(reference.encoder, "self_attention", _fused_attention))
         yield

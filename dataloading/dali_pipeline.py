@@ -103,6 +103,8 @@ class DaliLoader(StreamLoader):
                 for batch in self._run(positions.skip(given), under_way):
                     yield batch
                     given += 1
+            except torch.OutOfMemoryError:
+                raise
             except RuntimeError as error:
                 if "DataLoader worker" in str(error):  # a process died; no file is to blame
                     raise
@@ -136,6 +138,7 @@ class DaliLoader(StreamLoader):
                 half = self._graph["half"]
                 view = torch.empty(output.shape(), dtype=torch.half if half else torch.float, device=self._device)
                 feed_ndarray(output, view, cuda_stream=self._copies)
+            self._copies.synchronize()  # the copy has only begun, and DALI takes its memory back
             view.record_stream(torch.cuda.current_stream(self._device))
         return view.permute(0, 3, 1, 2) if self._channels_last else view
 
@@ -153,7 +156,7 @@ class DaliLoader(StreamLoader):
                     found = True
                     continue
                 try:
-                    build_decoder(data.tobytes()).run()
+                    build_decoder(data.tobytes(), self._graph["device_id"]).run()
                 except RuntimeError:
                     self._strange.add(index)
                     found = True

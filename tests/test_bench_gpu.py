@@ -1,4 +1,5 @@
 import json
+import subprocess
 import sys
 
 import pytest
@@ -53,8 +54,17 @@ def test_a_file_without_gpu_tests_is_no_failure(tmp_path):
 
 def test_all_kernels_and_benches_have_a_part():
     parts = gpu.list_parts()
-    for name in ("check test_merge_cams", "check the rest", "bench test_step", "bench test_affinity_loss"):
+    for name in ("check test_merge_cams", "check the rest", "bench test_step official", "bench test_affinity_loss"):
         assert name in parts
+
+
+def test_every_test_of_a_bench_in_several_parts_is_in_one_of_them():
+    for name, chosen in gpu.SPLIT.items():
+        command = [sys.executable, "-m", "pytest", "--collect-only", f"bench/{name}.py"]
+        listed = subprocess.run(command, cwd=gpu.ROOT, capture_output=True, text=True, check=True).stdout
+        tests = [line.partition("::")[2] for line in listed.splitlines() if "::" in line]
+        assert tests
+        assert all(sum(part in test for part in chosen) == 1 for test in tests), tests
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

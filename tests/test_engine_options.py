@@ -57,6 +57,41 @@ def test_a_teacher_of_its_own_is_compiled_too():
     assert step.teacher.network.encoder._run_block is step.student.encoder._run_block
 
 
+@pytest.fixture
+def graphs(monkeypatch) -> list[torch.fx.GraphModule]:
+    """What is compiled, in place of compiling it."""
+    found: list[torch.fx.GraphModule] = []
+    compile_with = torch.compile
+
+    def take(graph: torch.fx.GraphModule, _):
+        found.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compile_with(function, backend=take, **options))
+    torch.compiler.reset()
+    return found
+
+
+def test_an_evaluation_s_many_sizes_are_not_compiled(graphs):
+    step = build({"run": {"compile": True}})
+    run(step)
+    assert len(graphs) == 2  # passes with and without gradient
+    encoder = step.student.encoder.eval()
+    for side in range(2, 6):
+        encoder(torch.zeros(1, 3, side * helpers.PATCH, helpers.PATCH))
+    assert len(graphs) == 2
+
+
+def test_a_compiled_block_is_given_the_boundaries_of_the_images(graphs, monkeypatch):
+    varlen = pytest.importorskip("torch.nn.attention.varlen")
+    monkeypatch.setattr(varlen, "varlen_attn", lambda query, *_: query)
+    step = build({"run": {"compile": True}})
+    step.student.encoder.attention = "varlen"
+    run(step)
+    assert len(graphs) == 2
+    assert not any(node.target is torch.tensor for graph in graphs for node in graph.graph.nodes)
+
+
 # --- float8
 
 

@@ -16,7 +16,7 @@ Groups = tuple[tuple[int, int], ...]
 Backend = Literal["sdpa", "xformers", "varlen"]
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, groups: Groups, backend: Backend) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, groups: Groups, backend: Backend, packing: Any = None) -> Tensor:
     """Compute softmax(QKᵀ/√d)V within each image.
 
     Args:
@@ -26,18 +26,28 @@ def attend(query: Tensor, key: Tensor, value: Tensor, groups: Groups, backend: B
         groups: sizes of the images in T.
         backend: `sdpa`, torch's own, one call per size; `xformers`, one call with a block-diagonal mask; `varlen`,
             torch's own for sequences of any length, one call, CUDA and half precision alone.
+        packing: as `describe_packing` gives it; none: it is asked here, which a compiled block should not do, since
+            it would make and copy the tensors of it anew in every call.
 
     Returns:
         (T, heads·d), in the dtype of `value`.
     """
+    packing = describe_packing(groups, backend, query.device) if packing is None else packing
     if backend == "xformers":
-        return _attend_xformers(query, key, value, groups)
+        return _attend_xformers(query, key, value, groups, packing)
     if backend == "varlen":
-        return _attend_varlen(query, key, value, groups)
+        return _attend_varlen(query, key, value, groups, packing)
     sizes = [images * tokens for images, tokens in groups]
     parts = zip(query.split(sizes), key.split(sizes), value.split(sizes), groups, strict=True)
     mixed = [_attend_sdpa(images, *part) for *part, (images, _) in parts]
     return mixed[0] if len(mixed) == 1 else torch.cat(mixed)
+
+
+def describe_packing(groups: Groups, backend: Backend, device: torch.device) -> Any:
+    """Give what a backend's operator must know of packed images: a mask, boundaries, or nothing."""
+    if backend == "xformers" and len(groups) > 1:  # images of one size are a batch and need no mask
+        return block_diagonal_mask(groups, device)
+    return boundaries(groups, device) if backend == "varlen" else None
 
 
 def choose_backend(wanted: Literal["auto", "sdpa", "xformers", "varlen"], device: torch.device, half: bool) -> Backend:
@@ -73,20 +83,19 @@ def _attend_sdpa(images: int, *projected: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2).flatten(0, 1)
 
 
-def _attend_xformers(query: Tensor, key: Tensor, value: Tensor, groups: Groups) -> Tensor:
+def _attend_xformers(query: Tensor, key: Tensor, value: Tensor, groups: Groups, mask: Any) -> Tensor:
     from xformers.ops import memory_efficient_attention
 
-    images = groups[0][0] if len(groups) == 1 else 1  # images of one size are a batch and need no mask
-    bias = None if len(groups) == 1 else block_diagonal_mask(groups, query.device)
+    images = groups[0][0] if mask is None else 1
     query, key, value = (tensor.unflatten(0, (images, -1)) for tensor in (query, key, value))
-    mixed: Tensor = memory_efficient_attention(query, key, value, attn_bias=bias)
+    mixed: Tensor = memory_efficient_attention(query, key, value, attn_bias=mask)
     return mixed.flatten(2).flatten(0, 1)
 
 
-def _attend_varlen(query: Tensor, key: Tensor, value: Tensor, groups: Groups) -> Tensor:
+def _attend_varlen(query: Tensor, key: Tensor, value: Tensor, groups: Groups, bounds: Tensor) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    bounds, longest = boundaries(groups, query.device), max(tokens for _, tokens in groups)
+    longest = max(tokens for _, tokens in groups)
     mixed = varlen_attn(query, key, value, bounds, bounds, longest, longest)
     assert isinstance(mixed, Tensor)
     return mixed.flatten(1)

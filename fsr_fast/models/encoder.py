@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from fsr_fast.config import ModelConfig
 from fsr_fast.errors import UserError, nearest
 from fsr_fast.models.aggregator import AggregatorBlock, pool_unmasked
-from fsr_fast.models.attention import Backend, Groups, attend
+from fsr_fast.models.attention import Backend, Groups, attend, describe_packing
 from fsr_fast.models.float8 import linear_float8
 from fsr_fast.models.work import TrunkPass, TrunkShape
 
@@ -99,7 +99,7 @@ class Encoder(nn.Module):
         return TrunkShape(self.width, hidden, 3 * self.patch_size**2, self.depth, tokens)
 
     def compile_blocks(self) -> None:
-        """Compile the blocks, one program for all of them; names and weights stay as they are."""
+        """Compile the blocks for training, one program for all of them; names and weights stay as they are."""
         self._run_block = torch.compile(run_block, dynamic=False)
 
     def forward(
@@ -165,13 +165,17 @@ class Encoder(nn.Module):
             self.passes.append(TrunkPass(groups, depth, torch.is_grad_enabled()))
         tokens = torch.cat([one.flatten(0, 1) for one, _ in embedded])
         factors = None if keep is None else _spread(keep.to(tokens.dtype), groups)
+        packing = describe_packing(groups, self.attention, tokens.device)
+        # an evaluation meets a new size with nearly every image: each would be compiled, until none is any more
+        run = self._run_block if self.training else run_block
         aux = tokens
         for index, block in enumerate(self.blocks[:depth]):
-            arguments = block, tokens, None if factors is None else factors[index], groups, self.attention, float8
+            keep_here = None if factors is None else factors[index]
+            arguments = block, tokens, keep_here, groups, self.attention, float8, packing
             if self.checkpointing and torch.is_grad_enabled():
-                tokens = checkpoint(self._run_block, *arguments, use_reentrant=False, preserve_rng_state=False)
+                tokens = checkpoint(run, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
-                tokens = self._run_block(*arguments)
+                tokens = run(*arguments)
             if index == self.aux_block:
                 aux = tokens
         sizes = [images * count for images, count in shapes]
@@ -246,7 +250,13 @@ def resize_position_embedding(embedding: Tensor, grid: tuple[int, int], size: tu
 
 
 def run_block(
-    block: Any, tokens: Tensor, keep: Tensor | None, groups: Groups, backend: Backend, float8: bool = False
+    block: Any,
+    tokens: Tensor,
+    keep: Tensor | None,
+    groups: Groups,
+    backend: Backend,
+    float8: bool = False,
+    packing: Any = None,
 ) -> Tensor:
     """Run one block on packed images.
 
@@ -257,6 +267,7 @@ def run_block(
         groups: sizes of the images in T.
         backend: how attention is computed.
         float8: round the factors of the linear layers to float8.
+        packing: as in `attend`.
 
     Returns:
         (T, D).
@@ -264,7 +275,7 @@ def run_block(
     attention, mlp = block.attn, block.mlp
     linear = linear_float8 if float8 else nn.Linear.__call__
     query, key, value = linear(attention.qkv, block.norm1(tokens)).unflatten(-1, (3, attention.num_heads, -1)).unbind(1)
-    mixed = attend(attention.q_norm(query), attention.k_norm(key), value, groups, backend)
+    mixed = attend(attention.q_norm(query), attention.k_norm(key), value, groups, backend, packing)
     tokens = _add(tokens, block.ls1(linear(attention.proj, mixed)), None if keep is None else keep[0])
     normed = block.norm2(tokens)
     fed = linear_float8(mlp.fc2, mlp.norm(mlp.act(linear_float8(mlp.fc1, normed)))) if float8 else mlp(normed)

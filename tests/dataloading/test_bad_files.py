@@ -234,9 +234,13 @@ def test_what_dali_alone_cannot_decode_is_decoded_by_pillow(root: Path, monkeypa
     picture(root, 0).write_bytes(unusual()["PNG without end"])
     expected = list(islice(loader(root, "dali"), 4))
     monkeypatch.setattr(dali_pipeline, "_is_plain", lambda *_: True)
-    for left, right in zip(expected, islice(loader(root, "dali", max_bad_fraction=0.0), 4), strict=True):
+    found, decoders = loader(root, "dali", max_bad_fraction=0.0), []
+    build = dali_pipeline.build_decoder
+    monkeypatch.setattr(dali_pipeline, "build_decoder", lambda *given: decoders.append(given[1:]) or build(*given))
+    for left, right in zip(expected, islice(found, 4), strict=True):
         assert torch.equal(left.indices, right.indices)
         assert torch.equal(left.views[0], right.views[0])
+    assert set(decoders) == {(found._graph["device_id"],)}  # the decoder that failed is the one that is asked
 
 
 def test_sixteen_bits_keep_their_brightness(root: Path, pipeline: str) -> None:

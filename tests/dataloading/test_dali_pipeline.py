@@ -2,7 +2,9 @@
 
 import io
 import logging
+from contextlib import nullcontext
 from itertools import islice
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from fsr_fast.config import AugmentConfig, DataConfig
-from fsr_fast.dataloading import build, dali_graph
+from fsr_fast.dataloading import build, dali_graph, dali_pipeline
 from fsr_fast.dataloading.batch import ImageSet
 from fsr_fast.dataloading.build import build_train_loader, choose_pipeline
 from fsr_fast.dataloading.dali_pipeline import DaliLoader, _is_plain
@@ -183,6 +185,35 @@ def test_auto_tries_dali_and_goes_on_without_it(
     stream = build_train_loader(train, data, AugmentConfig(), device="cuda", **options)
     assert isinstance(stream, taken)
     assert ("DALI does not run here (driver too old)" in caplog.text) == (wanted == "auto")
+
+
+def cpu_loader(train: ImageSet) -> DaliLoader:
+    options: dict[str, Any] = {"batch_size": 4, "rank": 0, "world_size": 1, "seed": 5}
+    data = DataConfig.model_validate({"image_size": 32, "workers": 0})
+    bad_files, device = BadFiles(None, len(train), 0.0), torch.device("cpu")
+    return DaliLoader(train, data, AugmentConfig(), MEAN, LEVELS, device=device, bad_files=bad_files, **options)
+
+
+def test_a_batch_is_given_when_its_copy_is_complete(train: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DALI's copy to a GPU only begins in the call; what it copies from is DALI's again once the batch is given."""
+    done: list[str] = []
+    loader = cpu_loader(train)
+    loader._copies = SimpleNamespace(synchronize=lambda: done.append("wait"))  # type: ignore[assignment]
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: None)
+    monkeypatch.setattr(Tensor, "record_stream", lambda *_: done.append("give"))
+    monkeypatch.setattr(dali_pipeline, "feed_ndarray", lambda *_, **__: done.append("copy"))
+    next(loader)
+    assert done == ["copy", "wait", "give"] * 2
+
+
+def test_a_lack_of_memory_is_no_fault_of_a_file(train: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise torch.OutOfMemoryError("too little")
+
+    monkeypatch.setattr(DaliLoader, "_tensor", fail)
+    with pytest.raises(torch.OutOfMemoryError, match="too little"):
+        next(cpu_loader(train))
 
 
 @pytest.mark.gpu
