@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fsr_fast.engine import build_step
@@ -80,6 +81,19 @@ def test_an_evaluation_s_many_sizes_are_not_compiled(graphs):
     for side in range(2, 6):
         encoder(torch.zeros(1, 3, side * helpers.PATCH, helpers.PATCH))
     assert len(graphs) == 2
+
+
+def test_processes_that_share_gradients_compile_whole_blocks(graphs, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "_DEFAULT_FIRST_BUCKET_BYTES", 1000)
+    step = build({"run": {"compile": True}})
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        shared = DistributedDataParallel(step, find_unused_parameters=True, bucket_cap_mb=0.01)
+        draws = step.draw(2, helpers.generator(0))
+        shared(helpers.views(2), helpers.labels(2), draws, schedule_at(step.config, LATE)).loss.backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert len(graphs) == 2  # and not one for each of DDP's buckets
 
 
 def test_a_compiled_block_is_given_the_boundaries_of_the_images(graphs, monkeypatch):

@@ -101,6 +101,8 @@ class Encoder(nn.Module):
     def compile_blocks(self) -> None:
         """Compile the blocks for training, one program for all of them; names and weights stay as they are."""
         self._run_block = torch.compile(run_block, dynamic=False)
+        # Dynamo would cut a block where a bucket of DDP ends, to overlap gradients; those of a block are few enough.
+        torch._dynamo.config.optimize_ddp = False
 
     def forward(
         self, images: Tensor, mask: Tensor | None = None, keep: Tensor | None = None, *, aux_only: bool = False
