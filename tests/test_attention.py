@@ -3,6 +3,7 @@ import importlib.util
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 from fsr_fast.errors import UserError
 from fsr_fast.models.attention import attend, block_diagonal_mask, boundaries, choose_backend
@@ -122,3 +123,19 @@ def test_a_backend_that_cannot_run_is_refused(monkeypatch, wanted, device, half,
 def test_without_xformers_auto_takes_sdpa(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert choose_backend("auto", GPU, half=True) == "sdpa"
+
+
+def test_operators_that_call_torch_s_own_run_without_the_library_of_xformers(monkeypatch):
+    common = pytest.importorskip("xformers.ops.fmha.common")
+    flash = pytest.importorskip("xformers.ops.fmha.flash")
+    monkeypatch.setattr(common, "_built_with_cuda", False)  # as where it was built for another CUDA
+    monkeypatch.setattr(flash, "_USE_PT_FLASH_ATTN", False)
+    assert choose_backend("auto", GPU, half=True) == "sdpa"
+    with pytest.raises(UserError, match="has no operator for this torch"):
+        choose_backend("xformers", GPU, half=True)
+    monkeypatch.setattr(flash, "_USE_PT_FLASH_ATTN", True)
+    assert choose_backend("auto", GPU, half=True) == "xformers"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    with FakeTensorMode():
+        inputs = common.Inputs(*(torch.empty(1, 64, 12, 64, dtype=torch.bfloat16, device="cuda") for _ in range(3)))
+    assert flash.FwOp.not_supported_reasons(inputs) == flash.BwOp.not_supported_reasons(inputs) == []

@@ -4,7 +4,6 @@ Nothing is computed, so no GPU is needed. The `fsr` operators are stood for by w
 """
 
 import contextlib
-import importlib.util
 from collections.abc import Iterator
 from unittest import mock
 
@@ -118,8 +117,6 @@ def fake_gpu(monkeypatch) -> Iterator[None]:
         return pin(make(*values, **options)) if pin_memory else make(*values, **options)
 
     monkeypatch.setattr(torch, "tensor", make_pinned)
-    if importlib.util.find_spec("xformers"):
-        monkeypatch.setattr("xformers.ops.fmha.common._built_with_cuda", True)
     cached = block_diagonal_mask, boundaries
     for function in cached:
         function.cache_clear()

@@ -65,17 +65,35 @@ def choose_backend(wanted: Literal["auto", "sdpa", "xformers", "varlen"], device
         UserError: the backend cannot run there; says what can.
     """
     if wanted == "auto":
-        return "xformers" if device.type == "cuda" and half and importlib.util.find_spec("xformers") else "sdpa"
+        return "xformers" if device.type == "cuda" and half and _admit_xformers() else "sdpa"
     if wanted != "sdpa" and device.type != "cuda":
         raise UserError(f"run.attention: {wanted!r} has no operator for {device.type}; expected 'sdpa' or 'auto'")
     if wanted == "xformers" and not importlib.util.find_spec("xformers"):
         raise UserError("run.attention: 'xformers' is not installed; pip install xformers, or --run.attention sdpa")
+    if wanted == "xformers" and not _admit_xformers():
+        raise UserError("run.attention: 'xformers' has no operator for this torch; --run.attention sdpa, or varlen")
     if wanted == "varlen":
         if not importlib.util.find_spec("torch.nn.attention.varlen"):
             raise UserError(f"run.attention: torch {torch.__version__} has no 'varlen'; expected 'sdpa' or 'xformers'")
         if not half:
             raise UserError("run.attention: 'varlen' needs half precision; --run.amp bf16, or --run.attention sdpa")
     return wanted
+
+
+def _admit_xformers() -> bool:
+    """Tell whether xformers is there and has an operator for GPUs.
+
+    Its own library loads only beside the CUDA that it was built with. Where that fails, it refuses all operators, also
+    those that call torch's own and need no library: these are admitted here.
+    """
+    if not importlib.util.find_spec("xformers"):
+        return False
+    try:
+        from xformers.ops.fmha import common, flash
+    except ImportError:  # this torch is too new for it
+        return False
+    common._built_with_cuda = common._built_with_cuda or flash._USE_PT_FLASH_ATTN
+    return bool(common._built_with_cuda)
 
 
 def _attend_sdpa(images: int, *projected: Tensor) -> Tensor:
