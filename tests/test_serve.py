@@ -189,5 +189,5 @@ def test_a_place_that_is_taken_and_a_port_that_is_none_are_refused(server, tmp_p
         main(["--checkpoint", "run", "--port", "70000"])
     for option in ("--side", "--max-mib"):
         with pytest.raises(UserError, match=f"{option}: 0; expected 1 or more"):
-            main(["--checkpoint", "run", option, "0"])
+            main(["--checkpoint", "run", option, "0", "--port", str(server.server_address[1])])
     assert not list(Path(tmp_path).iterdir())
