@@ -200,6 +200,15 @@ def test_an_image_that_cannot_be_read_is_named_and_the_others_are_scored(tmp_pat
     assert sum(row["pixels"] for row in found.results["seg"]["classes"].values()) == 3 * 40 * 36
 
 
+def test_a_network_that_gives_nothing_finite_is_said_to(tmp_path):
+    root = helpers.write_dataset(tmp_path / "data", val=2)
+    network = helpers.network(RECIPE).eval()
+    with torch.no_grad():
+        network.encoder.norm.weight.fill_(torch.nan)
+    with pytest.raises(UserError, match=r"none of 2 images could be evaluated.* the network's result is not finite"):
+        evaluate(root, network=network)
+
+
 def test_the_command_reports_a_failure_and_ends_with_an_error(tmp_path):
     root = helpers.write_dataset(tmp_path / "data", val=3)
     damaged = root / "JPEGImages" / "picture_9.jpg"

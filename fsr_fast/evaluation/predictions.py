@@ -150,6 +150,8 @@ class _Stream:
     def _read(self, sample: Sample, result: Inference) -> Inferred:
         maps: dict[Kind, Labels] = {}
         cam = result.cams.values[0].amax(0)
+        if not (cam.isfinite().all() and result.seg_logits.isfinite().all()):
+            raise ValueError("the network's result is not finite; take an earlier checkpoint")
         if "pseudo" in self.kinds:
             threshold = self.config.evaluate.threshold
             labels = merged_labels(result.cams, high=threshold, low=threshold)[0]

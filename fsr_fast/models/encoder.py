@@ -223,10 +223,14 @@ def create_vit(config: ModelConfig) -> Any:
     options: dict[str, Any] = dict(config.backbone_options)
     try:
         vit = timm.create_model(config.backbone, num_classes=0, global_pool="token", **options)
-    except (TypeError, AssertionError, AttributeError, KeyError) as error:
+    except Exception as error:  # timm and torch raise many kinds
         raise UserError(
             f"model.backbone_options: {config.backbone} does not take {config.backbone_options}: {error}"
         ) from None
+    if not len(vit.blocks):
+        raise UserError(
+            f"model.backbone_options: {config.backbone_options} leaves no block; expected a depth of 1 or more"
+        )
     obstacle = _not_plain(vit)
     if obstacle:
         raise UserError(f"model.backbone: {config.backbone} is not a plain vision transformer: {obstacle}")
