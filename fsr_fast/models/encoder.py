@@ -222,7 +222,7 @@ def create_vit(config: ModelConfig) -> Any:
         )
     options: dict[str, Any] = dict(config.backbone_options)
     try:
-        vit = timm.create_model(config.backbone, num_classes=0, global_pool="token", **options)
+        vit: Any = timm.create_model(config.backbone, num_classes=0, global_pool="token", **options)
     except Exception as error:  # timm and torch raise many kinds
         raise UserError(
             f"model.backbone_options: {config.backbone} does not take {config.backbone_options}: {error}"
