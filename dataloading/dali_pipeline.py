@@ -128,7 +128,8 @@ class DaliLoader(StreamLoader):
             views = tuple(self._tensor(output.as_tensor()) for output in graph.run())
             encoded = under_way.popleft()
             self._bad |= encoded.bad
-            yield Batch(views, encoded.labels, encoded.indices, encoded.bad)
+            labels = encoded.labels if self._copies is None else encoded.labels.pin_memory()
+            yield Batch(views, labels, encoded.indices, encoded.bad)
 
     def _tensor(self, output: Any) -> Tensor:
         if self._copies is None:

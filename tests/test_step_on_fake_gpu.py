@@ -15,6 +15,7 @@ from torch.autograd.graph import Node
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fsr_fast.engine import build_step
+from fsr_fast.evaluation import inference
 from fsr_fast.models.attention import block_diagonal_mask, boundaries
 from fsr_fast.optim import build_optimiser, fill_missing_gradients
 from fsr_fast.runtime.guard import Guard, gradient_norm
@@ -170,6 +171,22 @@ def test_an_iteration_stays_on_the_gpu(fake_gpu, changes):
     state = [*output.losses.values(), output.mask, output.pseudo_labels, *step.buffers(), *network.parameters()]
     assert all(value.device.type == "cuda" for value in state)
     assert all(parameter.grad.device.type == "cuda" for parameter in network.parameters())
+
+
+def test_an_evaluation_stays_on_the_gpu(fake_gpu, monkeypatch):
+    config = helpers.config(ON_GPU)
+    network = helpers.network(config)
+    monkeypatch.setattr(inference, "int", lambda _: 2, raising=False)  # classes of an image
+    with FakeTensorMode():
+        build_step(network.to("cuda"), config, 3)
+        network.eval()
+        images = [torch.empty(3, height, 50, device="cuda") for height in (40, 41)]
+        labels = [torch.empty(3, device="cuda"), None]
+        scales = {"cam_scales": (1.0, 0.5, 1.5), "scales": (1.0, 1.25)}
+        results = list(inference.infer_like(network, images, labels, **scales, flip=True, amp="auto"))
+    for image, result in zip(images, results, strict=True):
+        assert result.seg_logits.shape[2:] == result.cams.values.shape[2:] == image.shape[1:]
+        assert all(value.is_cuda for value in (result.seg_logits, result.class_logits, *result.cams))
 
 
 @pytest.mark.parametrize(

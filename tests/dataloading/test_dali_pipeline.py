@@ -203,8 +203,9 @@ def test_a_batch_is_given_when_its_copy_is_complete(train: ImageSet, monkeypatch
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: None)
     monkeypatch.setattr(Tensor, "record_stream", lambda *_: done.append("give"))
     monkeypatch.setattr(dali_pipeline, "feed_ndarray", lambda *_, **__: done.append("copy"))
+    monkeypatch.setattr(Tensor, "pin_memory", lambda labels: done.append("pin") or labels)
     next(loader)
-    assert done == ["copy", "wait", "give"] * 2
+    assert done == [*["copy", "wait", "give"] * 2, "pin"]
 
 
 def test_a_lack_of_memory_is_no_fault_of_a_file(train: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
