@@ -232,6 +232,12 @@ class _Classes:
     def __init__(self, names: Sequence[str]) -> None:
         self._names = names
         self._table = {_key(name): number for number, name in enumerate(names)}
+        for number, name in enumerate(names):
+            last = self._table[_key(name)]
+            if last != number:  # labels could not tell them apart
+                twice = "stands there twice; keep one"
+                alike = f"and {names[last]!r} are one name, with spaces written _; rename one"
+                raise UserError(f"data.classes: {name!r} {twice if names[last] == name else alike}")
 
     def numbers(self, names: Sequence[str], where: str) -> list[int]:
         unknown = [name for name in names if _key(name) not in self._table]

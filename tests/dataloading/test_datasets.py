@@ -12,7 +12,7 @@ from PIL import Image
 
 from fsr_fast.config import CONFIG_FOLDER, DataConfig, load_config
 from fsr_fast.dataloading.class_names import COCO_CLASSES, VOC_CLASSES
-from fsr_fast.dataloading.datasets import SegmentationDataset, build_datasets
+from fsr_fast.dataloading.datasets import SegmentationDataset, build_datasets, open_split
 from fsr_fast.errors import UserError
 from tests.dataloading.conftest import CLASSES, SHOWN, write_mask
 
@@ -90,6 +90,16 @@ def test_a_subset_renumbers_its_classes_and_ignores_the_others(folder: Path, cap
     mask = train.mask(0)
     assert mask is not None
     assert (mask[10, 6], mask[10, 16], mask[0, 0], mask[0, 10]) == (2, 255, 255, 0)
+
+
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [("fire_ant", "'fire ant' and 'fire_ant' are one name"), ("fire ant", "'fire ant' stands there twice")],
+)
+def test_class_names_that_labels_cannot_tell_apart_are_refused(folder: Path, second: str, message: str) -> None:
+    data = config(folder, classes=("fire ant", second, "cat", "dog"), labels="csv")
+    with pytest.raises(UserError, match=message):
+        open_split(data, training=True, with_masks=False)
 
 
 def test_names_of_the_public_data_sets() -> None:
