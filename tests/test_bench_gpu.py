@@ -5,7 +5,8 @@ import sys
 import pytest
 import torch
 
-from bench import gpu
+from bench import gpu, step
+from fsr_fast import reference
 from fsr_fast.errors import UserError
 
 
@@ -71,3 +72,14 @@ def test_every_test_of_a_bench_in_several_parts_is_in_one_of_them():
 def test_without_a_gpu_it_says_what_to_run_instead():
     with pytest.raises(UserError, match="no CUDA GPU; on a CPU, make test"):
         gpu.main([])
+
+
+def test_the_reference_s_energy_is_ours_on_a_gpu_alone():
+    generator = torch.Generator().manual_seed(0)
+    logits, images = (torch.randn(1, channels, 8, 8, generator=generator) for channels in (5, 3))
+    given = logits, 50 * images, torch.zeros(1, 8, 8, dtype=torch.uint8)
+    for kind in ("cpu", "cuda"):
+        with step._technique(step.Technique(engine="reference"), torch.device(kind)):
+            assert (reference.losses.dense_energy is step._fast_energy) == (kind == "cuda")
+            found = reference.losses.energy_loss(*given)
+        torch.testing.assert_close(found, reference.losses.energy_loss(*given), rtol=1e-4, atol=0)
