@@ -1,8 +1,8 @@
 """The pictures of the embedded data set: six invented creatures in clutter.
 
-Every creature is a head and a body. The head is small, saturated and unmistakable; the body is large, muted and
-shared between two classes but for a faint difference. A classifier needs the head alone, so a plain class activation
-map stops there: the gap between classification and segmentation that the method closes.
+Every creature is a head and a body. The head is small, saturated and unmistakable; the body is large and muted, of a
+form that two classes share and a tint of its own. A classifier can do with one of the two, so a plain class activation
+map shows a part: the gap between classification and segmentation that the method is to close.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Family(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """A class: its head, and the faint difference of its body from the other class of its family."""
+    """A class: its head, and the difference of its body from the other class of its family."""
 
     name: str
     family: int
@@ -90,14 +90,14 @@ FAMILIES = (
     ),
 )
 KINDS = (
-    Kind("fizz", 0, (0.995, 0.88, 0.90), WHITE, lambda x, y: np.cos(4.6 * x) * np.cos(4.6 * y) - 0.35, -0.025, 3.0),
-    Kind("luma", 0, (0.150, 0.92, 0.97), BLACK, lambda x, y: np.cos(8.5 * np.hypot(x, y)) - 0.1, 0.025, 3.8),
-    Kind("miko", 1, (0.500, 0.90, 0.86), BLACK, lambda x, y: np.sin(7.5 * x) - 0.6, -0.025, 2.6),
-    Kind("pogo", 1, (0.630, 0.88, 0.92), WHITE, lambda x, y: np.sin(5.2 * x) * np.sin(5.2 * y) - 0.12, 0.025, 3.3),
+    Kind("fizz", 0, (0.995, 0.88, 0.90), WHITE, lambda x, y: np.cos(4.6 * x) * np.cos(4.6 * y) - 0.35, -0.06, 3.0),
+    Kind("luma", 0, (0.150, 0.92, 0.97), BLACK, lambda x, y: np.cos(8.5 * np.hypot(x, y)) - 0.1, 0.06, 3.8),
+    Kind("miko", 1, (0.500, 0.90, 0.86), BLACK, lambda x, y: np.sin(7.5 * x) - 0.6, -0.06, 2.6),
+    Kind("pogo", 1, (0.630, 0.88, 0.92), WHITE, lambda x, y: np.sin(5.2 * x) * np.sin(5.2 * y) - 0.12, 0.06, 3.3),
     Kind(
-        "taro", 2, (0.28, 0.88, 0.82), GOLD, lambda x, y: np.sin(3 * np.arctan2(y, x) + 7 * np.hypot(x, y)), -0.025, 2.1
+        "taro", 2, (0.28, 0.88, 0.82), GOLD, lambda x, y: np.sin(3 * np.arctan2(y, x) + 7 * np.hypot(x, y)), -0.06, 2.1
     ),
-    Kind("zuzu", 2, (0.895, 0.82, 0.95), WHITE, lambda x, y: np.cos(6 * np.arctan2(y, x)) - 0.2, 0.025, 2.8),
+    Kind("zuzu", 2, (0.895, 0.82, 0.95), WHITE, lambda x, y: np.cos(6 * np.arctan2(y, x)) - 0.2, 0.06, 2.8),
 )
 
 
@@ -215,7 +215,7 @@ def _paint(
 def _body_colours(random: np.random.Generator, kind: Kind, u: Array, v: Array) -> Array:
     family = FAMILIES[kind.family]
     hue, saturation, value = family.colour
-    hue += kind.hue_shift + random.uniform(-0.03, 0.03)
+    hue += kind.hue_shift + random.uniform(-0.02, 0.02)
     base = _rgb((hue, saturation * random.uniform(0.8, 1.2), value * random.uniform(0.85, 1.15)))
     texture = family.texture(kind.frequency * u, kind.frequency * v)
     return base * (1 + 0.15 * texture - 0.35 * v * v)  # rounder: darker towards the borders
