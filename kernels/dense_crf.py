@@ -88,10 +88,12 @@ def dense_crf_op(
         beliefs = unary.softmax(0)
         sent, received = torch.zeros_like(beliefs), torch.zeros_like(beliefs)
         for _ in range(iterations):
-            change = torch.where((beliefs - sent).abs() > _NEGLIGIBLE, beliefs - sent, 0)
-            changed = change.flatten(1).any(1).nonzero().flatten()
-            sent += change
-            received[changed] += bilateral[0] * appearance(change[changed]) if appearance is not None else 0
+            if appearance is not None:
+                change = beliefs - sent
+                change.masked_fill_(change.abs() <= _NEGLIGIBLE, 0)
+                changed = change.flatten(1).any(1).nonzero().flatten()
+                sent += change
+                received[changed] += bilateral[0] * appearance(change[changed])
             beliefs = (unary + received + gaussian[0] * (smooth_rows @ beliefs @ smooth_columns)).softmax(0)
         marginals.append(beliefs)
     return torch.stack(marginals)
