@@ -13,7 +13,7 @@ test: .venv/development
 # whole steps and whole runs with Triton's kernels, interpreted: about half an hour
 interpret: .venv/development
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 FSR_KERNELS=triton $(BIN)/python -m pytest -n auto \
-		tests/parity tests/test_step.py tests/test_end_to_end.py
+		tests/parity tests/method/test_step.py tests/test_end_to_end.py
 
 bench: .venv/development
 	$(BIN)/python -m pytest bench

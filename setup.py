@@ -19,6 +19,8 @@ setup(
     python_requires=">=3.11",
     packages=[
         "fsr_fast",
+        "fsr_fast.method",
+        "fsr_fast.commands",
         "fsr_fast.models",
         "fsr_fast.evaluation",
         "fsr_fast.runtime",

@@ -23,14 +23,14 @@ from fsr_fast import reference
 from fsr_fast.config import CONFIG_FOLDER, Config, build_config, read_yaml
 from fsr_fast.engine import build_step
 from fsr_fast.kernels import dense_energy
+from fsr_fast.method.optim import build_optimiser, fill_missing_gradients
+from fsr_fast.method.schedules import schedule_at
+from fsr_fast.method.step import StepOutput
 from fsr_fast.models.build import build_network
-from fsr_fast.optim import build_optimiser, fill_missing_gradients
-from fsr_fast.reporting.progress import peak_memory
 from fsr_fast.runtime.allocator import keep_freed_memory
 from fsr_fast.runtime.distributed import Process, distribute
 from fsr_fast.runtime.precision import autocast, measure_ceiling
-from fsr_fast.schedules import schedule_at
-from fsr_fast.step import StepOutput
+from fsr_fast.runtime.terminal import peak_memory
 
 PRESETS = {"paper": "voc_vit_b", "official": "voc_official"}
 CLASSES = tuple(f"class {number}" for number in range(20))

@@ -28,42 +28,52 @@ VERBS = {
         "--config voc_vit_b --data.root VOCdevkit/VOC2012",
     ),
     "evaluate": Verb(
-        "fsr_fast.evaluate", "score a trained network on pictures with masks", "--checkpoint runs/synthetic --crf"
+        "fsr_fast.commands.evaluate",
+        "score a trained network on pictures with masks",
+        "--checkpoint runs/synthetic --crf",
     ),
     "compare": Verb(
-        "fsr_fast.compare", "compare two evaluations, with intervals", "runs/first runs/second --output comparison"
+        "fsr_fast.commands.compare",
+        "compare two evaluations, with intervals",
+        "runs/first runs/second --output comparison",
     ),
     "pseudo-labels": Verb(
-        "fsr_fast.label_images",
+        "fsr_fast.commands.pseudo_labels",
         "write label maps of a whole list, for other methods or the VOC test server",
         "--checkpoint runs/synthetic --output labels",
     ),
     "data": Verb(
-        "fsr_fast.data",
+        "fsr_fast.commands.data",
         "check a data set, derive image labels, build masks, pack shards",
         "check VOCdevkit/VOC2012 --json findings.json",
     ),
     "predict": Verb(
-        "fsr_fast.predict",
+        "fsr_fast.commands.predict",
         "segment pictures: masks, overlays, heat maps, scores",
         "--checkpoint runs/synthetic holiday/ --output results --legend",
     ),
     "serve": Verb(
-        "fsr_fast.serve", "try a network in the browser, on this machine alone", "--checkpoint runs/synthetic"
+        "fsr_fast.commands.serve", "try a network in the browser, on this machine alone", "--checkpoint runs/synthetic"
     ),
     "export": Verb(
-        "fsr_fast.export",
+        "fsr_fast.commands.export",
         "write a trained network for other programs",
         "--checkpoint runs/synthetic --to onnx --output network.onnx",
     ),
     "ablate": Verb(
-        "fsr_fast.ablate", "run one of the paper's tables, row by row", "--table 4 --config synthetic --seeds 0 1 2"
+        "fsr_fast.commands.ablate",
+        "run one of the paper's tables, row by row",
+        "--table 4 --config synthetic --seeds 0 1 2",
     ),
     "report": Verb(
-        "fsr_fast.report", "show a run, or compare several, on one HTML page", "runs/synthetic --output report.html"
+        "fsr_fast.commands.report",
+        "show a run, or compare several, on one HTML page",
+        "runs/synthetic --output report.html",
     ),
     "completion": Verb(
-        "fsr_fast.completion", "print a script that completes verbs and options in a shell", "bash > ~/.fsr-fast.bash"
+        "fsr_fast.commands.completion",
+        "print a script that completes verbs and options in a shell",
+        "bash > ~/.fsr-fast.bash",
     ),
 }
 

@@ -9,18 +9,18 @@ from torch.nn.functional import interpolate
 
 from fsr_fast import reference
 from fsr_fast.config import Config
-from fsr_fast.draws import Draws
 from fsr_fast.errors import UserError
 from fsr_fast.kernels import MergedCams
+from fsr_fast.method.draws import Draws
+from fsr_fast.method.pseudo_labels import half_size
+from fsr_fast.method.schedules import Schedule
+from fsr_fast.method.step import FSRStep, StepOutput
 from fsr_fast.models import Network
 from fsr_fast.models.attention import choose_backend
 from fsr_fast.models.encoder import Encoder
 from fsr_fast.models.float8 import has_float8
-from fsr_fast.pseudo_labels import half_size
 from fsr_fast.runtime.distributed import world_size
 from fsr_fast.runtime.precision import uses_half
-from fsr_fast.schedules import Schedule
-from fsr_fast.step import FSRStep, StepOutput
 
 
 class ReferenceStep(FSRStep):

@@ -17,11 +17,12 @@ from fsr_fast.dataloading.stream import BAD_FILES
 from fsr_fast.engine import build_step
 from fsr_fast.errors import UserError
 from fsr_fast.evaluation.evaluator import Evaluation, evaluate_network
+from fsr_fast.method.optim import build_optimiser, fill_missing_gradients, set_learning_rate
+from fsr_fast.method.schedules import schedule_at
+from fsr_fast.method.step import StepOutput
 from fsr_fast.models.build import build_network, without_start
-from fsr_fast.optim import build_optimiser, fill_missing_gradients, set_learning_rate
 from fsr_fast.reporting.averages import Averages
 from fsr_fast.reporting.pictures import evaluation_grid, training_grid
-from fsr_fast.reporting.progress import TrainingProgress
 from fsr_fast.reporting.tables import score_table
 from fsr_fast.reporting.tracking import Tracker, read_metrics
 from fsr_fast.reporting.wandb_mirror import open_mirror
@@ -34,8 +35,7 @@ from fsr_fast.runtime.run_folder import claim_run_folder, open_run_folder
 from fsr_fast.runtime.seeding import stream
 from fsr_fast.runtime.sharding import shard_step, whole_weights
 from fsr_fast.runtime.supervision import Supervisor
-from fsr_fast.schedules import schedule_at
-from fsr_fast.step import StepOutput
+from fsr_fast.runtime.terminal import TrainingProgress
 
 RATES = ("images_per_second", "tflops_per_second", "of_ceiling", "data_wait", "memory_gib")
 """Of which the summary holds the median over the log's lines."""

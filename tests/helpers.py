@@ -11,8 +11,8 @@ from PIL import Image
 from torch import Tensor
 
 from fsr_fast.config import Config, build_config
+from fsr_fast.method.step import FSRStep
 from fsr_fast.models import Network, build_network
-from fsr_fast.step import FSRStep
 
 CLASSES = ("red", "green", "blue")
 IMAGE_SIZE, PATCH, GRID, WIDTH, DEPTH = 32, 8, (4, 4), 32, 4

@@ -10,10 +10,10 @@ from PIL import Image
 
 from fsr_fast import trainer
 from fsr_fast.cli import run_command
+from fsr_fast.commands.evaluate import main as evaluate
+from fsr_fast.commands.predict import main as predict
 from fsr_fast.config import build_config
 from fsr_fast.errors import UserError
-from fsr_fast.evaluate import main as evaluate
-from fsr_fast.predict import main as predict
 from fsr_fast.runtime.checkpoint import write_checkpoint
 from fsr_fast.runtime.distributed import Process
 from fsr_fast.runtime.run_folder import open_run_folder

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fsr_fast import cli
-from fsr_fast.completion import main as completion
+from fsr_fast.commands.completion import main as completion
 from fsr_fast.errors import UserError
 
 ROOT = Path(__file__).parents[1]

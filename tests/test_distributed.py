@@ -14,16 +14,16 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
 from fsr_fast import trainer as trainer_module
+from fsr_fast.commands.evaluate import main as evaluate
 from fsr_fast.config import build_config
 from fsr_fast.dataloading.batch import Batch
-from fsr_fast.draws import Draws
-from fsr_fast.evaluate import main as evaluate
-from fsr_fast.optim import build_optimiser, fill_missing_gradients
+from fsr_fast.method.draws import Draws
+from fsr_fast.method.optim import build_optimiser, fill_missing_gradients
+from fsr_fast.method.schedules import schedule_at
 from fsr_fast.reporting.tracking import read_metrics
 from fsr_fast.runtime.checkpoint import read_checkpoint
 from fsr_fast.runtime.distributed import Process, distribute, sum_over_ranks, world_size
 from fsr_fast.runtime.guard import Guard
-from fsr_fast.schedules import schedule_at
 from fsr_fast.trainer import Trainer
 from tests import helpers
 

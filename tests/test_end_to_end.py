@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 
 from fsr_fast import load_network, segment
+from fsr_fast.commands.evaluate import main as evaluate
+from fsr_fast.commands.predict import main as predict
 from fsr_fast.config import load_config
-from fsr_fast.evaluate import main as evaluate
-from fsr_fast.predict import main as predict
 from fsr_fast.reporting.tracking import read_metrics
 from fsr_fast.runtime.checkpoint import read_checkpoint
 from fsr_fast.train import main as train

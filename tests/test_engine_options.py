@@ -7,10 +7,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fsr_fast.engine import build_step
 from fsr_fast.errors import UserError
+from fsr_fast.method.schedules import schedule_at
+from fsr_fast.method.step import FSRStep, StepOutput
 from fsr_fast.models.encoder import run_block
 from fsr_fast.models.float8 import linear_float8
-from fsr_fast.schedules import schedule_at
-from fsr_fast.step import FSRStep, StepOutput
 from tests import helpers
 from tests.helpers import OFFICIAL
 

@@ -20,8 +20,8 @@ from fsr_fast.evaluation.predictions import Kind, Result, predict_images
 from fsr_fast.evaluation.samples import Failure
 from fsr_fast.evaluation.tally import Tally, count_image
 from fsr_fast.models import Network
-from fsr_fast.reporting.progress import track
 from fsr_fast.runtime.distributed import Process, wait_for_all
+from fsr_fast.runtime.terminal import track
 
 logger = logging.getLogger(__name__)
 

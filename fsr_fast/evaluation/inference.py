@@ -15,11 +15,11 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as image_functions
 
-from fsr_fast.cam import ScalePass, dense_cams, merge_passes, pair_mirrored, resize_images, scaled_size
 from fsr_fast.config import CamConfig, EvaluateConfig
 from fsr_fast.dataloading.images import DamagedFileError, read_image
 from fsr_fast.errors import UserError
 from fsr_fast.kernels import MergedCams
+from fsr_fast.method.cam import ScalePass, dense_cams, merge_passes, pair_mirrored, resize_images, scaled_size
 from fsr_fast.models import Network
 from fsr_fast.models.encoder import Features
 from fsr_fast.models.network import classify, to_map

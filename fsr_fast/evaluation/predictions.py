@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fsr_fast.cam import merged_labels
 from fsr_fast.config import Config
 from fsr_fast.evaluation.crf import CrfPool
 from fsr_fast.evaluation.inference import Inference, infer_like, patch_sizes
 from fsr_fast.evaluation.samples import Failure, Images, Sample, batches_of_like_size, read_samples
+from fsr_fast.method.cam import merged_labels
 from fsr_fast.models import Network
 
 Kind = Literal["pseudo", "seg", "seg+crf"]

@@ -10,8 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fsr_fast.analysis import attention_entropy, class_attention
-from fsr_fast.cam import merged_labels, resize_images
 from fsr_fast.config import Config
 from fsr_fast.dataloading.batch import EvaluationSample, ImageSet
 from fsr_fast.dataloading.torch_pipeline import evaluation_samples
@@ -19,8 +17,10 @@ from fsr_fast.errors import UserError
 from fsr_fast.evaluation.crf import dense_crf
 from fsr_fast.evaluation.inference import Inference, infer
 from fsr_fast.evaluation.metrics import ConfusionMatrix
+from fsr_fast.method.cam import merged_labels, resize_images
 from fsr_fast.models import Network
-from fsr_fast.reporting.progress import track
+from fsr_fast.reporting.analysis import attention_entropy, class_attention
+from fsr_fast.runtime.terminal import track
 
 CHOICES = ("best", "worst", "random")
 

@@ -9,8 +9,8 @@ from PIL import Image
 from torch import Tensor
 
 from fsr_fast.evaluation.evaluator import Example
+from fsr_fast.method.step import FSRStep, StepOutput
 from fsr_fast.reporting.figures import heatmap, picture_grid
-from fsr_fast.step import FSRStep, StepOutput
 
 
 def evaluation_grid(examples: Sequence[Example], classes: Sequence[str]) -> Image.Image:

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fsr_fast.commands.data import main
 from fsr_fast.config import DataConfig
-from fsr_fast.data import main
 from fsr_fast.dataloading.check import KINDS
 from fsr_fast.dataloading.datasets import default_lists, detect_dataset
 from fsr_fast.errors import UserError

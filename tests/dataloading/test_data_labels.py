@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 from scipy.io import savemat
 
+from fsr_fast.commands.data import main
 from fsr_fast.config import DataConfig
-from fsr_fast.data import main
 from fsr_fast.dataloading.class_names import COCO_CLASSES, VOC_CLASSES
 from fsr_fast.dataloading.datasets import build_datasets
 from fsr_fast.dataloading.official_labels import read_official_labels

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fsr_fast.data import main
+from fsr_fast.commands.data import main
 from fsr_fast.dataloading import pack as packing
 from fsr_fast.dataloading.layout import Split
 from fsr_fast.dataloading.names import Names
@@ -63,7 +63,7 @@ def test_samples_hold_the_file_the_labels_and_for_validation_the_mask(folder: Pa
 def test_shards_are_closed_at_their_size_and_the_index_describes_them(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fsr_fast.data.MEGABYTE", 2500)
+    monkeypatch.setattr("fsr_fast.commands.data.MEGABYTE", 2500)
     pack(folder, tmp_path / "shards", "--shard-size", "2")
     index, samples = read(tmp_path / "shards", "train_aug")
     assert [shard["file"] for shard in index["shards"]] == ["train_aug-000000.tar", "train_aug-000001.tar"]
@@ -144,7 +144,7 @@ def test_a_pack_that_fails_leaves_nothing(folder: Path, tmp_path: Path, case: st
 def test_an_interrupted_pack_leaves_nothing(
     folder: Path, tmp_path: Path, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fsr_fast.data.MEGABYTE", 1)
+    monkeypatch.setattr("fsr_fast.commands.data.MEGABYTE", 1)
     write, written = packing._Shards.write, []
 
     def stop(self: Any, sample: Any) -> None:
@@ -164,7 +164,8 @@ def test_a_killed_pack_leaves_whole_shards_without_an_index_and_no_second_one_jo
     folder: Path, tmp_path: Path
 ) -> None:
     script = (
-        "import os, signal, sys; from fsr_fast import data; from fsr_fast.dataloading import pack; data.MEGABYTE = 1; "
+        "import os, signal, sys; from fsr_fast.commands import data; from fsr_fast.dataloading import pack; "
+        "data.MEGABYTE = 1; "
         "write = pack.TarWriter.write; "
         "pack.TarWriter.write = lambda self, sample: (os.kill(os.getpid(), signal.SIGKILL) "
         "if sample['__key__'].endswith('2') else None, write(self, sample)); data.main(sys.argv[1:])"

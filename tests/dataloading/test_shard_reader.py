@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
+from fsr_fast.commands.data import main
 from fsr_fast.config import AugmentConfig, DataConfig
-from fsr_fast.data import main
 from fsr_fast.dataloading import shard_reader
 from fsr_fast.dataloading.batch import ImageSet, TrainLoader
 from fsr_fast.dataloading.build import build_train_loader
@@ -34,7 +34,7 @@ def packed(creatures: DataConfig, tmp_path_factory: pytest.TempPathFactory) -> P
     """The embedded data set in shards of a few images."""
     folder = tmp_path_factory.mktemp("packed") / "shards"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fsr_fast.data.MEGABYTE", 10_000)
+        patch.setattr("fsr_fast.commands.data.MEGABYTE", 10_000)
         main(["pack", str(creatures.root), "--output", str(folder), "--shard-size", "1"])
     return folder
 

@@ -13,13 +13,13 @@ from fsr_fast import reference
 from fsr_fast.config import CONFIG_FOLDER, Config, build_config, read_yaml
 from fsr_fast.dataloading.batch import Batch
 from fsr_fast.engine import build_step, reference_settings
-from fsr_fast.masking import mask_shape
+from fsr_fast.method.masking import mask_shape
+from fsr_fast.method.optim import build_optimiser
+from fsr_fast.method.step import FSRStep, StepOutput
 from fsr_fast.models import Network, build_network
-from fsr_fast.optim import build_optimiser
 from fsr_fast.runtime.distributed import Process
 from fsr_fast.runtime.guard import Guard
 from fsr_fast.runtime.seeding import stream
-from fsr_fast.step import FSRStep, StepOutput
 from fsr_fast.trainer import Trainer
 
 KERNELS = os.environ.get("FSR_KERNELS") == "triton"

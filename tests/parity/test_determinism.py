@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fsr_fast.draws import Draws
+from fsr_fast.method.draws import Draws
 
 from .harness import LABELS, build_trainer, draw_views, iterate, state_of, tiny_config
 

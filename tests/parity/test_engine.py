@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from fsr_fast.config import build_config
+from fsr_fast.method.step import FSRStep
 from fsr_fast.runtime.distributed import Process
-from fsr_fast.step import FSRStep
 from fsr_fast.trainer import Trainer
 from tests.helpers import OFFICIAL, values, write_dataset
 

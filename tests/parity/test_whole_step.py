@@ -5,7 +5,7 @@ from fsr_fast import reference
 from fsr_fast.config import CONFIG_FOLDER, build_config, read_yaml
 from fsr_fast.engine import ReferenceStep, build_step, reference_settings
 from fsr_fast.errors import UserError
-from fsr_fast.step import FSRStep
+from fsr_fast.method.step import FSRStep
 
 from .harness import (
     BOUND,

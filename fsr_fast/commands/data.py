@@ -1,0 +1,265 @@
+"""Look after data sets: check them, derive image labels, build masks, pack shards."""
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich import print as rich_print
+from rich.table import Table
+
+from fsr_fast.cli import run_command
+from fsr_fast.config import DataConfig
+from fsr_fast.dataloading.check import KINDS, Report, check_dataset, write_clean_lists
+from fsr_fast.dataloading.class_names import COCO_CLASSES, VOC_CLASSES
+from fsr_fast.dataloading.coco import Instances
+from fsr_fast.dataloading.datasets import default_lists, detect_dataset, open_split
+from fsr_fast.dataloading.labels import write_csv
+from fsr_fast.dataloading.layout import Split, check_names, list_stem
+from fsr_fast.dataloading.masks import build_augmented_masks, write_masks
+from fsr_fast.dataloading.official_labels import read_official_labels
+from fsr_fast.dataloading.pack import pack
+from fsr_fast.dataloading.threads import map_ahead
+from fsr_fast.errors import UserError
+from fsr_fast.options import Parser
+from fsr_fast.reporting.figures import save_palette_png
+from fsr_fast.reporting.tracking import write_json
+from fsr_fast.runtime.terminal import track
+
+EXAMPLES = 3  # messages of a kind that are printed
+MEGABYTE = 10**6
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Do what the sub-verb says."""
+    options = build_parser().parse_args(arguments)
+    {"check": check, "labels": labels, "masks": masks, "pack": pack_lists}[options.action](options)
+
+
+def check(options: argparse.Namespace) -> None:
+    """Check a data set: print tables, write JSON and clean lists; exit code 1 where anything was found."""
+    config, parts = _open(options)
+    report = check_dataset(config, parts, options.accept, track=track)
+    _print(report)
+    if options.json:
+        print(f"report: {write_json(options.json, _as_json(report))}")
+    if options.fix:
+        for path in write_clean_lists(report, options.fix):
+            print(f"clean list: {path}")
+    if report.findings:
+        sys.exit(1)
+
+
+def labels(options: argparse.Namespace) -> None:
+    """Write image labels as CSV, from a data set, MS COCO's annotations, or the official code's file."""
+    source: Path = options.source
+    if source.suffix == ".npy":
+        names, shown = read_official_labels(source)
+        known = {len(VOC_CLASSES): VOC_CLASSES, len(COCO_CLASSES): COCO_CLASSES}
+        classes = _classes(options) or known.get(shown.shape[1])
+        if classes is None or len(classes) != shown.shape[1]:
+            raise UserError(f"{source}: {shown.shape[1]} classes; name each of them, in their order, by --classes")
+        rows = (
+            (name, [classes[number] for number in row.nonzero()[0]]) for name, row in zip(names, shown, strict=True)
+        )
+    elif source.suffix == ".json":
+        classes = _classes(options) or COCO_CLASSES
+        instances = Instances(source, classes, with_masks=False)
+        rows = ((name, [classes[number] for number in instances.labels(name)]) for name in instances.listed())
+    else:
+        config, parts = _open(options)
+        splits = [open_split(config, training=part == "train", with_masks=options.labels == "masks") for part in parts]
+        seen: set[str] = set()
+        rows = (row for split in splits for row in _rows(split, seen))
+    print(f"{options.output}: labels of {write_csv(options.output, rows)} images")
+
+
+def masks(options: argparse.Namespace) -> None:
+    """Build VOC's augmented masks from SBD, or write the masks of a list as files."""
+    if options.sbd:
+        count, listed = build_augmented_masks(options.source, options.sbd, save=save_palette_png, track=track)
+        print(f"{options.source}: {count} masks in SegmentationClassAug; {listed} images are to train on")
+        return
+    if not options.output:
+        raise UserError("command line: --sbd FOLDER (VOC) or --output FOLDER (MS COCO) is missing")
+    config, parts = _open(options)
+    for part in parts:
+        split = open_split(config, training=part == "train", with_masks=True)
+        folder = options.output / split.origin.stem.removeprefix("instances_")
+        print(f"{folder}: {write_masks(split, folder, save=save_palette_png, track=track)} masks")
+
+
+def pack_lists(options: argparse.Namespace) -> None:
+    """Write the lists of a data set as shards."""
+    config, parts = _open(options)
+    names = {part: list_stem(str(config.train_list if part == "train" else config.val_list)) for part in parts}
+    if len(set(names.values())) < len(parts):
+        raise UserError(
+            f"--train, --val: both lists are called {names['val']!r}; rename one, their shards bear its name"
+        )
+    for part in parts:
+        split = open_split(config, training=part == "train", with_masks=part == "val")
+        index = pack(
+            split,
+            str(options.output),
+            names[part],
+            with_masks=part == "val",
+            shard_bytes=options.shard_size * MEGABYTE,
+            seed=options.shuffle,
+            track=track,
+        )
+        shards = index["shards"]
+        size = sum(shard["bytes"] for shard in shards) / MEGABYTE
+        print(f"{options.output}: {names[part]}: {len(split.ids)} images, {len(shards)} shards, {size:.1f} MB")
+
+
+def build_parser() -> Parser:
+    """Give the parser of this verb."""
+    parser = Parser("data", description=__doc__)
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION", parser_class=_ActionParser)
+
+    action = actions.add_parser("check", help="find every fault", description=check.__doc__)
+    _add_common(action)
+    action.add_argument("--json", type=Path, metavar="FILE", help="write all findings to this file")
+    action.add_argument(
+        "--fix", type=Path, metavar="FOLDER", help="write lists without the bad pictures to this folder"
+    )
+    action.add_argument("--accept", nargs="+", default=[], choices=KINDS, metavar="KIND", help=_kinds())
+
+    action = actions.add_parser("labels", help="derive image labels", description=labels.__doc__)
+    _add_common(action, "folder of the data set, MS COCO's instances_*.json, or the official cls_labels_onehot.npy")
+    action.add_argument("--output", type=Path, required=True, metavar="FILE", help="CSV file to write")
+
+    action = actions.add_parser("masks", help="build mask files", description=masks.__doc__)
+    _add_common(action)
+    action.add_argument("--sbd", type=Path, metavar="FOLDER", help="SBD's benchmark_RELEASE/dataset: VOC's train_aug")
+    action.add_argument("--output", type=Path, metavar="FOLDER", help="write the masks here, in a folder for each list")
+
+    action = actions.add_parser("pack", help="write WebDataset shards", description=pack_lists.__doc__)
+    _add_common(action)
+    action.add_argument("--output", required=True, metavar="FOLDER", help="folder, or URL (s3://…, gs://…)")
+    action.add_argument("--shard-size", type=_positive, default=256, metavar="MB", help="size of a shard (%(default)s)")
+    action.add_argument("--shuffle", type=_seed, metavar="SEED", help="pack in an order drawn from this seed")
+    return parser
+
+
+class _ActionParser(Parser):
+    def __init__(self, prog: str, **settings: Any) -> None:
+        super().__init__(prog.removeprefix("fsr-fast "), **settings)
+
+
+def _add_common(parser: argparse.ArgumentParser, source: str = "folder of the data set") -> None:
+    parser.add_argument("source", type=Path, metavar="ROOT", help=source)
+    parser.add_argument("--dataset", choices=("voc", "coco", "own"), help="layout; by default told from the folder")
+    parser.add_argument("--classes", help="names of all classes, with commas between them, if not the data set's own")
+    parser.add_argument(
+        "--labels", default="auto", choices=("auto", "xml", "csv", "masks"), help="source of the labels"
+    )
+    parser.add_argument("--train", metavar="LIST", help="training list; by default train_aug or train")
+    parser.add_argument("--val", metavar="LIST", help="validation list; by default val, if there is one")
+
+
+def _kinds() -> str:
+    return "kinds of findings that are no fault: " + "; ".join(f"{kind} ({text})" for kind, text in KINDS.items())
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not above 0")
+    return value
+
+
+def _seed(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{value} is below 0")
+    return value
+
+
+def _classes(options: argparse.Namespace) -> tuple[str, ...] | None:
+    return tuple(options.classes.split(",")) if options.classes else None
+
+
+def _open(options: argparse.Namespace) -> tuple[DataConfig, list[str]]:
+    """Give the section `data` that reads the folder, and which of `train` and `val` there are."""
+    dataset = options.dataset or detect_dataset(options.source)
+    given = {"train": options.train, "val": options.val}
+    lists = default_lists(options.source, dataset) | {part: name for part, name in given.items() if name}
+    if not lists:
+        raise UserError(f"{options.source}: no list of images; name one by --train LIST")
+    config = DataConfig(
+        dataset=dataset,
+        root=options.source,
+        train_list=lists.get("train", ""),
+        val_list=lists.get("val"),
+        classes=_classes(options),
+        labels=options.labels,
+    )
+    return config, sorted(lists)
+
+
+def _rows(split: Split, seen: set[str]) -> Iterator[tuple[str, list[str]]]:
+    """Give the rows of a list, without images of the lists before it."""
+    check_names(split.ids, split.origin, "data labels")
+    names = [name for name in split.ids if name not in seen]
+    seen.update(names)
+    shown = track(map_ahead(split.labels, names), "reading labels", len(names))
+    for name, numbers in zip(names, shown, strict=True):
+        yield name, [split.classes[number] for number in numbers]
+
+
+def _print(report: Report) -> None:
+    summary = Table("list", "images", "masks", "labels an image", "without a finding", box=box.ASCII2)
+    for part, checked in report.lists.items():
+        count = len(checked.names)
+        mean = checked.labelled.sum() / max(count, 1)
+        summary.add_row(part, str(count), str(checked.masks), f"{mean:.2f}", str(len(report.clean(part))))
+    classes = Table("class", *(f"images in {part}" for part in report.lists), box=box.ASCII2)
+    for number, name in enumerate(_class_names(report)):
+        classes.add_row(name, *(str(checked.labelled[number]) for checked in report.lists.values()))
+    rich_print(summary, classes)
+    if not report.findings:
+        print("nothing was found")
+        return
+    found = Table("finding", "list", "number", "meaning", box=box.ASCII2)
+    for kind, text in KINDS.items():
+        for part in (*report.lists, ""):
+            number = sum(finding.kind == kind and finding.list == part for finding in report.findings)
+            if number:
+                found.add_row(kind, part, str(number), text)
+    rich_print(found)
+    for kind in KINDS:
+        messages = [f"{kind}: {item.name}: {item.message}\n" for item in report.findings if item.kind == kind]
+        print("".join(messages[:EXAMPLES]), end="")
+        if len(messages) > EXAMPLES:
+            print(f"{kind}: … and {len(messages) - EXAMPLES} more; --json FILE writes all")
+
+
+def _as_json(report: Report) -> dict[str, object]:
+    names = _class_names(report)
+    return {
+        "root": str(report.config.root),
+        "dataset": report.config.dataset,
+        "lists": {
+            part: {
+                "origin": str(checked.split.origin),
+                "images": len(checked.names),
+                "masks": checked.masks,
+                "clean": len(report.clean(part)),
+                "classes": dict(zip(names, checked.labelled.tolist(), strict=True)),
+            }
+            for part, checked in report.lists.items()
+        },
+        "findings": [finding._asdict() for finding in report.findings],
+    }
+
+
+def _class_names(report: Report) -> tuple[str, ...]:
+    return next(iter(report.lists.values())).split.classes
+
+
+if __name__ == "__main__":
+    run_command(main)

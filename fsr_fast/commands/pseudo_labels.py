@@ -1,0 +1,226 @@
+"""Write label maps of a whole list, for multi-stage methods or the PASCAL VOC test server: `fsr-fast pseudo-labels`.
+
+    OUTPUT/labels/NAME.png        PNG with VOC's palette; its values are the labels: 0 background, 1… the classes
+    OUTPUT/confidence/NAME.png    8-bit greyscale, how sure each label is: 0 to 255 for 0 to 1
+    OUTPUT/classes.txt            names of the labels from 0 on, one a line
+
+An interrupted run goes on where it stopped, with the same weights and settings alone.
+"""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from fsr_fast.cli import run_command
+from fsr_fast.commands.evaluate import load_evaluation
+from fsr_fast.config import Config
+from fsr_fast.dataloading.class_names import VOC_CLASSES
+from fsr_fast.dataloading.datasets import build_datasets, open_split
+from fsr_fast.dataloading.images import check_name, read_image
+from fsr_fast.dataloading.layout import IMAGE_ENDINGS, Files
+from fsr_fast.dataloading.names import Names
+from fsr_fast.errors import UserError
+from fsr_fast.evaluation.archive import check_archive, write_archive
+from fsr_fast.evaluation.crf import require_pydensecrf
+from fsr_fast.evaluation.evaluator import in_eval_mode
+from fsr_fast.evaluation.journal import Journal, fingerprint
+from fsr_fast.evaluation.predictions import Kind, Labels, predict_images
+from fsr_fast.evaluation.samples import Failure, Images
+from fsr_fast.models import Network
+from fsr_fast.options import Parser
+from fsr_fast.reporting.figures import save_palette_png
+from fsr_fast.runtime.distributed import Process, start_process, stop_process, wait_for_all
+from fsr_fast.runtime.terminal import track
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Write label maps as the arguments say."""
+    options = build_parser().parse_args(arguments)
+    network, config, iteration = load_evaluation(options)
+    if options.archive is not None:
+        _check_archive_options(options, network)
+    if options.kind == "seg+crf" and config.evaluate.crf_backend == "pydensecrf":
+        require_pydensecrf()
+    if options.unlabelled and options.kind == "pseudo" and not options.found:
+        raise UserError("--unlabelled: pseudo labels show the classes of the image labels; add --found, or --kind seg")
+    images = _open_images(config, options, network, official=iteration is None)
+    process = start_process(config.run.device)
+    try:
+        failed = write_labels(
+            network.to(process.device), images, config, process, options.kind, options.output, found=options.found
+        )
+        if process.is_main and options.archive is not None and not failed:
+            _write_archive(options, images, network)
+        if failed and process.is_main:
+            name, message = next(iter(failed.items()))
+            raise UserError(f"{len(failed)} images have no label map; the first is {name!r}: {message}")
+    finally:
+        stop_process()
+
+
+def write_labels(
+    network: Network, images: Images, config: Config, process: Process, kind: Kind, folder: Path, *, found: bool = False
+) -> dict[str, str]:
+    """Write the label map and the confidence of each image; every process writes its share.
+
+    Args:
+        network: on the device of `process`.
+        images: the list.
+        config: sections `evaluate`, `cam`, `data` and `run.amp`.
+        process: this process.
+        kind: `pseudo`, `seg` or `seg+crf`.
+        folder: for `labels`, `confidence`, `classes.txt` and the journal.
+        found: pseudo labels of the classes that the classifier finds, not of the image labels.
+
+    Returns:
+        What kept images from being labelled, by name; complete on the first process, empty on the others.
+
+    Raises:
+        UserError: two images of the list would share a file, or one's would lie outside of the folder.
+    """
+    settings = config.evaluate.model_dump(mode="json", exclude={"crf_workers", "training_limit", "limit"})
+    header: dict[str, Any] = {"classes": list(network.classes), "kind": kind, "found": found, "amp": config.run.amp}
+    header |= {
+        "root": str(config.data.root),
+        "weights": fingerprint(network),
+        "evaluate": settings,
+        "cam": config.cam.model_dump(mode="json"),
+    }
+    journal = Journal(folder, process.rank, header)
+    count = min(len(images.ids), config.evaluate.limit or len(images.ids))
+    names = [images.ids[index] for index in range(count)]
+    _check_names(names)
+    share = [index for index, name in enumerate(names) if name not in journal.found]
+    share = share[process.rank :: process.world_size]
+    wait_for_all()  # every process has read the journal
+    journal.open()
+    with in_eval_mode(network):
+        stream = predict_images(
+            network, images, share, config, process.device, [kind], labelled=not found, confidence=True
+        )
+        for result in track(stream, "labelling", len(share)):
+            if isinstance(result, Failure):
+                journal.write({"name": result.name, "error": result.message})
+                continue
+            _write_maps(folder, result.sample.name, result.maps[kind])
+            journal.write({"name": result.sample.name})
+    journal.close()
+    wait_for_all()
+    if not process.is_main:
+        return {}
+    (folder / "classes.txt").write_text("\n".join(["background", *network.classes]) + "\n", encoding="utf-8")
+    failed = journal.failed()
+    journal.join()
+    print(f"{count - len(failed)} label maps: {folder / 'labels'}\nconfidence: {folder / 'confidence'}")
+    return failed
+
+
+def build_parser() -> Parser:
+    """Give the parser of this verb."""
+    parser = Parser("pseudo-labels", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, required=True, help="run folder, checkpoint, official student.pth")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the results")
+    parser.add_argument("--kind", choices=("pseudo", "seg", "seg+crf"), default="pseudo", help="what is written")
+    parser.add_argument("--config", type=Path, help="recipe, for an official checkpoint: its data and evaluation")
+    parser.add_argument("--root", type=Path, help="folder of the data set, if not that of the training")
+    parser.add_argument("--list", dest="list_name", help="name of the list, if not the training list")
+    parser.set_defaults(list=None)  # the validation list stays what it was
+    parser.add_argument("--unlabelled", action="store_true", help="the list has no image labels, as VOC's test list")
+    parser.add_argument("--found", action="store_true", help="pseudo labels of the classes that the classifier finds")
+    parser.add_argument("--scales", type=float, nargs="+", help="scales of the segmentation")
+    parser.add_argument("--no-flip", action="store_true", help="leave the mirror images of the segmentation out")
+    parser.add_argument("--threshold", type=float, help="background score of the pseudo labels")
+    parser.add_argument("--crf", choices=("pydensecrf", "exact"), help="back end of seg+crf; exact is for a GPU")
+    parser.add_argument("--limit", type=int, help="label only the first images")
+    parser.add_argument("--device", help="auto, cpu or cuda")
+    parser.add_argument("--archive", type=Path, help="also write a tar (.tar, .tgz) for the PASCAL VOC test server")
+    return parser
+
+
+@dataclass(frozen=True, eq=False)
+class _Unlabelled:
+    """A list without image labels and masks."""
+
+    ids: Names
+    files: Files
+    labels: NDArray[np.float32]
+
+    def image(self, index: int) -> Image.Image:
+        return read_image(self.files.image_path(self.ids[index]))
+
+    def mask(self, index: int) -> NDArray[np.uint8] | None:
+        return None
+
+
+def _open_images(config: Config, options: argparse.Namespace, network: Network, *, official: bool) -> Images:
+    data = config.data.model_copy(update={"train_list": options.list_name or config.data.train_list})
+    if options.unlabelled:
+        if data.dataset == "voc":
+            data = data.model_copy(update={"labels": "masks"})  # are opened when they are asked for, that is never
+        split = open_split(data, training=True, with_masks=False)
+        return _Unlabelled(split.ids, split.files, np.zeros((len(split.ids), len(network.classes)), np.float32))
+    images, _ = build_datasets(data)
+    if official and len(images.classes) == len(network.classes):
+        network.classes = images.classes  # an official checkpoint holds no names
+    if images.classes != network.classes:
+        raise UserError(f"data: its classes {images.classes} are not those of the checkpoint, {network.classes}")
+    return images
+
+
+def _write_maps(folder: Path, name: str, found: Labels) -> None:
+    """Write both pictures, each whole or not at all."""
+    assert found.confidence is not None
+    for part, values in (("labels", found.labels), ("confidence", np.rint(255 * found.confidence.clip(0, 1)))):
+        path = folder / part / f"{_stem(name)}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.partial")
+        if part == "labels":
+            save_palette_png(values, partial)
+        else:
+            Image.fromarray(values.astype(np.uint8)).save(partial, format="PNG")
+        partial.replace(path)
+
+
+def _check_names(names: Sequence[str]) -> None:
+    first: dict[str, str] = {}
+    for name in names:
+        check_name(name)
+        other = first.setdefault(_stem(name), name)
+        if other != name:
+            raise UserError(f"{name!r} and {other!r}: their label maps would have one name; rename one of the images")
+
+
+def _stem(name: str) -> str:
+    """The name without the ending of its image, which it may carry."""
+    return str(Path(name).with_suffix("")) if Path(name).suffix.lower() in IMAGE_ENDINGS else name
+
+
+def _check_archive_options(options: argparse.Namespace, network: Network) -> None:
+    if options.kind == "pseudo":
+        raise UserError("--archive: the test server scores segmentations; add --kind seg or --kind seg+crf")
+    if len(network.classes) != len(VOC_CLASSES):
+        raise UserError(
+            f"--archive: the network knows {len(network.classes)} classes; the test server expects the "
+            f"{len(VOC_CLASSES)} of PASCAL VOC"
+        )
+    if options.archive.suffix not in (".tar", ".tgz", ".gz"):
+        raise UserError(f"--archive: {options.archive} should end in .tar, .tgz or .tar.gz")
+
+
+def _write_archive(options: argparse.Namespace, images: Images, network: Network) -> None:
+    count = min(len(images.ids), options.limit or len(images.ids))
+    names = [_stem(images.ids[index]) for index in range(count)]
+    sizes = {name: images.image(index).size for index, name in enumerate(names)}
+    write_archive(options.archive, options.output / "labels", names)
+    check_archive(options.archive, sizes, len(network.classes))
+    print(f"archive: {options.archive}, {count} files, read back and checked")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,102 @@
+"""Distillation from the teacher: uncertain patches (Eq. 8), class token (Eq. 9), and the centres of their targets."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fsr_fast.config import TeacherConfig
+from fsr_fast.kernels import distillation_loss
+from fsr_fast.method.masking import MaskedPatches
+from fsr_fast.models.projector import Projector
+from fsr_fast.runtime.distributed import sum_over_ranks, world_size
+
+
+class Distillation(nn.Module):
+    """Cross-entropy between the prototype distributions of teacher and student, with centred targets.
+
+    Args:
+        config: temperatures and the centres' momentum.
+        prototypes: K.
+    """
+
+    def __init__(self, config: TeacherConfig, prototypes: int) -> None:
+        super().__init__()
+        self.student_temperature = config.student_temperature
+        self.centre_momentum = config.centre_momentum
+        self.register_buffer("patch_centre", torch.zeros(prototypes))
+        self.register_buffer("class_centre", torch.zeros(prototypes))
+        self.patch_centre: Tensor
+        self.class_centre: Tensor
+
+    def patch_loss(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        masked: MaskedPatches,
+        heads: tuple[Projector, Projector],
+        temperature: float,
+    ) -> Tensor:
+        """L_u of Eq. 8: mean over an image's masked patches, then over the batch; moves the patch centre.
+
+        Args:
+            student: (B, k, E), bottleneck vectors of masked view 2 at `masked.index`.
+            teacher: (B, N, E), bottleneck vectors of all patches of unmasked view 2.
+            masked: the masked patches.
+            heads: projectors of student and teacher, whose prototypes are compared.
+            temperature: of the teacher's softmax.
+        """
+        if masked.index.shape[1]:
+            targets = gather_tokens(teacher, masked.index).flatten(0, 1)
+            weight = None if masked.weight is None else masked.weight.flatten()
+            loss = self._compare(student.flatten(0, 1), targets, self.patch_centre, heads, temperature, weight)
+        else:
+            loss = student.sum()  # 0: the ratio is too small for one patch
+        self._move(self.patch_centre, teacher.mean((0, 1)), heads[1])
+        return loss
+
+    def class_loss(
+        self, student: Tensor, teacher: Tensor, heads: tuple[Projector, Projector], temperature: float
+    ) -> Tensor:
+        """L_c of Eq. 9, mean over the batch; moves the class centre.
+
+        Args:
+            student: (B, E), bottleneck vectors of masked view 2's class token.
+            teacher: (B, E), of unmasked view 1's class token.
+            heads: projectors of student and teacher.
+            temperature: of the teacher's softmax.
+        """
+        loss = self._compare(student, teacher, self.class_centre, heads, temperature, None)
+        self._move(self.class_centre, teacher.mean(0), heads[1])
+        return loss
+
+    def _compare(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        centre: Tensor,
+        heads: tuple[Projector, Projector],
+        temperature: float,
+        weight: Tensor | None,
+    ) -> Tensor:
+        return distillation_loss(
+            student,
+            teacher,
+            heads[0].head,
+            heads[1].head,
+            centre.clone(),  # it moves before backward
+            student_temperature=self.student_temperature,
+            teacher_temperature=temperature,
+            weight=weight,
+        )
+
+    @torch.no_grad()
+    def _move(self, centre: Tensor, vector: Tensor, teacher: Projector) -> None:
+        # The mean of the logits is the logit of the mean vector: the prototypes are linear.
+        vector = sum_over_ranks(vector.float()) / world_size()
+        logits = F.linear(vector, F.normalize(teacher.head, dim=-1))
+        centre.lerp_(logits.float(), 1 - self.centre_momentum)
+
+
+def gather_tokens(tokens: Tensor, index: Tensor) -> Tensor:
+    """Take the patches `index` (B, k) of tokens (B, N, D): (B, k, D)."""
+    return tokens.gather(1, index.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))

@@ -1,0 +1,102 @@
+"""The losses of Eq. 8-10 on plain tensors; sums and counts run over all processes."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fsr_fast.kernels import (
+    affinity_loss,
+    affinity_sums,
+    dense_energy,
+    distillation_loss,
+    segmentation_loss,
+    segmentation_sums,
+)
+from fsr_fast.method.cam import resize_images
+from fsr_fast.method.pseudo_labels import half_size
+from fsr_fast.runtime.distributed import sum_over_ranks, world_size
+
+__all__ = [
+    "affinity_loss",
+    "classification_loss",
+    "dense_energy",
+    "distillation_loss",
+    "energy_loss",
+    "global_affinity_loss",
+    "global_segmentation_loss",
+    "segmentation_loss",
+]
+
+ENERGY_SCALE = 1e-7
+"""Factor on the dense energy. Source: official code."""
+
+
+def classification_loss(class_logits: Tensor, aux_class_logits: Tensor, labels: Tensor) -> Tensor:
+    """Multi-label soft margin loss of both classifiers, added.
+
+    Args:
+        class_logits: (B, C).
+        aux_class_logits: (B, C).
+        labels: (B, C), float, 0 or 1.
+
+    Returns:
+        Scalar, float32: L_cls of Eq. 10.
+    """
+    top = F.multilabel_soft_margin_loss(class_logits.float(), labels)
+    return top + F.multilabel_soft_margin_loss(aux_class_logits.float(), labels)
+
+
+def global_affinity_loss(features: Tensor, labels: Tensor) -> Tensor:
+    """Patch-token contrast over the batch of all processes.
+
+    Args:
+        features: (B, N, D), top features of this process's images.
+        labels: (B, N), int64: 0 background, class + 1, 255 ignored.
+
+    Returns:
+        Scalar, float32. Its mean over the processes is L_aff of the whole batch.
+    """
+    same, same_count, different, different_count = _share_counts(affinity_sums(features, labels))
+    return 0.5 * (1 - same / (same_count + 1)) + 0.5 * different / (different_count + 1)
+
+
+def global_segmentation_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Half the cross-entropy over background pixels plus half of that over foreground pixels.
+
+    Args:
+        logits: (B, C+1, h, w), decoder.
+        labels: (B, H, W), uint8; 255 ignored. A set without pixels counts 0.
+
+    Returns:
+        Scalar, float32. Its mean over the processes is L_seg of the whole batch.
+    """
+    background, background_count, foreground, foreground_count = _share_counts(segmentation_sums(logits, labels))
+    return 0.5 * (background / background_count.clamp(min=1) + foreground / foreground_count.clamp(min=1))
+
+
+def energy_loss(logits: Tensor, images: Tensor, labels: Tensor) -> Tensor:
+    """Dense-energy regularisation at half resolution, times 1e-7.
+
+    Args:
+        logits: (B, C+1, h, w), decoder.
+        images: (B, 3, H, W), grey levels of 0…255, not rounded.
+        labels: (B, H, W), uint8 pseudo labels.
+
+    Returns:
+        Scalar, float32. Source: official code.
+    """
+    height, width = labels.shape[-2:]
+    size = half_size((height, width))
+    full = F.interpolate(logits.float(), size=(height, width), mode="bilinear", align_corners=False)
+    probabilities = resize_images(full.softmax(1), size)
+    halved_images = F.interpolate(images, size=size, mode="nearest")
+    halved_labels = F.interpolate(labels[:, None].float(), size=size, mode="nearest")[:, 0].to(torch.uint8)
+    return ENERGY_SCALE * dense_energy(probabilities, halved_images, halved_labels)
+
+
+def _share_counts(sums: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    # DDP averages gradients over the processes: sums are multiplied by their number, counts are those of all.
+    # The whole batch then weighs every pair and pixel alike, however the classes fall to the processes.
+    first, first_count, second, second_count = sums.unbind()
+    counts = sum_over_ranks(torch.stack([first_count, second_count]).detach())
+    return first * world_size(), counts[0], second * world_size(), counts[1]

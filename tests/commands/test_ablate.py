@@ -1,0 +1,219 @@
+"""The ablation command: which runs it makes, what it does not repeat, and the table that it writes."""
+
+import json
+import statistics
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fsr_fast.commands import ablate
+from fsr_fast.commands.ablate import PAPER_COLUMN, TABLES, row_config
+from fsr_fast.config import CONFIG_FOLDER, load_config
+from fsr_fast.errors import UserError
+from fsr_fast.reporting.tracking import write_json
+from fsr_fast.runtime.run_folder import open_run_folder
+from tests import helpers
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    values = helpers.values({"optim": {"iterations": 2, "warmup": 0}}, root=tmp_path / "data", output=tmp_path / "run")
+    return helpers.write_config(tmp_path / "recipe.yaml", values)
+
+
+class FakeTrainer:
+    """Leaves what a training leaves; its scores are functions of row and seed. Stops before the run `stop`."""
+
+    made: list[str]
+    stop: str | None
+
+    def __init__(self, config, process) -> None:
+        self.config = config
+        self.name = "/".join(config.run.output.parts[-2:])
+
+    def run(self):
+        open_run_folder(self.config)
+        if self.name == type(self).stop:
+            raise KeyboardInterrupt
+        self.made.append(self.name)
+        seed = self.config.run.seed
+        summary = {
+            "iterations": self.config.optim.iterations,
+            "pseudo_miou": 10.0 + seed**2,
+            "seg_miou": 20.0 + 3 * seed,
+        }
+        write_json(self.config.run.output / "summary.json", summary)
+        return summary
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def trainer(monkeypatch) -> type[FakeTrainer]:
+    monkeypatch.setattr(ablate, "Trainer", FakeTrainer)
+    FakeTrainer.made, FakeTrainer.stop = [], None
+    return FakeTrainer
+
+
+def call(recipe: Path, *arguments: str, table: int = 4) -> Path:
+    ablate.main(["--table", str(table), "--config", str(recipe), *arguments])
+    return recipe.parent / f"run_table_{table}"
+
+
+def test_every_row_is_run_with_every_seed(recipe, trainer):
+    folder = call(recipe, "--seeds", "0", "5")
+    rows = ["none", "unc", "cer_gap", "cer_gmp", "cer_mca", "both"]
+    assert trainer.made == [f"{row}/seed_{seed}" for row in rows for seed in (0, 5)]
+    written = yaml.safe_load((folder / "cer_gap/seed_5/config.yaml").read_text())
+    assert written["run"]["seed"] == 5
+    assert (written["model"]["aggregation"], written["loss"]["uncertain"]) == ("gap", 0.0)
+
+
+def test_a_table_that_was_interrupted_goes_on_where_it_stopped(recipe, trainer):
+    trainer.stop = "cer_gap/seed_1"
+    with pytest.raises(KeyboardInterrupt):
+        call(recipe, "--seeds", "0", "1")
+    assert trainer.made[-1] == "cer_gap/seed_0"
+    trainer.made, trainer.stop = [], None
+    call(recipe, "--seeds", "0", "1")
+    assert trainer.made[0] == "cer_gap/seed_1"
+    assert len(trainer.made) == 7
+
+
+def test_a_finished_table_is_not_run_again(recipe, trainer):
+    first = (call(recipe) / "table.md").read_text()
+    trainer.made = []
+    assert (call(recipe) / "table.md").read_text() == first
+    assert trainer.made == []
+
+
+def test_the_table_gives_mean_and_sample_deviation_over_the_seeds(recipe, trainer, capsys):
+    folder = call(recipe, "--seeds", "0", "1", "3")
+    row = json.loads((folder / "table.json").read_text())["rows"][0]
+    assert row["seeds"]["3"] == {"pseudo": 19.0, "seg": 29.0}
+    assert row["pseudo"]["mean"] == pytest.approx((10 + 11 + 19) / 3)
+    assert row["pseudo"]["std"] == pytest.approx(statistics.stdev([10, 11, 19]))
+    line = "| none | 13.3 ± 4.9 | 24.0 ± 4.6 | 3 | \u2013 |"
+    assert line in (folder / "table.md").read_text().splitlines()
+    assert line in capsys.readouterr().out
+
+
+def test_one_seed_has_no_deviation(recipe, trainer):
+    text = (call(recipe) / "table.md").read_text()
+    assert "| unc | 10.0 | 20.0 | 1 | \u2013 |" in text
+
+
+def test_the_papers_numbers_stand_apart_and_in_the_row_of_the_full_method_alone(recipe, trainer):
+    for table, row in ((3, "uncertain_0.4"), (4, "both"), (5, "none")):
+        folder = call(recipe, table=table)
+        content = json.loads((folder / "table.json").read_text())
+        paper = {entry["row"]: entry[PAPER_COLUMN] for entry in content["rows"]}
+        assert {name for name, numbers in paper.items() if numbers is not None} == {row}
+        assert paper[row] == {"pseudo": 75.7, "seg": 73.6}
+        header, line = (
+            text for text in (folder / "table.md").read_text().splitlines() if "| row |" in text or f"| {row} |" in text
+        )
+        assert header.endswith("| paper (VOC val, not ours) |")
+        assert line == f"| {row} | 10.0 | 20.0 | 1 | pseudo 75.7, seg 73.6 |"
+
+
+def test_chosen_rows_alone_are_run_and_the_others_stay_empty(recipe, trainer):
+    folder = call(recipe, "--rows", "both", "none")
+    assert trainer.made == ["both/seed_0", "none/seed_0"]
+    assert "| unc | \u2013 | \u2013 | 0 | \u2013 |" in (folder / "table.md").read_text()
+    call(recipe, "--rows", "unc")
+    assert trainer.made[2:] == ["unc/seed_0"]
+    assert "| both | 10.0 | 20.0 | 1 |" in (folder / "table.md").read_text()
+
+
+def test_options_of_the_recipe_hold_for_all_rows(recipe, trainer, tmp_path):
+    call(recipe, "--output", str(tmp_path / "elsewhere"), "--mask.ratio", "0.25", "--rows", "none")
+    written = yaml.safe_load((tmp_path / "elsewhere/none/seed_0/config.yaml").read_text())
+    assert written["mask"]["ratio"] == 0.25
+
+
+def test_the_resolved_rows_are_printed_and_nothing_is_run(recipe, trainer, capsys):
+    folder = call(recipe, "--print-config", "--rows", "cer_gmp")
+    written = yaml.safe_load(capsys.readouterr().out)
+    assert written["model"]["aggregation"] == "gmp"
+    assert not trainer.made
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rows", "cer_gab"], r"table 4 has no row 'cer_gab'; did you mean 'cer_gap'"),
+        (["--loss.uncertain", "0.3"], r"--loss\.uncertain cannot be given here: table 4 varies it"),
+        (["--model.aggregation=gap"], r"--model\.aggregation cannot be given here"),
+        (["--run.seed", "3"], r"--run\.seed cannot be given here: give --seeds"),
+        (["--run.output", "x"], r"give --output"),
+        (["--mask.ration", "0.3"], r"unknown option '--mask\.ration'"),
+        (["--config", "missing.yaml"], r"missing\.yaml: no such configuration"),
+    ],
+)
+def test_mistakes_are_named_before_anything_is_run(recipe, trainer, arguments, message):
+    with pytest.raises(UserError, match=message):
+        call(recipe, *arguments)
+    assert not trainer.made
+
+
+def test_a_folder_of_another_recipe_is_refused(recipe, trainer):
+    call(recipe, "--rows", "none")
+    with pytest.raises(UserError, match=r"none/seed_0 holds another run: mask\.ratio"):
+        call(recipe, "--rows", "unc", "--mask.ratio", "0.25")
+
+
+def test_rows_that_were_evaluated_otherwise_are_not_mixed(recipe, trainer):
+    call(recipe, "--rows", "none", "--evaluate.limit", "1")
+    with pytest.raises(UserError, match=r"none/seed_0 was last started with other values of evaluate"):
+        call(recipe)
+
+
+def test_scores_of_a_later_start_with_other_values_are_not_mixed_either(recipe, trainer):
+    folder = call(recipe, "--rows", "none")
+    base, _ = load_config(["--config", str(recipe), "--evaluate.limit", "1"])
+    row = row_config(base, TABLES[4].rows["none"], folder / "none/seed_0", 0)
+    trainer(row, None).run()
+    with pytest.raises(UserError, match=r"none/seed_0 was last started with other values of evaluate"):
+        call(recipe)
+
+
+@pytest.mark.parametrize("text", ['{"iterations"', '{"iterations": 2}', "[]"])
+def test_a_damaged_summary_is_refused(recipe, trainer, text):
+    folder = call(recipe, "--rows", "none")
+    (folder / "none/seed_0/summary.json").write_text(text)
+    with pytest.raises(UserError, match=r"summary\.json: damaged"):
+        call(recipe)
+
+
+@pytest.mark.parametrize("name", ["voc_vit_b", "voc_official", "coco_vit_b", "coco_official", "synthetic"])
+@pytest.mark.parametrize("number", TABLES)
+def test_every_row_is_a_valid_change_of_every_recipe(name, number, tmp_path):
+    base, _ = load_config(["--config", str(CONFIG_FOLDER / f"{name}.yaml")])
+    configs = [row_config(base, changes, tmp_path, 0) for changes in TABLES[number].rows.values()]
+    assert len({config.model_dump_json() for config in configs}) == len(configs)
+    full = TABLES[number].rows[TABLES[number].full_method]
+    if name == "voc_vit_b":
+        same = row_config(base, full, base.run.output, base.run.seed)
+        assert same == base
+
+
+def test_two_real_rows_end_with_their_table(recipe, tmp_path, capsys):
+    helpers.write_dataset(tmp_path / "data")
+    folder = call(recipe, "--rows", "none", "both", "--seeds", "0", "1", "--evaluate.limit", "2")
+    content = json.loads((folder / "table.json").read_text())
+    for row in (content["rows"][0], content["rows"][-1]):
+        for seed in ("0", "1"):
+            summary = json.loads((folder / row["row"] / f"seed_{seed}/summary.json").read_text())
+            assert row["seeds"][seed] == {"pseudo": summary["pseudo_miou"], "seg": summary["seg_miou"]}
+            assert 0 < summary["pseudo_miou"] < 100
+    assert capsys.readouterr().out.rstrip().endswith("table.md")
+
+
+def test_a_recipe_without_a_validation_list_is_refused_before_any_run(recipe, trainer):
+    with pytest.raises(UserError, match=r"data\.val_list: none; a table needs scores"):
+        call(recipe, "--data.val_list", "None")
+    assert trainer.made == []

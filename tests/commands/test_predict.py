@@ -1,0 +1,171 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fsr_fast.commands.predict import find_pictures, main
+from fsr_fast.errors import UserError
+from fsr_fast.evaluation.crf import dense_crf
+from fsr_fast.evaluation.inference import read_picture, segment
+from fsr_fast.models import load_network
+from fsr_fast.reporting.figures import voc_palette
+from fsr_fast.runtime.checkpoint import write_checkpoint
+from tests import helpers
+
+RECIPE = helpers.config()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    state = {
+        "iteration": 1,
+        "config": RECIPE.model_dump(mode="json"),
+        "classes": list(helpers.CLASSES),
+        "student": helpers.network(RECIPE).state_dict(),
+    }
+    write_checkpoint(folder, state)
+    return folder
+
+
+def save_pictures(folder: Path, *names: str) -> list[Path]:
+    folder.mkdir(parents=True, exist_ok=True)
+    draws = np.random.default_rng(0)
+    for name in names:
+        Image.fromarray(draws.integers(0, 256, (20, 26, 3), dtype=np.uint8)).save(folder / name)
+    return [folder / name for name in names]
+
+
+def test_files_and_folders_are_found_by_name_in_order(tmp_path):
+    save_pictures(tmp_path / "folder", "b.png", "a.JPG", "c.webp")
+    (tmp_path / "folder" / "notes.txt").touch()
+    single = save_pictures(tmp_path, "z.bmp")
+    assert list(find_pictures([*single, tmp_path / "folder"])) == ["z", "a", "b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("names", "part"), [(["lost.png"], "no such file or folder"), (["empty"], "no picture in this folder")]
+)
+def test_a_path_without_pictures_is_named(tmp_path, names, part):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=part) as caught:
+        find_pictures([tmp_path / name for name in names])
+    assert str(tmp_path / names[0]) in str(caught.value)
+
+
+def test_pictures_whose_results_would_overwrite_each_other_are_refused(tmp_path):
+    paths = save_pictures(tmp_path, "a.png") + save_pictures(tmp_path / "other", "a.jpg")
+    with pytest.raises(UserError, match="rename one") as caught:
+        find_pictures(paths)
+    assert all(str(path) in str(caught.value) for path in paths)
+
+
+def test_mask_overlay_cams_and_scores_are_those_of_the_network(run, tmp_path):
+    (path,) = save_pictures(tmp_path, "a.png")
+    main(["--checkpoint", str(run), str(path), "--output", str(tmp_path / "out")])
+    prediction = segment(load_network(run), path)
+    with Image.open(tmp_path / "out" / "masks" / "a.png") as mask:
+        assert mask.mode == "P"
+        assert np.array_equal(np.asarray(mask), prediction.mask)
+    with Image.open(tmp_path / "out" / "overlays" / "a.png") as overlay:
+        assert (overlay.mode, overlay.size) == ("RGB", (26, 20))
+        assert not np.array_equal(np.asarray(overlay), np.asarray(read_picture(path)))
+    assert {file.name for file in (tmp_path / "out" / "cams").iterdir()} == {
+        f"a_{name}.png" for name in prediction.cams
+    }
+    assert json.loads((tmp_path / "out" / "scores.json").read_text()) == {
+        str(path): pytest.approx(prediction.scores, rel=1e-5)
+    }
+
+
+def test_a_class_name_is_no_path(tmp_path):
+    names = ("fruit/apple", "fruit/pear", "fruit/plum")
+    state = {"iteration": 1, "config": RECIPE.model_dump(mode="json"), "classes": list(names)}
+    write_checkpoint(tmp_path / "run", {**state, "student": helpers.network(RECIPE).state_dict()})
+    (path,) = save_pictures(tmp_path, "a.png")
+    main(["--checkpoint", str(tmp_path / "run"), str(path), "--output", str(tmp_path / "out")])
+    found = {file.name for file in (tmp_path / "out" / "cams").iterdir()}
+    assert found
+    assert found <= {"a_fruit_apple.png", "a_fruit_pear.png", "a_fruit_plum.png"}
+
+
+def test_the_crf_refines_the_mask(run, tmp_path):
+    (path,) = save_pictures(tmp_path, "a.png")
+    main(["--checkpoint", str(run), str(path), "--output", str(tmp_path / "out"), "--crf"])
+    prediction = segment(load_network(run), path)
+    expected = dense_crf(np.asarray(read_picture(path)), prediction.probabilities).argmax(0)
+    with Image.open(tmp_path / "out" / "masks" / "a.png") as mask:
+        assert np.array_equal(np.asarray(mask), expected)
+    assert not np.array_equal(expected, prediction.mask)
+
+
+def test_patterns_find_pictures_and_a_file_of_that_name_goes_first(tmp_path):
+    save_pictures(tmp_path / "trip" / "day", "b.png", "a[1].png")
+    (tmp_path / "trip" / "day" / "c.txt").touch()
+    assert list(find_pictures([f"{tmp_path}/trip/**/*"])) == ["a[1]", "b"]
+    assert list(find_pictures([f"{tmp_path}/trip/day/a[1].png"])) == ["a[1]"]
+    with pytest.raises(UserError, match=r"no picture fits this pattern"):
+        find_pictures([f"{tmp_path}/trip/*.png"])
+
+
+@pytest.mark.parametrize("address", ["http://example.org/a.jpg", "HTTPS://example.org/a.jpg", "s3://bucket/a.jpg"])
+def test_addresses_of_the_web_are_refused(address):
+    with pytest.raises(UserError, match="an address of the web, which is not fetched"):
+        find_pictures([address])
+
+
+def test_a_batch_gives_what_single_pictures_give(run, tmp_path):
+    paths = save_pictures(tmp_path / "in", "a.png", "b.png", "c.png")
+    Image.new("RGB", (30, 18), "red").save(tmp_path / "in" / "bb.png")
+    for size in ("1", "8"):
+        arguments = ["--checkpoint", str(run), str(tmp_path / "in"), "--output", str(tmp_path / size), "--batch", size]
+        main(arguments)
+    one, eight = (json.loads((tmp_path / size / "scores.json").read_text()) for size in ("1", "8"))
+    assert list(one) == list(eight) == sorted(map(str, [*paths, tmp_path / "in" / "bb.png"]))
+    for name, scores in one.items():
+        assert eight[name] == pytest.approx(scores, rel=1e-4)
+        masks = [np.asarray(Image.open(tmp_path / size / "masks" / f"{Path(name).stem}.png")) for size in ("1", "8")]
+        assert (masks[0] == masks[1]).mean() > 0.99
+
+
+def test_opacity_and_legend_change_the_overlay(run, tmp_path):
+    (path,) = save_pictures(tmp_path, "a.png")
+    common = ["--checkpoint", str(run), str(path), "--output"]
+    main([*common, str(tmp_path / "clear"), "--opacity", "0"])
+    with Image.open(tmp_path / "clear/overlays/a.png") as shown:
+        np.testing.assert_array_equal(np.asarray(shown), np.asarray(read_picture(path)))
+    main([*common, str(tmp_path / "named"), "--legend"])
+    main([*common, str(tmp_path / "plain")])
+    with Image.open(tmp_path / "named/overlays/a.png") as named, Image.open(tmp_path / "plain/overlays/a.png") as plain:
+        assert named.height > plain.height
+        left = (named.width - plain.width) // 2
+        np.testing.assert_array_equal(np.asarray(named)[: plain.height, left : left + plain.width], np.asarray(plain))
+        prediction = segment(load_network(run), path)
+        for label in set(np.unique(prediction.mask)) - {0}:
+            legend = np.asarray(named)[plain.height :]
+            assert (legend == voc_palette()[label]).all(-1).any()
+
+
+@pytest.mark.parametrize(("option", "value"), [("--opacity", "1.5"), ("--batch", "0")])
+def test_numbers_out_of_range_are_refused(run, tmp_path, option, value):
+    (path,) = save_pictures(tmp_path, "a.png")
+    with pytest.raises(UserError, match=f"{option}: {value}; expected"):
+        main(["--checkpoint", str(run), str(path), "--output", str(tmp_path / "out"), option, value])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_picture_that_cannot_be_decoded_is_named(run, tmp_path):
+    (tmp_path / "notes.png").write_text("not a picture")
+    with pytest.raises(UserError, match="cannot be decoded") as caught:
+        main(["--checkpoint", str(run), str(tmp_path / "notes.png"), "--output", str(tmp_path / "out")])
+    assert str(tmp_path / "notes.png") in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_options_that_are_missing_or_unknown_are_named(run):
+    with pytest.raises(UserError, match=r"required: --checkpoint, --output; `fsr-fast predict --help`"):
+        main(["picture.png"])
+    with pytest.raises(UserError, match="unknown option '--crff'; did you mean '--crf'"):
+        main(["--checkpoint", str(run), "p.png", "--output", "o", "--crff"])

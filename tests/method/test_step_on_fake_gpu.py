@@ -1,0 +1,204 @@
+"""Whole iterations on tensors that are on a GPU in name alone: devices, shapes and dtypes of all that is computed.
+
+Nothing is computed, so no GPU is needed. The `fsr` operators are stood for by what they are registered with.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.autograd.graph import Node
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fsr_fast.engine import build_step
+from fsr_fast.evaluation import inference
+from fsr_fast.method.optim import build_optimiser, fill_missing_gradients
+from fsr_fast.method.schedules import schedule_at
+from fsr_fast.method.step import FSRStep, StepOutput
+from fsr_fast.models.attention import block_diagonal_mask, boundaries
+from fsr_fast.runtime.guard import Guard, gradient_norm
+from tests import helpers
+from tests.helpers import OFFICIAL
+
+LATE = 3
+"""An iteration at which every loss counts and the official recipe no longer masks at random."""
+ON_GPU = {"run": {"device": "cuda", "amp": "auto", "compile": False}}
+
+
+class NoWaitingCopy(TorchDispatchMode):
+    """Refuses copies for which the host waits: from the GPU, and to it from memory that is not pinned."""
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        output = function(*arguments, **(options or {}))
+        sources = [value for value in arguments if isinstance(value, Tensor) and value.ndim]
+        if isinstance(output, Tensor) and sources:
+            source = sources[-1] if function.name().startswith("aten::copy_") else sources[0]
+            assert not (source.is_cuda and not output.is_cuda), f"{function} waits for the device"
+            stays = source.is_cuda or not output.is_cuda
+            assert stays or getattr(source, "pinned", False), f"{function} copies from memory that is not pinned"
+        return output
+
+
+def pin(tensor: Tensor) -> Tensor:
+    pinned = tensor.clone()
+    pinned.pinned = True
+    return pinned
+
+
+def move(module: nn.Module, *_, memory_format: torch.memory_format = torch.preserve_format) -> nn.Module:
+    """Give a module parameters and buffers on the GPU."""
+    for part in module.modules():
+        for named in (part._parameters, part._buffers):
+            for name, value in named.items():
+                if value is not None:
+                    other = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cuda")
+                    other = other.to(memory_format=memory_format) if value.ndim == 4 else other
+                    named[name] = nn.Parameter(other, value.requires_grad) if isinstance(value, nn.Parameter) else other
+    return module
+
+
+def differentiate(loss: Tensor) -> None:
+    """Do what `loss.backward()` does, which asks the driver for a GPU."""
+    pending: dict[Node, list[Tensor | None]] = {loss.grad_fn: [torch.ones_like(loss)]}
+    for node in in_order(loss.grad_fn):
+        gradients = pending.pop(node, None)
+        if gradients is None:
+            continue
+        call = node
+        if hasattr(node, "apply"):  # of a function in Python, whose gradients are never missing
+            call, shapes = node.apply, zip(gradients, node._input_metadata, strict=True)
+            gradients = [
+                torch.zeros(tuple(meta.shape), dtype=meta.dtype, device=meta.device) if given is None else given
+                for given, meta in shapes
+            ]
+        with torch.no_grad():
+            found = call(*gradients)
+        found = found if isinstance(found, tuple) else (found,)
+        for (following, index), gradient in zip(node.next_functions, found, strict=False):
+            if following is None or gradient is None:
+                continue
+            meta = following._input_metadata[index]
+            assert gradient.device == meta.device, f"{node.name()}: gradient on {gradient.device}"
+            gradient = gradient.sum_to_size(tuple(meta.shape)).to(meta.dtype)
+            slots = pending.setdefault(following, [None] * len(following._input_metadata))
+            slots[index] = gradient if slots[index] is None else slots[index] + gradient
+
+
+def in_order(root: Node) -> list[Node]:
+    """Every node of a graph before those that it passes its gradient to."""
+    order, seen, stack = [], set(), [(root, False)]
+    while stack:
+        node, done = stack.pop()
+        if done:
+            order.append(node)
+        elif node not in seen:
+            seen.add(node)
+            stack.append((node, True))
+            stack += [(following, False) for following, _ in node.next_functions if following is not None]
+    return order[::-1]
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch) -> Iterator[None]:
+    """A GPU of compute capability 9.0 that holds no numbers."""
+    monkeypatch.delenv("FSR_KERNELS", raising=False)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda *_: True)
+    monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(Tensor, "pin_memory", pin)
+    monkeypatch.setattr(nn.Module, "to", move)
+    monkeypatch.setattr(torch, "equal", lambda *_: True)  # ends the growing of edges
+    make = torch.tensor
+
+    def make_pinned(*values, pin_memory=False, **options):
+        return pin(make(*values, **options)) if pin_memory else make(*values, **options)
+
+    monkeypatch.setattr(torch, "tensor", make_pinned)
+    cached = block_diagonal_mask, boundaries
+    for function in cached:
+        function.cache_clear()
+    with mock.patch("torch.cuda._lazy_init"):
+        yield
+    for function in cached:
+        function.cache_clear()
+
+
+def iterate(step: FSRStep, optimiser: torch.optim.Optimizer, guard: Guard) -> StepOutput:
+    """One iteration, as the trainer does it."""
+    student, schedule = step.student, schedule_at(step.config, LATE)
+    views = tuple(pin(view).to("cuda") for view in helpers.views(2))
+    labels = pin(helpers.labels(2)).to("cuda")
+    draws = step.draw(2, helpers.generator(0))
+    guard.hold()
+    output = step(views, labels, draws, schedule)
+    optimiser.zero_grad()
+    differentiate(output.loss)
+    fill_missing_gradients(optimiser)
+    skipped = guard.judge(output.loss, gradient_norm(student.parameters(), 1.0))
+    optimiser.step()
+    step.teacher.follow(student, schedule.encoder_momentum, schedule.projector_momentum, skipped)
+    return output
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ({},),
+        (OFFICIAL,),
+        (OFFICIAL, {"run": {"attention": "varlen"}}),
+        ({"run": {"attention": "sdpa"}, "mask": {"strategy": "random"}},),
+        ({"mask": {"strategy": "cam_strict"}, "model": {"aggregation": "gap"}},),
+        ({"mask": {"strategy": "edge_strict"}, "model": {"aggregation": "gmp"}},),
+        ({"cam": {"fp8": True}, "model": {"mask_mode": "multiply"}},),
+    ],
+    ids=["paper", "official", "varlen", "sdpa", "cam_strict", "edge_strict", "float8"],
+)
+def test_an_iteration_stays_on_the_gpu(fake_gpu, changes):
+    config = helpers.config(*changes, ON_GPU)
+    network = helpers.network(config)
+    with FakeTensorMode():
+        step = build_step(network.to("cuda"), config, 3).to("cuda")
+        optimiser = build_optimiser(network, config.optim)
+        guard = Guard(optimiser, step.distillation.buffers())
+        edges = config.mask.strategy == "edge_strict"  # does wait, for every turn of its growing
+        with contextlib.nullcontext() if edges else NoWaitingCopy():
+            output = iterate(step, optimiser, guard)
+    assert output.loss.dtype == torch.float32
+    state = [*output.losses.values(), output.mask, output.pseudo_labels, *step.buffers(), *network.parameters()]
+    assert all(value.device.type == "cuda" for value in state)
+    assert all(parameter.grad.device.type == "cuda" for parameter in network.parameters())
+
+
+def test_an_evaluation_stays_on_the_gpu(fake_gpu, monkeypatch):
+    config = helpers.config(ON_GPU)
+    network = helpers.network(config)
+    monkeypatch.setattr(inference, "int", lambda _: 2, raising=False)  # classes of an image
+    with FakeTensorMode():
+        build_step(network.to("cuda"), config, 3)
+        network.eval()
+        images = [torch.empty(3, height, 50, device="cuda") for height in (40, 41)]
+        labels = [torch.empty(3, device="cuda"), None]
+        scales = {"cam_scales": (1.0, 0.5, 1.5), "scales": (1.0, 1.25)}
+        results = list(inference.infer_like(network, images, labels, **scales, flip=True, amp="auto"))
+    for image, result in zip(images, results, strict=True):
+        assert result.seg_logits.shape[2:] == result.cams.values.shape[2:] == image.shape[1:]
+        assert all(value.is_cuda for value in (result.seg_logits, result.class_logits, *result.cams))
+
+
+@pytest.mark.parametrize(
+    "copy",
+    [lambda tensor: tensor.cpu(), lambda tensor: torch.ones(3).to("cuda"), lambda tensor: tensor.copy_(torch.ones(3))],
+    ids=["to host", "to device", "into"],
+)
+def test_a_copy_that_waits_would_be_noticed(fake_gpu, copy):
+    with FakeTensorMode(), NoWaitingCopy(), pytest.raises(AssertionError, match=r"waits|not pinned"):
+        copy(torch.ones(3, device="cuda"))
+
+
+def test_a_tensor_left_on_the_cpu_would_be_noticed(fake_gpu):
+    with FakeTensorMode(), pytest.raises(RuntimeError, match="two devices"):
+        torch.ones(3, device="cuda") + torch.ones(3)
