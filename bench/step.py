@@ -151,7 +151,7 @@ def _build(setting: Setting, technique: Technique, process: Process) -> Callable
         output.loss.backward()
         fill_missing_gradients(optimiser)
         optimiser.step()
-        step.teacher.follow(network, schedule.encoder_momentum, schedule.projector_momentum)
+        step.teacher.update_ema(network, schedule.encoder_momentum, schedule.projector_momentum)
         return output
 
     return iterate

@@ -34,7 +34,7 @@ def written_out(labels: Tensor, *maps: Tensor, side: int, output: int | None) ->
 def ours(labels: Tensor, *maps: Tensor, side: int, output: int | None) -> Tensor:
     output_size = None if output is None else (output, output)
     cams, flipped = maps[: len(SCALES)], maps[len(SCALES) :]
-    return merge_cams(cams, flipped, labels, slots=SLOTS, size=(side, side), output_size=output_size).values
+    return merge_cams(cams, flipped, labels, max_classes=SLOTS, size=(side, side), output_size=output_size).values
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

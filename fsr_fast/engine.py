@@ -29,14 +29,14 @@ class ReferenceStep(FSRStep):
     Args:
         student: the network.
         config: the whole configuration.
-        slots: largest number of classes that an image has.
+        max_classes: largest number of classes that an image has.
 
     Raises:
         UserError: the run is not one that the reference can do.
     """
 
-    def __init__(self, student: Network, config: Config, slots: int) -> None:
-        super().__init__(student, config, slots)
+    def __init__(self, student: Network, config: Config, max_classes: int) -> None:
+        super().__init__(student, config, max_classes)
         if config.run.amp == "bf16":
             raise UserError(f"run.amp: {config.run.amp!r}; the reference knows full precision alone: --run.amp off")
         if config.cam.fp8:
@@ -76,7 +76,7 @@ class ReferenceStep(FSRStep):
     def _present(self, cam: Tensor, labels: Tensor) -> MergedCams:
         size = half_size((cam.shape[2], cam.shape[3]))
         halved = interpolate(cam, size=size, mode="bilinear", align_corners=False)
-        classes, live = reference.present_classes(labels, slots=self.slots)
+        classes, live = reference.present_classes(labels, max_classes=self.max_classes)
         values = halved.gather(1, classes[:, :, None, None].expand(-1, -1, *size))
         return MergedCams(values * live[:, :, None, None], classes, live)
 
@@ -85,7 +85,7 @@ FOREIGN = (".ls1.", ".ls2.", ".q_norm.", ".k_norm.", ".attn.norm.", ".mlp.norm."
 """Parts of a transformer that the plain one does not have."""
 
 
-def build_step(student: Network, config: Config, slots: int) -> FSRStep:
+def build_step(student: Network, config: Config, max_classes: int) -> FSRStep:
     """Build the step that `run.engine` names, and set the student up for its device as the `run` section says.
 
     Raises:
@@ -101,7 +101,7 @@ def build_step(student: Network, config: Config, slots: int) -> FSRStep:
         student.decoder.to(memory_format=torch.channels_last)
     if config.cam.fp8:
         _check_float8(encoder, device)
-    return (ReferenceStep if run.engine == "reference" else FSRStep)(student, config, slots)
+    return (ReferenceStep if run.engine == "reference" else FSRStep)(student, config, max_classes)
 
 
 def _check_float8(encoder: Encoder, device: torch.device) -> None:
@@ -127,7 +127,7 @@ def reference_settings(config: Config, student: Network) -> reference.Settings:
         patch_size=student.encoder.patch_size,
         aux_block=config.model.aux_block,
         mean=student.mean,
-        std=student.deviation,
+        std=student.std,
         aggregation=config.model.aggregation,
         mask_mode=config.model.mask_mode,
         scales=config.cam.scales,
@@ -158,7 +158,7 @@ def reference_settings(config: Config, student: Network) -> reference.Settings:
         head_factor=optim.head_factor,
         weight_decay=optim.weight_decay,
         betas=optim.betas,
-        warm_up=optim.warmup,
-        warm_up_start=optim.warmup_factor,
+        warmup=optim.warmup,
+        warmup_factor=optim.warmup_factor,
         clip_norm=optim.clip_norm,
     )

@@ -26,10 +26,10 @@ from fsr_fast.reporting.pictures import evaluation_grid, training_grid
 from fsr_fast.reporting.tables import score_table
 from fsr_fast.reporting.tracking import Tracker, read_metrics
 from fsr_fast.reporting.wandb_mirror import open_mirror
-from fsr_fast.runtime.checkpoint import Survivors, read_newest
+from fsr_fast.runtime.checkpoint import TrainState, read_newest
 from fsr_fast.runtime.distributed import Process, distribute, wait_for_all
-from fsr_fast.runtime.guard import Guard, gradient_norm
-from fsr_fast.runtime.loading import SteadyLoader
+from fsr_fast.runtime.guard import NonFiniteGuard, gradient_norm
+from fsr_fast.runtime.loading import RestartingLoader
 from fsr_fast.runtime.precision import measure_ceiling
 from fsr_fast.runtime.run_folder import claim_run_folder, open_run_folder
 from fsr_fast.runtime.seeding import stream
@@ -71,9 +71,9 @@ class Trainer:
         if config.run.shard:
             shard_step(self.step, process, config.run.amp)
         self.optimiser = build_optimiser(self.network, config.optim)
-        self.guard = Guard(self.optimiser, self.step.distillation.buffers())
+        self.guard = NonFiniteGuard(self.optimiser, self.step.distillation.buffers())
         self.tracker: Tracker | None = None
-        self.loader = SteadyLoader(
+        self.loader = RestartingLoader(
             build_train_loader(
                 self.train_set,
                 config.data,
@@ -83,12 +83,12 @@ class Trainer:
                 world_size=process.world_size,
                 seed=config.run.seed,
                 mean=self.network.mean,
-                std=self.network.deviation,
+                std=self.network.std,
                 device=process.device,
                 bad_files=config.run.output / BAD_FILES,
             )
         )
-        self.survivors = Survivors(
+        self.train_state = TrainState(
             student=self.network,
             teacher=self.step.teacher,
             centres=self.step.distillation,
@@ -133,7 +133,7 @@ class Trainer:
                 f"{origin}: learned the classes {learned}, but those of the data are {self.network.classes}; give the "
                 "data their names and order back, or give another --run.output"
             )
-        return self.survivors.restore(state, origin)
+        return self.train_state.restore(state, origin)
 
     def _train(self, forward: torch.nn.Module) -> None:
         optim = self.config.optim
@@ -173,7 +173,7 @@ class Trainer:
         fill_missing_gradients(self.optimiser)
         skipped = self.guard.judge(output.loss, gradient_norm(self.network.parameters(), config.optim.clip_norm))
         self.optimiser.step()
-        self.step.teacher.follow(self.network, schedule.encoder_momentum, schedule.projector_momentum, skipped)
+        self.step.teacher.update_ema(self.network, schedule.encoder_momentum, schedule.projector_momentum, skipped)
         self.iteration += 1
         return output, skipped
 
@@ -237,7 +237,7 @@ class Trainer:
 
     def _state(self) -> dict[str, Any]:
         config = self.config.model_dump(mode="json")
-        return self.survivors.state(self.iteration, {"config": config, "classes": list(self.network.classes)})
+        return self.train_state.state(self.iteration, {"config": config, "classes": list(self.network.classes)})
 
 
 def _median(lines: list[dict[str, Any]], name: str) -> float | None:

@@ -49,7 +49,7 @@ def merge_cams(
     flipped: Sequence[Tensor],
     labels: Tensor,
     *,
-    slots: int,
+    max_classes: int,
     size: tuple[int, int],
     output_size: tuple[int, int] | None = None,
 ) -> MergedCams:
@@ -63,7 +63,7 @@ def merge_cams(
         cams: one (B, C, h_s, w_s) floating tensor a scale, raw (before ReLU).
         flipped: the same of the mirrored images, not un-flipped.
         labels: (B, C) image labels, present where above 0.
-        slots: number M of class slots (see `present_classes`).
+        max_classes: number M of class slots (see `present_classes`).
         size: (H, W) in pixels, where the maps are merged and their minimum and maximum are taken.
         output_size: (h', w'); if given, the result is then resized bilinearly (align_corners=False) to it.
 
@@ -77,7 +77,7 @@ def merge_cams(
     Source: paper, Sec. 3.1; official code (multi-scale CAM with flips).
     """
     _check(cams, flipped, labels, size, output_size)
-    classes, live = present_classes(labels, slots=slots)
+    classes, live = present_classes(labels, max_classes=max_classes)
     if use_triton(labels):
         sizes = list(size), list(output_size or size)
         values = merge_cams_op([c.detach() for c in cams], [f.detach() for f in flipped], classes, live, *sizes)

@@ -12,54 +12,54 @@ from torch import Tensor
 from .dispatch import CompileCase, device_guard, next_power_of_2, tl, triton, use_triton
 
 
-def present_classes(labels: Tensor, *, slots: int) -> tuple[Tensor, Tensor]:
+def present_classes(labels: Tensor, *, max_classes: int) -> tuple[Tensor, Tensor]:
     """Lists the classes present in each image in a fixed number of slots, without waiting for the device.
 
     Args:
         labels: (B, C), any real dtype; a class is present where the label is above 0.
-        slots: number M of class slots; classes beyond the first M present ones are dropped.
+        max_classes: number M of class slots; classes beyond the first M present ones are dropped.
 
     Returns:
         index: (B, M) int64, present classes in ascending order, then 0 in the dead slots.
         live: (B, M) bool, True where the slot holds a present class.
 
     Raises:
-        ValueError: if `labels` is not two-dimensional and non-empty or `slots` is below 1.
+        ValueError: if `labels` is not two-dimensional and non-empty or `max_classes` is below 1.
     """
     if labels.ndim != 2 or 0 in labels.shape:
         raise ValueError(f"labels must be (B, C) with B, C >= 1, got {tuple(labels.shape)}")
-    if slots < 1:
-        raise ValueError(f"slots must be at least 1, got {slots}; give the most classes an image may hold")
+    if max_classes < 1:
+        raise ValueError(f"max_classes must be at least 1, got {max_classes}; give the most classes an image may hold")
     if use_triton(labels):
-        return present_classes_op(labels, slots)
+        return present_classes_op(labels, max_classes)
     absent = labels <= 0
-    index = absent.to(torch.uint8).sort(dim=1, stable=True).indices[:, :slots]
+    index = absent.to(torch.uint8).sort(dim=1, stable=True).indices[:, :max_classes]
     live = ~absent.gather(1, index)
     index = index * live
-    missing = slots - index.shape[1]
+    missing = max_classes - index.shape[1]
     if missing > 0:
         index, live = F.pad(index, (0, missing)), F.pad(live, (0, missing))
     return index, live
 
 
 @torch.library.custom_op("fsr::present_classes", mutates_args=())
-def present_classes_op(labels: Tensor, slots: int) -> tuple[Tensor, Tensor]:
+def present_classes_op(labels: Tensor, max_classes: int) -> tuple[Tensor, Tensor]:
     """Launches the kernel of `present_classes`."""
     B, C = labels.shape
     labels = labels.view(torch.uint8) if labels.dtype == torch.bool else labels
-    classes = labels.new_empty((B, slots), dtype=torch.int64)
-    live = labels.new_empty((B, slots), dtype=torch.bool)
+    classes = labels.new_empty((B, max_classes), dtype=torch.int64)
+    live = labels.new_empty((B, max_classes), dtype=torch.bool)
     with device_guard(labels):
         _present_kernel[(B,)](
-            labels, classes, live.view(torch.uint8), C, slots, *labels.stride(),
-            BLOCK=next_power_of_2(max(C, slots)), num_warps=1,
+            labels, classes, live.view(torch.uint8), C, max_classes, *labels.stride(),
+            BLOCK=next_power_of_2(max(C, max_classes)), num_warps=1,
         )  # fmt: skip
     return classes, live
 
 
 @present_classes_op.register_fake
-def _(labels, slots):
-    shape = (labels.shape[0], slots)
+def _(labels, max_classes):
+    shape = (labels.shape[0], max_classes)
     return labels.new_empty(shape, dtype=torch.int64), labels.new_empty(shape, dtype=torch.bool)
 
 
@@ -67,19 +67,19 @@ def compile_cases() -> Iterator[CompileCase]:
     """Lists the shipped configurations of the kernel, for the ahead-of-time compile test."""
     for kind in ("fp32", "i64", "u8"):
         signature = {"labels": f"*{kind}", "classes": "*i64", "live": "*u8"}
-        signature |= {"C": "i32", "slots": "i32", "stride_b": "i32"}
+        signature |= {"C": "i32", "max_classes": "i32", "stride_b": "i32"}
         constants = {"stride_c": 1, "BLOCK": 128}
         yield CompileCase(kind, _present_kernel, signature, constants, num_warps=1, main=kind == "fp32")
 
 
 @triton.jit
-def _present_kernel(labels, classes, live, C, slots, stride_b, stride_c, BLOCK: tl.constexpr):
+def _present_kernel(labels, classes, live, C, max_classes, stride_b, stride_c, BLOCK: tl.constexpr):
     """One image: its present classes in the first slots, class 0 in the dead ones."""
     b = tl.program_id(0).to(tl.int64)
     index = tl.arange(0, BLOCK)
     present = tl.load(labels + b * stride_b + index * stride_c, mask=index < C, other=0) > 0
     rank = tl.cumsum(present.to(tl.int32), 0) - 1
     total = tl.sum(present.to(tl.int32))
-    tl.store(classes + b * slots + rank, index.to(tl.int64), mask=present & (rank < slots))
-    tl.store(classes + b * slots + index, index.to(tl.int64) * 0, mask=(index >= total) & (index < slots))
-    tl.store(live + b * slots + index, (index < total).to(tl.uint8), mask=index < slots)
+    tl.store(classes + b * max_classes + rank, index.to(tl.int64), mask=present & (rank < max_classes))
+    tl.store(classes + b * max_classes + index, index.to(tl.int64) * 0, mask=(index >= total) & (index < max_classes))
+    tl.store(live + b * max_classes + index, (index < total).to(tl.uint8), mask=index < max_classes)

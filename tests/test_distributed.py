@@ -23,7 +23,7 @@ from fsr_fast.method.schedules import schedule_at
 from fsr_fast.reporting.tracking import read_metrics
 from fsr_fast.runtime.checkpoint import read_checkpoint
 from fsr_fast.runtime.distributed import Process, distribute, sum_over_ranks, world_size
-from fsr_fast.runtime.guard import Guard
+from fsr_fast.runtime.guard import NonFiniteGuard
 from fsr_fast.trainer import Trainer
 from tests import helpers
 
@@ -71,7 +71,7 @@ def take_step(name: str, rank: int, size: int) -> dict[str, torch.Tensor]:
     fill_missing_gradients(optimiser)
     found = {f"gradient {key}": value.grad.clone() for key, value in step.student.named_parameters()}
     optimiser.step()
-    step.teacher.follow(step.student, 0.9, 0.9)
+    step.teacher.update_ema(step.student, 0.9, 0.9)
     found |= {f"loss {key}": sum_over_ranks(value) / world_size() for key, value in output.losses.items()}
     found |= {f"centre {key}": value for key, value in step.distillation.state_dict().items()}
     found |= {f"teacher {key}": value for key, value in step.teacher.state_dict().items()}
@@ -94,7 +94,7 @@ def take_three_steps(name: str, content: str, rank: int, size: int) -> dict[str,
     step.draw = lambda _, generator: share_of(draw(BATCH, helpers.generator()), rows)
     optimiser = build_optimiser(step.student, config.optim)
     process = Process(rank, size, torch.device("cpu"))
-    guard = Guard(optimiser, step.distillation.buffers())
+    guard = NonFiniteGuard(optimiser, step.distillation.buffers())
     trainer = SimpleNamespace(
         config=config,
         process=process,

@@ -254,10 +254,10 @@ def _mean_and_deviation(values: Sequence[float | None]) -> dict[str, float | Non
 
 
 def _cell(score: dict[str, float | None]) -> str:
-    mean, deviation = score["mean"], score["std"]
+    mean, std = score["mean"], score["std"]
     if mean is None:
         return ABSENT
-    return f"{mean:.1f}" if deviation is None else f"{mean:.1f} ± {deviation:.1f}"
+    return f"{mean:.1f}" if std is None else f"{mean:.1f} ± {std:.1f}"
 
 
 def _choose_rows(number: int, names: Sequence[str] | None) -> list[str]:

@@ -182,8 +182,8 @@ def _read_out(network: Network, passed: _Passed, labels: Tensor | None, size: tu
     if labels is None:
         best = class_logits == class_logits.amax(1, keepdim=True)
         labels = (best | (class_logits > 0)).float()
-    slots = max(1, int(labels.sum(1).max()))
-    cams = merge_passes(network, passed.cams, labels, classifier="top", slots=slots, size=size)
+    max_classes = max(1, int(labels.sum(1).max()))
+    cams = merge_passes(network, passed.cams, labels, classifier="top", max_classes=max_classes, size=size)
     scaled = (F.interpolate(logits, size=size, mode="bilinear", align_corners=False) for logits in passed.logits)
     return Inference(class_logits, labels, cams, reduce(torch.maximum, scaled))
 
@@ -211,7 +211,7 @@ def segment_batch(network: Network, images: Sequence[Image.Image]) -> list[Predi
     device = network.top_classifier.weight.device
     pixels = torch.stack([image_functions.pil_to_tensor(image.convert("RGB")) for image in images])
     scaled = image_functions.to_dtype(pixels, torch.float32, scale=True)
-    normalised = image_functions.normalize(scaled, list(network.mean), list(network.deviation)).to(device)
+    normalised = image_functions.normalize(scaled, list(network.mean), list(network.std)).to(device)
     result = infer(network, normalised)
     cams = dense_cams(result.cams, len(network.classes)).cpu().numpy()
     masks = result.seg_logits.argmax(1).to(torch.uint8).cpu().numpy()

@@ -141,11 +141,10 @@ class _Stream:
 
     def _normalise(self, image: np.ndarray) -> Tensor:
         pixels = torch.tensor(image, device=self.device).permute(2, 0, 1).float()
-        mean, deviation = (
-            torch.tensor(values, device=self.device).view(3, 1, 1)
-            for values in (self.network.mean, self.network.deviation)
+        mean, std = (
+            torch.tensor(values, device=self.device).view(3, 1, 1) for values in (self.network.mean, self.network.std)
         )
-        return pixels.mul_(1 / (255 * deviation)).sub_(mean / deviation)
+        return pixels.mul_(1 / (255 * std)).sub_(mean / std)
 
     def _read(self, sample: Sample, result: Inference) -> Inferred:
         maps: dict[Kind, Labels] = {}

@@ -25,7 +25,7 @@ def multi_scale_passes(
     scales: Sequence[float],
     *,
     first: Features | None = None,
-    keep: Sequence[Tensor] | None = None,
+    drop_path: Sequence[Tensor] | None = None,
     aux_only: bool = False,
     float8: bool = False,
 ) -> list[ScalePass]:
@@ -36,7 +36,7 @@ def multi_scale_passes(
         images: (B, 3, H, W), normalised.
         scales: the first is 1.0.
         first: features of the images at scale 1.0, where they are known already.
-        keep: stochastic depth of each scale's images, (depth, 2, 2B): images first, then mirror images.
+        drop_path: stochastic depth of each scale's images, (depth, 2, 2B): images first, then mirror images.
         aux_only: stop after the auxiliary block.
         float8: round the factors of the blocks' linear layers to float8.
 
@@ -44,7 +44,7 @@ def multi_scale_passes(
         One pair of features a scale. Source: paper, implementation details.
     """
     views = scaled_views(images, scales, encoder.patch_size, known=first is not None)
-    factors = torch.cat(list(keep), dim=-1) if keep else None
+    factors = torch.cat(list(drop_path), dim=-1) if drop_path else None
     return pair_mirrored(encoder.forward_packed(views, factors, aux_only=aux_only, float8=float8), first)
 
 
@@ -90,7 +90,7 @@ def merge_passes(
     labels: Tensor,
     *,
     classifier: Literal["top", "aux"],
-    slots: int,
+    max_classes: int,
     size: tuple[int, int],
     output_size: tuple[int, int] | None = None,
 ) -> MergedCams:
@@ -101,7 +101,7 @@ def merge_passes(
         passes: as `multi_scale_passes` gives them.
         labels: (B, C), 0 or 1.
         classifier: which of the two classifiers, on which of the two feature maps.
-        slots: M, at least the largest number of classes that an image has.
+        max_classes: M, at least the largest number of classes that an image has.
         size: H and W at which the maps are added and normalised.
         output_size: size to which they are resized after that; none: `size`.
 
@@ -116,7 +116,7 @@ def merge_passes(
 
     plain = [activations(scale_pass.plain) for scale_pass in passes]
     mirrored = [activations(scale_pass.mirrored) for scale_pass in passes]
-    return merge_cams(plain, mirrored, labels, slots=slots, size=size, output_size=output_size)
+    return merge_cams(plain, mirrored, labels, max_classes=max_classes, size=size, output_size=output_size)
 
 
 @torch.no_grad()
@@ -144,7 +144,7 @@ def multi_scale_cam(
         multi_scale_passes(network.encoder, images, scales, aux_only=classifier == "aux"),
         images.new_ones(len(images), classes),
         classifier=classifier,
-        slots=classes,
+        max_classes=classes,
         size=(images.shape[-2], images.shape[-1]),
     ).values
 
@@ -229,6 +229,6 @@ def present_cams(cam: Tensor, labels: Tensor) -> MergedCams:
     Returns:
         Values (B, M, H, W), M the largest number of classes that an image has; 0 in the slots that it leaves over.
     """
-    classes, live = present_classes(labels, slots=max(1, int(labels.sum(1).max())))
+    classes, live = present_classes(labels, max_classes=max(1, int(labels.sum(1).max())))
     index = classes[..., None, None].expand(-1, -1, *cam.shape[-2:])
     return MergedCams(cam.gather(1, index) * live[..., None, None], classes, live)

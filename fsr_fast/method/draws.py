@@ -40,11 +40,13 @@ def draw_step(
     def place(numbers: Tensor) -> Tensor:
         return numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers
 
-    def keep() -> Tensor:
-        return place(encoder.draw_keep(2 * batch, generator))
+    def drop_path() -> Tensor:
+        return place(encoder.draw_drop_path(2 * batch, generator))
 
     uniform = place(torch.rand(batch, blocks, generator=generator))
-    student = keep()
+    student = drop_path()
     if not passes:
         return Draws(uniform, student)
-    return Draws(uniform, student, keep(), [keep() for _ in range(passes)], [keep() for _ in range(passes)])
+    return Draws(
+        uniform, student, drop_path(), [drop_path() for _ in range(passes)], [drop_path() for _ in range(passes)]
+    )

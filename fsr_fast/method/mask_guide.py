@@ -31,7 +31,7 @@ def select_patches(
     config: Config,
     shape: MaskShape,
     *,
-    slots: int,
+    max_classes: int,
     random: bool,
 ) -> MaskedPatches:
     """Choose the patches of view 2 that are masked.
@@ -44,23 +44,23 @@ def select_patches(
         draws: of the step.
         config: strategy and source, scales of the CAM, precision of the passes.
         shape: as `mask_shape` gives it.
-        slots: largest number of classes that an image has.
+        max_classes: largest number of classes that an image has.
         random: whether the iteration is one of those that mask at random.
     """
     mask = config.mask
     if random or mask.strategy == "random":
         return mask_randomly(draws.uniform, shape, mask)
     if mask.strategy == "edge_strict":
-        mean, deviation = (torch.tensor(value, dtype=torch.float64) for value in (student.mean, student.deviation))
-        return mask_edges(denormalise(view2, mean.to(view2.device), deviation.to(view2.device)), shape)
+        mean, std = (torch.tensor(value, dtype=torch.float64) for value in (student.mean, student.std))
+        return mask_edges(denormalise(view2, mean.to(view2.device), std.to(view2.device)), shape)
     if mask.multi_scale:
-        cam = _multi_scale_guide(student, view2, unmasked, labels, draws, config, slots)
+        cam = _multi_scale_guide(student, view2, unmasked, labels, draws, config, max_classes)
         return mask_from_cam(cam, labels, draws.uniform, shape, mask)
     top = mask.source == "top"
     classifier = student.top_classifier if top else student.aux_classifier
-    keep = None if draws.mask_cam is None else draws.mask_cam[0][..., : len(view2)]
+    drop_path = None if draws.mask_cam is None else draws.mask_cam[0][..., : len(view2)]
     with autocast(view2.device, config.run.amp):
-        tokens, aux, grid = unmasked or student.encoder(view2, keep=keep, aux_only=not top)
+        tokens, aux, grid = unmasked or student.encoder(view2, drop_path=drop_path, aux_only=not top)
         guide = student.encoder.norm(tokens) if top else aux
         if mask.strategy == "uncertain" and mask.block == 1:
             return mask_from_features(guide, classifier.weight.flatten(1), labels, draws.uniform, shape, mask)
@@ -75,7 +75,7 @@ def _multi_scale_guide(
     labels: Tensor,
     draws: Draws,
     config: Config,
-    slots: int,
+    max_classes: int,
 ) -> Tensor:
     source, scales = config.mask.source, config.cam.scales
     short = source == "aux" and unmasked is None
@@ -85,10 +85,10 @@ def _multi_scale_guide(
             view2,
             scales,
             first=unmasked,
-            keep=draws.mask_cam,
+            drop_path=draws.mask_cam,
             aux_only=short,
             float8=config.cam.fp8,
         )
         size = (view2.shape[-2], view2.shape[-1])
-        cams = merge_passes(student, passes, labels, classifier=source, slots=slots, size=size)
+        cams = merge_passes(student, passes, labels, classifier=source, max_classes=max_classes, size=size)
     return dense_cams(cams, labels.shape[1])

@@ -16,34 +16,34 @@ __all__ = [
 ]
 
 
-def grey_levels(images: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
+def grey_levels(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """Undo the normalisation.
 
     Args:
         images: (B, 3, H, W), normalised.
         mean: (3,), float64, of images in 0…1.
-        deviation: (3,), likewise.
+        std: (3,), likewise.
 
     Returns:
         (B, 3, H, W), float32, grey levels of 0…255, not rounded. Source: official code, dense energy.
     """
     # The last bit of factor and shift decides where a grey level is rounded to: take their nearest float32.
-    factor, shift = ((255 * value.double().view(3, 1, 1)).float() for value in (deviation, mean))
+    factor, shift = ((255 * value.double().view(3, 1, 1)).float() for value in (std, mean))
     return images * factor + shift
 
 
-def denormalise(images: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
+def denormalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """Undo the normalisation, with 8-bit steps.
 
     Args:
         images: (B, 3, H, W), normalised.
         mean: (3,), float64, of images in 0…1.
-        deviation: (3,), likewise.
+        std: (3,), likewise.
 
     Returns:
         (B, 3, H, W), float32 in 0…255, whole numbers, rounded down.
     """
-    return grey_levels(images, mean, deviation).clamp(0, 255).floor()
+    return grey_levels(images, mean, std).clamp(0, 255).floor()
 
 
 def half_size(size: tuple[int, int]) -> tuple[int, int]:

@@ -54,22 +54,22 @@ class FSRStep(nn.Module):
     Args:
         student: the network.
         config: the whole configuration.
-        slots: largest number of classes that an image has.
+        max_classes: largest number of classes that an image has.
     """
 
-    def __init__(self, student: Network, config: Config, slots: int) -> None:
+    def __init__(self, student: Network, config: Config, max_classes: int) -> None:
         super().__init__()
         self.student = student
         self.teacher = Teacher(student, config.teacher)
         self.config = config
-        self.slots = slots
+        self.max_classes = max_classes
         self.shares_passes = self.teacher.network is None and not config.teacher.stochastic_depth
         self.mask_shape = mask_shape(config.mask, student.encoder.grid)
         self.distillation = Distillation(config.teacher, config.model.prototypes)
         self.register_buffer("mean", torch.tensor(student.mean, dtype=torch.float64), persistent=False)
-        self.register_buffer("deviation", torch.tensor(student.deviation, dtype=torch.float64), persistent=False)
+        self.register_buffer("std", torch.tensor(student.std, dtype=torch.float64), persistent=False)
         self.mean: Tensor
-        self.deviation: Tensor
+        self.std: Tensor
 
     def draw(self, batch: int, generator: torch.Generator) -> Draws:
         """Draw all that is random in a step on `batch` images."""
@@ -79,7 +79,7 @@ class FSRStep(nn.Module):
 
     def denormalise(self, images: Tensor) -> Tensor:
         """Undo the normalisation of images (B, 3, H, W): grey levels 0…255."""
-        return denormalise(images.to(self.mean.device), self.mean, self.deviation)
+        return denormalise(images.to(self.mean.device), self.mean, self.std)
 
     def forward(self, views: tuple[Tensor, Tensor], labels: Tensor, draws: Draws, schedule: Schedule) -> StepOutput:
         """Compute every loss whose weight is not 0.
@@ -130,22 +130,22 @@ class FSRStep(nn.Module):
         encoder, shared, cam = self.student.encoder, self.shares_passes, self.config.cam
         alone = [view2] if view2 is not None and shared else []
         scaled = [] if view1 is None else scaled_views(view1, cam.scales, encoder.patch_size, known=shared)
-        keep = torch.cat(draws.cam, dim=-1) if draws.cam else None
+        drop_path = torch.cat(draws.cam, dim=-1) if draws.cam else None
         with torch.no_grad(), self._autocast():
             if cam.fp8:  # but view 2's features are the teacher's, too
-                features = encoder.forward_packed(alone) + encoder.forward_packed(scaled, keep, float8=True)
+                features = encoder.forward_packed(alone) + encoder.forward_packed(scaled, drop_path, float8=True)
             else:
-                features = encoder.forward_packed(alone + scaled, keep)
+                features = encoder.forward_packed(alone + scaled, drop_path)
         return features[0] if alone else None, features[len(alone) :]
 
     def _pass_student(
-        self, view1: Tensor, view2: Tensor, masked: MaskedPatches | None, keep: Tensor
+        self, view1: Tensor, view2: Tensor, masked: MaskedPatches | None, drop_path: Tensor
     ) -> tuple[Features, Features | None]:
         with self._autocast():
             if masked is None:
-                return self.student.encoder(view1, keep=keep[..., : len(view1)]), None
+                return self.student.encoder(view1, drop_path=drop_path[..., : len(view1)]), None
             mask = torch.cat([torch.zeros_like(masked.mask), masked.mask])
-            return split_batch(self.student.encoder(torch.cat([view1, view2]), mask, keep))
+            return split_batch(self.student.encoder(torch.cat([view1, view2]), mask, drop_path))
 
     def _pass_teacher(
         self, views: tuple[Tensor, Tensor], known: tuple[Features, Features | None], draws: Draws, weights: LossConfig
@@ -157,8 +157,10 @@ class FSRStep(nn.Module):
             if self.shares_passes:
                 tokens = {index: one.tokens.detach() for index, one in enumerate(known) if one is not None}
             else:
-                keep = None if draws.teacher is None else torch.cat([draws.teacher.chunk(2, -1)[i] for i in wanted], -1)
-                passed = encoder.forward_packed([views[index] for index in wanted], keep)
+                drop_path = (
+                    None if draws.teacher is None else torch.cat([draws.teacher.chunk(2, -1)[i] for i in wanted], -1)
+                )
+                passed = encoder.forward_packed([views[index] for index in wanted], drop_path)
                 tokens = {index: one.tokens for index, one in zip(wanted, passed, strict=True)}
             class_token = projector(encoder.aggregate(tokens[0])) if 0 in wanted else None
             return class_token, projector(encoder.norm(tokens[1])) if 1 in wanted else None
@@ -168,7 +170,7 @@ class FSRStep(nn.Module):
     ) -> MaskedPatches:
         config, shape = self.config, self.mask_shape
         return select_patches(
-            self.student, view2, unmasked, labels, draws, config, shape, slots=self.slots, random=random
+            self.student, view2, unmasked, labels, draws, config, shape, max_classes=self.max_classes, random=random
         )
 
     # --- losses
@@ -198,7 +200,7 @@ class FSRStep(nn.Module):
         if weights.segmentation > 0:
             losses["segmentation"] = global_segmentation_loss(logits, pseudo_labels)
         if weights.energy > 0:
-            colours = grey_levels(view1, self.mean, self.deviation)
+            colours = grey_levels(view1, self.mean, self.std)
             losses["energy"] = energy_loss(logits, colours, pseudo_labels)
         return losses
 
@@ -235,7 +237,13 @@ class FSRStep(nn.Module):
     ) -> MergedCams:
         with self._autocast():
             return merge_passes(
-                self.student, passes, labels, classifier=source, slots=self.slots, size=size, output_size=output_size
+                self.student,
+                passes,
+                labels,
+                classifier=source,
+                max_classes=self.max_classes,
+                size=size,
+                output_size=output_size,
             )
 
     def _autocast(self) -> torch.autocast:

@@ -37,7 +37,7 @@ class Teacher(nn.Module):
         return projector
 
     @torch.no_grad()
-    def follow(
+    def update_ema(
         self, student: Network, encoder_momentum: float, projector_momentum: float, skip: Tensor | None = None
     ) -> None:
         """Move the weights towards the student's: θ ← m·θ + (1 - m)·θ_student.

@@ -33,8 +33,8 @@ def build_network(config: ModelConfig, classes: tuple[str, ...], image_size: int
         load_pretrained(vit, config)
     own = config.normalisation == "checkpoint"
     mean = tuple(vit.pretrained_cfg["mean"]) if own else IMAGENET_DEFAULT_MEAN
-    deviation = tuple(vit.pretrained_cfg["std"]) if own else IMAGENET_DEFAULT_STD
-    network = Network(config, vit, classes, image_size, mean, deviation)
+    std = tuple(vit.pretrained_cfg["std"]) if own else IMAGENET_DEFAULT_STD
+    network = Network(config, vit, classes, image_size, mean, std)
     if config.initial is not None:
         start_from(network, load_network(config.initial), str(config.initial))
     return network
@@ -115,7 +115,7 @@ def restore_folder(folder: Path) -> Network:
     """
     description, weights = read_folder(folder)
     network = build_network(without_start(description.model), description.classes, description.image_size)
-    network.mean, network.deviation = description.mean, description.deviation
+    network.mean, network.std = description.mean, description.std
     try:
         network.load_state_dict(weights)
     except RuntimeError as error:

@@ -78,7 +78,7 @@ class Encoder(nn.Module):
         self._run_block: Callable[..., Tensor] = run_block
         self.drop_rates: list[float] = torch.linspace(0, config.stochastic_depth, self.depth).tolist()  # for the host
 
-    def draw_keep(self, batch: int, generator: torch.Generator) -> Tensor:
+    def draw_drop_path(self, batch: int, generator: torch.Generator) -> Tensor:
         """Draw stochastic depth for a batch.
 
         Args:
@@ -88,9 +88,9 @@ class Encoder(nn.Module):
         Returns:
             (depth, 2, B), float32: factor of each branch, 0 or 1/(1 - drop rate).
         """
-        keep = 1 - torch.tensor(self.drop_rates).view(-1, 1, 1)
+        keep_probability = 1 - torch.tensor(self.drop_rates).view(-1, 1, 1)
         draw = torch.rand(self.depth, 2, batch, generator=generator)
-        return ((draw < keep) / keep).float()
+        return ((draw < keep_probability) / keep_probability).float()
 
     @property
     def shape(self) -> TrunkShape:
@@ -105,26 +105,26 @@ class Encoder(nn.Module):
         torch._dynamo.config.optimize_ddp = False
 
     def forward(
-        self, images: Tensor, mask: Tensor | None = None, keep: Tensor | None = None, *, aux_only: bool = False
+        self, images: Tensor, mask: Tensor | None = None, drop_path: Tensor | None = None, *, aux_only: bool = False
     ) -> Features:
         """Pass images through the trunk.
 
         Args:
             images: (B, 3, H, W), normalised; H and W multiples of the patch size.
             mask: (B, N), bool; the mask token replaces the embeddings of these patches.
-            keep: (depth, 2, B), factors of the branches (stochastic depth); none: every branch counts.
+            drop_path: (depth, 2, B), factors of the branches (stochastic depth); none: every branch counts.
             aux_only: stop after the auxiliary block; `tokens` are then its output, too.
 
         Returns:
             Features of the last and of the auxiliary block.
         """
-        (features,) = self._pass([self._embed(images, mask)], keep, aux_only)
+        (features,) = self._pass([self._embed(images, mask)], drop_path, aux_only)
         return features
 
     def forward_packed(
         self,
         images: Sequence[Tensor],
-        keep: Tensor | None = None,
+        drop_path: Tensor | None = None,
         *,
         aux_only: bool = False,
         float8: bool = False,
@@ -133,7 +133,7 @@ class Encoder(nn.Module):
 
         Args:
             images: one (B, 3, H, W) for each size, as `forward` takes them.
-            keep: (depth, 2, ΣB), factors of the branches of all images.
+            drop_path: (depth, 2, ΣB), factors of the branches of all images.
             aux_only: stop after the auxiliary block.
             float8: round the factors of the blocks' linear layers to float8; no gradient then.
 
@@ -142,7 +142,7 @@ class Encoder(nn.Module):
         """
         if not images:
             return []
-        return self._pass([self._embed(one, None) for one in images], keep, aux_only, float8)
+        return self._pass([self._embed(one, None) for one in images], drop_path, aux_only, float8)
 
     def _embed(self, images: Tensor, mask: Tensor | None) -> tuple[Tensor, tuple[int, int]]:
         embedded = self.patch_embed["proj"](images)
@@ -155,7 +155,7 @@ class Encoder(nn.Module):
     def _pass(
         self,
         embedded: Sequence[tuple[Tensor, tuple[int, int]]],
-        keep: Tensor | None,
+        drop_path: Tensor | None,
         aux_only: bool,
         float8: bool = False,
     ) -> list[Features]:
@@ -166,7 +166,7 @@ class Encoder(nn.Module):
         if self.passes is not None:
             self.passes.append(TrunkPass(groups, depth, torch.is_grad_enabled()))
         tokens = torch.cat([one.flatten(0, 1) for one, _ in embedded])
-        factors = None if keep is None else _spread(keep.to(tokens.dtype), groups)
+        factors = None if drop_path is None else _spread(drop_path.to(tokens.dtype), groups)
         packing = describe_packing(groups, self.attention, tokens.device)
         # an evaluation meets a new size with nearly every image: each would be compiled, until none is any more
         run = self._run_block if self.training else run_block
@@ -258,7 +258,7 @@ def resize_position_embedding(embedding: Tensor, grid: tuple[int, int], size: tu
 def run_block(
     block: Any,
     tokens: Tensor,
-    keep: Tensor | None,
+    drop_path: Tensor | None,
     groups: Groups,
     backend: Backend,
     float8: bool = False,
@@ -269,7 +269,7 @@ def run_block(
     Args:
         block: of timm's transformer.
         tokens: (T, D).
-        keep: (2, T, 1), factors of the attention's and the MLP's branch; none: both count.
+        drop_path: (2, T, 1), factors of the attention's and the MLP's branch; none: both count.
         groups: sizes of the images in T.
         backend: how attention is computed.
         float8: round the factors of the linear layers to float8.
@@ -282,19 +282,19 @@ def run_block(
     linear = linear_float8 if float8 else nn.Linear.__call__
     query, key, value = linear(attention.qkv, block.norm1(tokens)).unflatten(-1, (3, attention.num_heads, -1)).unbind(1)
     mixed = attend(attention.q_norm(query), attention.k_norm(key), value, groups, backend, packing)
-    tokens = _add(tokens, block.ls1(linear(attention.proj, mixed)), None if keep is None else keep[0])
+    tokens = _add(tokens, block.ls1(linear(attention.proj, mixed)), None if drop_path is None else drop_path[0])
     normed = block.norm2(tokens)
     fed = linear_float8(mlp.fc2, mlp.norm(mlp.act(linear_float8(mlp.fc1, normed)))) if float8 else mlp(normed)
-    return _add(tokens, block.ls2(fed), None if keep is None else keep[1])
+    return _add(tokens, block.ls2(fed), None if drop_path is None else drop_path[1])
 
 
-def _add(tokens: Tensor, branch: Tensor, keep: Tensor | None) -> Tensor:
-    return tokens + branch if keep is None else torch.addcmul(tokens, branch, keep.to(branch.dtype))
+def _add(tokens: Tensor, branch: Tensor, drop_path: Tensor | None) -> Tensor:
+    return tokens + branch if drop_path is None else torch.addcmul(tokens, branch, drop_path.to(branch.dtype))
 
 
-def _spread(keep: Tensor, groups: Groups) -> Tensor:
+def _spread(drop_path: Tensor, groups: Groups) -> Tensor:
     """Give each image's factors (…, ΣB) to all of its tokens: (…, T, 1)."""
-    parts = keep.split([images for images, _ in groups], dim=-1)
+    parts = drop_path.split([images for images, _ in groups], dim=-1)
     spread = [part.unsqueeze(-1).expand(*part.shape, tokens) for part, (_, tokens) in zip(parts, groups, strict=True)]
     return torch.cat([part.flatten(-2) for part in spread], dim=-1).unsqueeze(-1)
 

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from pydantic import AliasChoices, Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -25,8 +26,8 @@ class NetworkDescription(Section):
     """Side of the training views, in pixels."""
     mean: tuple[float, float, float]
     """Of the input, for images in 0…1."""
-    deviation: tuple[float, float, float]
-    """Standard deviation of the input, likewise."""
+    std: tuple[float, float, float] = Field(validation_alias=AliasChoices("std", "deviation"))
+    """Standard deviation of the input, likewise; earlier exports call it `deviation`."""
     model: ModelConfig
     """Sizes and switches."""
 
@@ -46,7 +47,7 @@ def write_network(network: Network, config: ModelConfig, folder: Path) -> None:
     """
     weights = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
-    known = {name: getattr(network, name) for name in ("classes", "image_size", "mean", "deviation")}
+    known = {name: getattr(network, name) for name in ("classes", "image_size", "mean", "std")}
     description = {"format": FORMAT, **known, "model": config.model_dump(mode="json")}
     (folder / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 

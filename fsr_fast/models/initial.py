@@ -63,7 +63,7 @@ def _adapted(source: Network, network: Network) -> dict[str, Tensor]:
     weights[f"{patch}.weight"], weights[f"{patch}.bias"] = renormalise(
         weights[f"{patch}.weight"],
         weights[f"{patch}.bias"],
-        Normalisation(source.mean, source.deviation),
-        Normalisation(network.mean, network.deviation),
+        Normalisation(source.mean, source.std),
+        Normalisation(network.mean, network.std),
     )
     return weights

@@ -41,7 +41,7 @@ class Network(nn.Module):
         classes: names of the C foreground classes.
         image_size: side of the training views, in pixels.
         mean: of the input's three channels, for images in 0…1.
-        deviation: standard deviation, likewise.
+        std: standard deviation, likewise.
     """
 
     def __init__(
@@ -51,13 +51,13 @@ class Network(nn.Module):
         classes: tuple[str, ...],
         image_size: int,
         mean: tuple[float, ...],
-        deviation: tuple[float, ...],
+        std: tuple[float, ...],
     ) -> None:
         super().__init__()
         self.classes = classes
         self.image_size = image_size
         self.mean = mean
-        self.deviation = deviation
+        self.std = std
         self.encoder = Encoder(vit, config, image_size)
         width = self.encoder.width
         self.decoder = Decoder(width, config.decoder_width, len(classes) + 1)

@@ -43,7 +43,7 @@ class Normalisation(NamedTuple):
     """What is subtracted from images in 0…1, and what they are divided by, a value a colour channel."""
 
     mean: tuple[float, ...]
-    deviation: tuple[float, ...]
+    std: tuple[float, ...]
 
 
 IMAGENET = Normalisation(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
@@ -201,7 +201,7 @@ def official_state_dict(network: Network) -> dict[str, Tensor]:
     weights[f"{patch}.weight"], weights[f"{patch}.bias"] = renormalise(
         weights[f"{patch}.weight"],
         weights[f"{patch}.bias"],
-        Normalisation(network.mean, network.deviation),
+        Normalisation(network.mean, network.std),
         IMAGENET,
     )
     return weights
@@ -221,13 +221,13 @@ def renormalise(weight: Tensor, bias: Tensor, source: Normalisation, target: Nor
     """
     if source == target:
         return weight, bias
-    (mean, deviation), (new_mean, new_deviation) = (
+    (mean, std), (new_mean, new_std) = (
         [torch.tensor(values, dtype=torch.float64, device=weight.device).view(3, 1, 1) for values in pair]
         for pair in (source, target)
     )
     exact = weight.double()
-    shift = (exact * ((new_mean - mean) / deviation)).sum((1, 2, 3))
-    return (exact * (new_deviation / deviation)).to(weight.dtype), (bias.double() + shift).to(bias.dtype)
+    shift = (exact * ((new_mean - mean) / std)).sum((1, 2, 3))
+    return (exact * (new_std / std)).to(weight.dtype), (bias.double() + shift).to(bias.dtype)
 
 
 def count_heads(network: Network) -> int:

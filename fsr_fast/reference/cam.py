@@ -56,26 +56,28 @@ def normalise_cam(cam: Tensor) -> Tensor:
     return cam / (cam.amax(dim=(-2, -1), keepdim=True) + 1e-5)
 
 
-def present_classes(labels: Tensor, *, slots: int) -> tuple[Tensor, Tensor]:
+def present_classes(labels: Tensor, *, max_classes: int) -> tuple[Tensor, Tensor]:
     """Lists the first classes of every image in a fixed number of slots.
 
     Args:
         labels: (B, C), a class is present where it is > 0.
-        slots: M >= 1; an image with more classes loses the highest ones.
+        max_classes: M >= 1; an image with more classes loses the highest ones.
 
     Returns:
         (B, M) int64 classes, ascending, 0 in dead slots, and (B, M) bool, True where the slot holds a present class.
 
     Raises:
-        ValueError: if a shape does not fit or slots < 1.
+        ValueError: if a shape does not fit or max_classes < 1.
     """
     require_shape("labels", labels, "B", "C")
-    if slots < 1:
-        raise ValueError(f"slots is {slots}, expected at least 1; give as many as an image can have classes")
-    index = torch.zeros(len(labels), slots, dtype=torch.int64, device=labels.device)
-    live = torch.zeros(len(labels), slots, dtype=torch.bool, device=labels.device)
+    if max_classes < 1:
+        raise ValueError(
+            f"max_classes is {max_classes}, expected at least 1; give as many as an image can have classes"
+        )
+    index = torch.zeros(len(labels), max_classes, dtype=torch.int64, device=labels.device)
+    live = torch.zeros(len(labels), max_classes, dtype=torch.bool, device=labels.device)
     for b, row in enumerate(labels):
-        present = torch.nonzero(row > 0).flatten()[:slots]
+        present = torch.nonzero(row > 0).flatten()[:max_classes]
         index[b, : len(present)] = present
         live[b, : len(present)] = True
     return index, live
@@ -109,7 +111,7 @@ def merge_cams(
     flipped: Sequence[Tensor],
     labels: Tensor,
     *,
-    slots: int,
+    max_classes: int,
     size: tuple[int, int],
     output_size: tuple[int, int] | None = None,
 ) -> MergedCams:
@@ -119,7 +121,7 @@ def merge_cams(
         cams: one entry a scale, (B, C, h_s, w_s) floating, class activation maps before or after their ReLU.
         flipped: the same of the mirrored image, still mirrored.
         labels: (B, C), a class is present where it is > 0.
-        slots: M, the number of class slots.
+        max_classes: M, the number of class slots.
         size: (H, W), the resolution at which maps are merged and normalised.
         output_size: (h, w) of the result, or None for size.
 
@@ -142,7 +144,7 @@ def merge_cams(
     normalised = merge_scales(cams, flipped, size=size)  # (B, C, H, W)
     if output_size is not None:
         normalised = F.interpolate(normalised, size=output_size, mode="bilinear", align_corners=False)
-    classes, live = present_classes(labels, slots=slots)
+    classes, live = present_classes(labels, max_classes=max_classes)
     values = normalised.new_zeros(*classes.shape, *normalised.shape[2:])
     for b, m in torch.nonzero(live).tolist():
         values[b, m] = normalised[b, classes[b, m]]

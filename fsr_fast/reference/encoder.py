@@ -105,7 +105,7 @@ def embed_patches(state: State, images: Tensor, patch_size: int, mask: Tensor | 
 
 
 def forward_trunk(
-    state: State, tokens: Tensor, heads: int, keep: Tensor | None, aux_block: int = -3
+    state: State, tokens: Tensor, heads: int, drop_path: Tensor | None, aux_block: int = -3
 ) -> tuple[Tensor, Tensor]:
     """Sends patch tokens through all blocks.
 
@@ -113,31 +113,31 @@ def forward_trunk(
         state: flat state dict.
         tokens: (B, N, D) floating, embedded.
         heads: number of heads.
-        keep: (depth, 2, B), factors of the two residual branches of every block: 1 / (1 - p) where the branch is kept,
-            0 where it is dropped; None keeps all.
+        drop_path: (depth, 2, B), factors of the two residual branches of every block: 1 / (1 - p) where the branch
+            is kept, 0 where it is dropped; None keeps all.
         aux_block: the block whose output is the aux feature map, counted as in Python; -3: the 10th of 12.
 
     Returns:
         (B, N, D) output of the last block and (B, N, D) output of the aux block.
 
     Raises:
-        ValueError: if the trunk has no such aux block or keep does not fit.
+        ValueError: if the trunk has no such aux block or drop_path does not fit.
 
     Source: official code, encoder.
     """
     depth = count_blocks(state, "encoder.blocks.")
     if not -depth <= aux_block < depth:
         raise ValueError(f"the state has {depth} encoder blocks, expected enough of them for aux_block {aux_block}")
-    if keep is None:
-        keep = tokens.new_ones(depth, 2, len(tokens))
-    require_shape("keep", keep, depth, 2, len(tokens))
+    if drop_path is None:
+        drop_path = tokens.new_ones(depth, 2, len(tokens))
+    require_shape("drop_path", drop_path, depth, 2, len(tokens))
     aux = tokens
     for i in range(depth):
         name = f"encoder.blocks.{i}"
         branch = self_attention(state, f"{name}.attn", layer_norm(state, f"{name}.norm1", tokens), heads)
-        tokens = tokens + keep[i, 0][:, None, None] * branch
+        tokens = tokens + drop_path[i, 0][:, None, None] * branch
         branch = feed_forward(state, f"{name}.mlp", layer_norm(state, f"{name}.norm2", tokens))
-        tokens = tokens + keep[i, 1][:, None, None] * branch
+        tokens = tokens + drop_path[i, 1][:, None, None] * branch
         if i == aux_block % depth:
             aux = tokens
     return tokens, aux

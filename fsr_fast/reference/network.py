@@ -109,7 +109,7 @@ def forward_network(
     heads: int,
     patch_size: int,
     mask: Tensor | None = None,
-    keep: Tensor | None = None,
+    drop_path: Tensor | None = None,
     mask_mode: str = "exclude",
     aggregation: str = "mca",
     aux_block: int = -3,
@@ -122,7 +122,7 @@ def forward_network(
         heads: number of attention heads.
         patch_size: side of a patch, in pixels.
         mask: (B, N) bool, True = masked, or None for an unmasked view.
-        keep: (depth, 2, B), stochastic-depth factors, see forward_trunk, or None for none.
+        drop_path: (depth, 2, B), stochastic-depth factors, see forward_trunk, or None for none.
         mask_mode: how the aggregator treats masked patches: "exclude", "multiply" or "none".
         aggregation: where the class token comes from: "mca" (the aggregator), "gap" or "gmp" (see pool_unmasked).
         aux_block: the block whose output is the aux feature map, see forward_trunk.
@@ -137,7 +137,7 @@ def forward_network(
     """
     require_shape("images", images, "B", 3, "H", "W")
     tokens, grid = embed_patches(state, images, patch_size, mask)
-    trunk_tokens, aux_tokens = forward_trunk(state, tokens, heads, keep, aux_block)
+    trunk_tokens, aux_tokens = forward_trunk(state, tokens, heads, drop_path, aux_block)
     if aggregation == "mca":
         class_token = aggregate(state, trunk_tokens, heads, mask, mask_mode)
         # one final norm over [class token; patch tokens]
@@ -187,7 +187,7 @@ def multi_scale_cams(
     heads: int,
     patch_size: int,
     scales: Sequence[float] = (1.0, 0.5, 1.5),
-    keep: Sequence[Tensor] | None = None,
+    drop_path: Sequence[Tensor] | None = None,
     aggregation: str = "mca",
     aux_block: int = -3,
 ) -> MultiScaleCams:
@@ -200,7 +200,7 @@ def multi_scale_cams(
         patch_size: side of a patch, in pixels.
         scales: of the images' sides; a scaled side is rounded to whole patches, of which it has at least one. (The
             official code cuts off what is left over of a patch; at its 448 pixels nothing is.)
-        keep: one entry a scale, (depth, 2, 2B) stochastic-depth factors of the B images and then of their mirror
+        drop_path: one entry a scale, (depth, 2, 2B) stochastic-depth factors of the B images and then of their mirror
             images, or None for none.
         aggregation: see forward_network.
         aux_block: see forward_trunk.
@@ -224,7 +224,7 @@ def multi_scale_cams(
             both,
             heads=heads,
             patch_size=patch_size,
-            keep=keep[s] if keep else None,
+            drop_path=drop_path[s] if drop_path else None,
             aggregation=aggregation,
             aux_block=aux_block,
         )

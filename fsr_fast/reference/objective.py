@@ -100,7 +100,7 @@ def compute_losses(
     Source: paper, Figure 2 and Eq. 10.
     """
     view1 = views[0]
-    first = forward_network(student, view1, keep=draws.student[:, :, : len(labels)], **settings.network)
+    first = forward_network(student, view1, drop_path=draws.student[:, :, : len(labels)], **settings.network)
     losses = {"classification": classification_loss(first.class_logits, first.aux_class_logits, labels)}
     known = first if settings.teacher_is_student else None
     cam = pseudo_labels = mask = None
@@ -146,7 +146,7 @@ def normalised_cam(
     student: State,
     view: Tensor,
     known: NetworkOutput | None,
-    keep: Sequence[Tensor] | None,
+    drop_path: Sequence[Tensor] | None,
     settings: Settings,
     source: str,
 ) -> Tensor:
@@ -156,13 +156,13 @@ def normalised_cam(
         student: flat state dict.
         view: (B, 3, H, W) floating, normalised.
         known: the pass whose maps count as those of scale 1.0, or None for a pass of its own.
-        keep: stochastic depth, see multi_scale_cams.
+        drop_path: stochastic depth, see multi_scale_cams.
         settings: scales and network.
         source: "top" or "aux".
 
     Source: official code, multi-scale class activation maps.
     """
-    maps = multi_scale_cams(student, view, scales=settings.scales, keep=keep, **settings.network)
+    maps = multi_scale_cams(student, view, scales=settings.scales, drop_path=drop_path, **settings.network)
     cams, flipped = (maps.cams, maps.flipped) if source == "top" else (maps.aux_cams, maps.aux_flipped)
     if known is not None:
         cams = [known.cam if source == "top" else known.aux_cam, *cams[1:]]
@@ -198,8 +198,8 @@ def select_mask(
     if settings.mask_multi_scale:
         cam = normalised_cam(student, view, None, draws.mask_cam, settings, settings.mask_source)
     else:
-        keep = None if draws.mask_cam is None else draws.mask_cam[0][:, :, : len(view)]
-        output = forward_network(student, view, keep=keep, **settings.network)
+        drop_path = None if draws.mask_cam is None else draws.mask_cam[0][:, :, : len(view)]
+        output = forward_network(student, view, drop_path=drop_path, **settings.network)
         cam = normalise_cam(output.cam if settings.mask_source == "top" else output.aux_cam)
     low, high = settings.uncertain_low, settings.uncertain_high
     if settings.strategy == "cam_strict":
@@ -240,7 +240,7 @@ def distil(
         views[1],
         mask=mask,
         mask_mode=settings.mask_mode,
-        keep=draws.student[:, :, B:],
+        drop_path=draws.student[:, :, B:],
         **settings.network,
     )
     heads = (student["projector.last_layer.weight_v"], teacher["projector.last_layer.weight_v"])
@@ -270,12 +270,12 @@ def teach(
     teacher: State, views: tuple[Tensor, Tensor], first: NetworkOutput, draws: Draws, settings: Settings
 ) -> tuple[Tensor, Tensor]:
     """Gives the teacher's bottleneck vectors of view 1's class token (B, E) and of view 2's patches (B, N, E)."""
-    keep1 = keep2 = None
+    drop_path1 = drop_path2 = None
     if draws.teacher is not None:
-        keep1, keep2 = draws.teacher.chunk(2, dim=2)
+        drop_path1, drop_path2 = draws.teacher.chunk(2, dim=2)
     if not settings.teacher_is_student:
-        first = forward_network(teacher, views[0], keep=keep1, **settings.network)
-    second = forward_network(teacher, views[1], keep=keep2, **settings.network)
+        first = forward_network(teacher, views[0], drop_path=drop_path1, **settings.network)
+    second = forward_network(teacher, views[1], drop_path=drop_path2, **settings.network)
     return project(teacher, first.class_token), project(teacher, second.patch_tokens)
 
 

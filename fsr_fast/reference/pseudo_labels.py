@@ -38,8 +38,8 @@ def pixel_adaptive_refinement(
     require_shape("maps", maps, B, "M", h, w)
     neighbours = unfold_neighbours(images, dilations)  # (B, 3, n, h, w)
     difference = (neighbours - images[:, :, None]).abs()
-    deviation = neighbours.std(dim=2, keepdim=True)
-    colour = -((difference / (deviation + 1e-8) / 0.3) ** 2).mean(dim=1)  # (B, n, h, w)
+    std = neighbours.std(dim=2, keepdim=True)
+    colour = -((difference / (std + 1e-8) / 0.3) ** 2).mean(dim=1)  # (B, n, h, w)
     distance = images.new_tensor([d * (dy * dy + dx * dx) ** 0.5 for d in dilations for dy, dx in DIRECTIONS])
     place = -((distance / (distance.std() + 1e-8) / 0.3) ** 2)  # (n)
     affinity = colour.softmax(dim=1) + 0.01 * place.softmax(dim=0)[:, None, None]
@@ -208,11 +208,11 @@ def generate_pseudo_labels(
     colours = denormalise_images(images, mean, std) / 255
     halved_images = F.interpolate(colours, size=half, mode="bilinear", align_corners=False)
     halved_cam = F.interpolate(cam, size=half, mode="bilinear", align_corners=False)
-    classes, live = present_classes(labels, slots=cam.shape[1])
-    slots = classes[:, :, None, None].expand(-1, -1, *half)
+    classes, live = present_classes(labels, max_classes=cam.shape[1])
+    max_classes = classes[:, :, None, None].expand(-1, -1, *half)
     return refine_pseudo_labels(
         halved_images,
-        halved_cam.gather(1, slots),
+        halved_cam.gather(1, max_classes),
         classes,
         live,
         high=high,

@@ -3,13 +3,13 @@
 import math
 
 
-def learning_rate_factor(step: int, *, total: int, warm_up: int = 1500, start: float = 0.1) -> float:
+def learning_rate_factor(step: int, *, total: int, warmup: int = 1500, start: float = 0.1) -> float:
     """Scales the base learning rate: linear warm-up, then half a cosine down to 0.
 
     Args:
         step: the iteration, 0 <= step <= total.
         total: number of iterations.
-        warm_up: number of warm-up iterations, < total.
+        warmup: number of warm-up iterations, < total.
         start: factor of the first iteration.
 
     Returns:
@@ -17,9 +17,9 @@ def learning_rate_factor(step: int, *, total: int, warm_up: int = 1500, start: f
 
     Source: official code, optimiser.
     """
-    if step < warm_up:
-        return 1 - (1 - step / warm_up) * (1 - start)
-    return 0.5 + 0.5 * math.cos(math.pi * (step - warm_up) / (total - warm_up))
+    if step < warmup:
+        return 1 - (1 - step / warmup) * (1 - start)
+    return 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / (total - warmup))
 
 
 def teacher_momentum(step: int, *, total: int, start: float) -> float:
@@ -39,7 +39,7 @@ def teacher_momentum(step: int, *, total: int, start: float) -> float:
 
 
 def teacher_temperature(
-    step: int, *, total: int, start: float = 0.04, end: float = 0.07, warm_up_fraction: float = 1 / 8
+    step: int, *, total: int, start: float = 0.04, end: float = 0.07, warmup_fraction: float = 1 / 8
 ) -> float:
     """Raises the teacher's temperature linearly over the first part of training, then holds it.
 
@@ -48,17 +48,17 @@ def teacher_temperature(
         total: number of iterations.
         start: temperature of the first iteration, > 0.
         end: temperature of the last warm-up iteration and of all that follow, > 0.
-        warm_up_fraction: share of the iterations that warm up, rounded down to whole ones.
+        warmup_fraction: share of the iterations that warm up, rounded down to whole ones.
 
     Returns:
         The temperature, in [start, end].
 
     Source: official code, distillation loss.
     """
-    warm_up = int(total * warm_up_fraction)
-    if step >= warm_up:
+    warmup = int(total * warmup_fraction)
+    if step >= warmup:
         return end
-    return start + (end - start) * step / max(warm_up - 1, 1)
+    return start + (end - start) * step / max(warmup - 1, 1)
 
 
 def loss_gate(step: int, *, start: int) -> float:

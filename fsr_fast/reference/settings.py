@@ -89,9 +89,9 @@ class Settings(NamedTuple):
     """Of the parameters that have one."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay rates of AdamW's means."""
-    warm_up: int = 1500
+    warmup: int = 1500
     """Iterations of linear warm-up."""
-    warm_up_start: float = 0.1
+    warmup_factor: float = 0.1
     """Factor on the rate at iteration 0."""
     clip_norm: float | None = None
     """Largest norm of the gradient; None: no clipping."""

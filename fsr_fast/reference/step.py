@@ -96,7 +96,7 @@ def training_step(
             total=total,
             start=settings.temperature[0],
             end=settings.temperature[1],
-            warm_up_fraction=settings.temperature_fraction,
+            warmup_fraction=settings.temperature_fraction,
         ),
         random_mask=t < int(total * settings.random_fraction),
     )
@@ -130,7 +130,7 @@ def update_student(
         The new student and AdamW's two new means.
     """
     factor = learning_rate_factor(
-        before.iteration, total=settings.iterations, warm_up=settings.warm_up, start=settings.warm_up_start
+        before.iteration, total=settings.iterations, warmup=settings.warmup, start=settings.warmup_factor
     )
     student, first, second = dict(before.student), dict(before.first), dict(before.second)
     for name, gradient in gradients.items():

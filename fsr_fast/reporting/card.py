@@ -30,7 +30,7 @@ def model_card(name: str, network: Network, run: RunRecord | None) -> str:
         "Supervised Semantic Segmentation* (He et al., AAAI 2024).",
         "",
         f"* {parameters / 1e6:.1f} million parameters; training views of {network.image_size} pixels.",
-        f"* Input: RGB in 0…1, minus {_list(network.mean)}, divided by {_list(network.deviation)}.",
+        f"* Input: RGB in 0…1, minus {_list(network.mean)}, divided by {_list(network.std)}.",
         "* Output: background is 0, the classes above are 1, 2, … in that order.",
         "",
         "```python",

@@ -122,9 +122,7 @@ def _infer_all(
     limit: int | None,
     wanted: set[int] | None,
 ) -> Iterator[tuple[EvaluationSample, Inference]]:
-    samples = evaluation_samples(
-        dataset, mean=network.mean, std=network.deviation, workers=config.data.workers, limit=limit
-    )
+    samples = evaluation_samples(dataset, mean=network.mean, std=network.std, workers=config.data.workers, limit=limit)
     total = min(len(dataset), limit or len(dataset))
     for sample in track(samples, "segmenting" if wanted is None else "drawing", total):
         if wanted is None or sample.index in wanted:
@@ -191,9 +189,9 @@ def _attention(network: Network, image: np.ndarray, device: torch.device) -> lis
 
 
 def _normalised(network: Network, image: np.ndarray, device: torch.device) -> Tensor:
-    mean, deviation = (torch.tensor(values).view(3, 1, 1) for values in (network.mean, network.deviation))
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (network.mean, network.std))
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
-    return ((pixels - mean) / deviation)[None].to(device)
+    return ((pixels - mean) / std)[None].to(device)
 
 
 def _truth(sample: EvaluationSample) -> np.ndarray:

@@ -41,7 +41,7 @@ class Stateful(Protocol):
 
 
 @dataclass(frozen=True)
-class Survivors:
+class TrainState:
     """All that must survive an interruption, beside the number of iterations done."""
 
     student: Stateful

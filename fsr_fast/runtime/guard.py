@@ -14,7 +14,7 @@ LIMIT = 3
 """Bad iterations in a row after which a run stops."""
 
 
-class Guard:
+class NonFiniteGuard:
     """Leaves everything as it was in an iteration whose loss or gradient is not finite in any process.
 
     AdamW's fused kernel is told by its `found_inf`: weights, moments and step counts stay. `judge` puts the centres

@@ -11,7 +11,7 @@ LIMIT = 3
 """Deaths of loader processes in a run after which it gives up."""
 
 
-class SteadyLoader:
+class RestartingLoader:
     """Starts the loader's processes again where one of them has died; the stream goes on without a gap.
 
     Args:

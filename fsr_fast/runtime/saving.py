@@ -54,7 +54,7 @@ class Saver:
         """Take a copy of the state and have it written.
 
         Args:
-            state: as `Survivors.state` gives it. An iteration that is saved already is not saved again.
+            state: as `TrainState.state` gives it. An iteration that is saved already is not saved again.
         """
         if state["iteration"] == self._saved:
             return

@@ -87,9 +87,9 @@ def test_an_exported_network_says_the_same_of_a_picture(tmp_path):
     picture = torch.rand(2, 3, 32, 32, generator=helpers.generator())
     outputs = []
     for one in (source, load_network(tmp_path / "student.pth")):
-        mean, deviation = (torch.tensor(values).view(3, 1, 1) for values in (one.mean, one.deviation))
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (one.mean, one.std))
         with torch.no_grad():
-            outputs.append(one((picture - mean) / deviation))
+            outputs.append(one((picture - mean) / std))
     for expected, actual in zip(*outputs, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 

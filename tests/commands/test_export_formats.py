@@ -52,10 +52,10 @@ def test_a_folder_is_read_back_bit_by_bit_and_segments_alike(run, network, tmp_p
     copy = fsr_fast.from_pretrained(tmp_path / "net")
     assert copy.state_dict().keys() == network.state_dict().keys()
     assert all(torch.equal(value, network.state_dict()[name]) for name, value in copy.state_dict().items())
-    assert (copy.classes, copy.mean, copy.deviation, copy.training) == (
+    assert (copy.classes, copy.mean, copy.std, copy.training) == (
         network.classes,
         network.mean,
-        network.deviation,
+        network.std,
         False,
     )
     picture = Image.fromarray((pictures(1, 40, 36)[0] * 255).byte().permute(1, 2, 0).numpy())
@@ -118,8 +118,8 @@ def test_the_onnx_file_says_its_classes(onnx_file):
 @pytest.mark.parametrize("height", [32, 48])
 def test_the_portable_network_is_one_scale_of_the_inference(network, height):
     images = pictures(2, height, 40)
-    mean, deviation = (torch.tensor(values).view(3, 1, 1) for values in (network.mean, network.deviation))
-    inference = infer(network, (images - mean) / deviation, scales=(1.0,), flip=False)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (network.mean, network.std))
+    inference = infer(network, (images - mean) / std, scales=(1.0,), flip=False)
     segmentation, scores, cams = portable.PortableNetwork(network)(images)
     torch.testing.assert_close(segmentation, inference.seg_logits, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(scores, inference.class_logits.sigmoid())

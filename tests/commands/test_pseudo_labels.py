@@ -58,8 +58,8 @@ def read(path: Path) -> np.ndarray:
 def expected(root: Path, number: int, **options):
     config = build_config(helpers.values(root=root), "the test")
     images, _ = build_datasets(config.data)
-    mean, deviation = (torch.tensor(values).view(3, 1, 1) for values in (NETWORK.mean, NETWORK.deviation))
-    image = (torch.from_numpy(np.array(images.image(number))).permute(2, 0, 1) / 255 - mean) / deviation
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (NETWORK.mean, NETWORK.std))
+    image = (torch.from_numpy(np.array(images.image(number))).permute(2, 0, 1) / 255 - mean) / std
     return infer(NETWORK, image[None], torch.from_numpy(images.labels[number])[None], scales=(1.0,), **options)
 
 

@@ -53,7 +53,7 @@ def test_without_flip_the_mirror_image_is_left_out_of_the_segmentation_alone():
 def test_cams_are_those_of_the_reference():
     result = infer(NETWORK, IMAGES, LABELS, cam_scales=(1.0, 0.5, 1.5), scales=(1.0,))
     maps = reference.multi_scale_cams(STATE, IMAGES, heads=2, patch_size=8)
-    expected = reference.merge_cams(maps.cams, maps.flipped, LABELS, slots=2, size=(32, 32))
+    expected = reference.merge_cams(maps.cams, maps.flipped, LABELS, max_classes=2, size=(32, 32))
     assert torch.allclose(result.cams.values, expected.values, atol=5e-5)
     assert torch.equal(result.cams.live, expected.live)
 
@@ -123,8 +123,8 @@ def test_a_picture_is_normalised_as_in_training(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)
     prediction = segment(NETWORK, Image.fromarray(pixels))
     scaled = torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
-    mean, deviation = (torch.tensor(values).view(3, 1, 1) for values in (NETWORK.mean, NETWORK.deviation))
-    expected = infer(NETWORK, ((scaled - mean) / deviation)[None])
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (NETWORK.mean, NETWORK.std))
+    expected = infer(NETWORK, ((scaled - mean) / std)[None])
     assert torch.allclose(torch.from_numpy(prediction.probabilities), expected.seg_logits[0].softmax(0), atol=1e-5)
 
 
@@ -181,8 +181,8 @@ def test_pseudo_labels_are_the_cam_of_the_true_classes_above_the_threshold(tmp_p
     config = build_config(helpers.values(root=root), "the test")
     _, dataset = build_datasets(config.data)
     (example,) = evaluate(root, {"evaluate": {"threshold": 0.3}}, examples=1).examples
-    mean, deviation = (torch.tensor(values).view(3, 1, 1) for values in (NETWORK.mean, NETWORK.deviation))
-    image = (torch.from_numpy(example.image.copy()).permute(2, 0, 1) / 255 - mean) / deviation
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (NETWORK.mean, NETWORK.std))
+    image = (torch.from_numpy(example.image.copy()).permute(2, 0, 1) / 255 - mean) / std
     result = infer(NETWORK, image[None], torch.from_numpy(dataset.labels[:1]), cam_scales=config.cam.scales)
     value, slot = result.cams.values[0].max(0)
     expected = torch.where(value > 0.3, result.cams.classes[0][slot] + 1, 0)

@@ -75,8 +75,8 @@ def launch_all(size: tuple[int, int, int], dtype: torch.dtype) -> None:
         losses.append(kernels.masked_cross_attention(token, features, mask, **weights, heads=heads, mask_mode=mode))
     sum(loss.float().sum() for loss in losses).backward()
 
-    merged = kernels.merge_cams(cams, cams, labels, slots=C, size=(pixels, pixels))
-    kernels.merge_cams(cams[:1], cams[:1], labels, slots=C + 1, size=(pixels, pixels), output_size=(side, side))
+    merged = kernels.merge_cams(cams, cams, labels, max_classes=C, size=(pixels, pixels))
+    kernels.merge_cams(cams[:1], cams[:1], labels, max_classes=C + 1, size=(pixels, pixels), output_size=(side, side))
     classes_of_slots, live = torch.zeros_like(merged.classes), torch.ones_like(merged.live)
     size_twice = (2 * pixels, 2 * pixels)
     kernels.refine_pseudo_labels(images, merged.values, classes_of_slots, live, size=size_twice, dilations=(1, 2))

@@ -14,7 +14,7 @@ from fsr_fast.reference import merge_cams as reference
 from fsr_fast.reference import present_classes as reference_classes
 from tests.kernels.helpers import assert_close, assert_low_precision, permuted
 
-CASES = (  # B, C, slots, grids, size, output size
+CASES = (  # B, C, max_classes, grids, size, output size
     pytest.param((2, 2, 2, ((3, 4), (2, 2), (4, 6)), (18, 66), None), id="three scales, several tiles"),
     pytest.param((2, 3, 2, ((3, 4), (2, 2)), (18, 30), (3, 5)), id="resized, fewer slots than classes"),
     pytest.param((1, 2, 2, ((3, 1),), (7, 1), None), id="one pixel wide"),
@@ -25,15 +25,15 @@ CASES = (  # B, C, slots, grids, size, output size
 
 def arguments(case: Any, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> tuple[Any, dict]:
     """CAMs of the scales, those of the mirrored images and labels; the last image has every class."""
-    B, C, slots, grids, size, output_size = case
-    generator = torch.Generator().manual_seed(B * C + slots)
+    B, C, max_classes, grids, size, output_size = case
+    generator = torch.Generator().manual_seed(B * C + max_classes)
     cams, flipped = (
         [torch.randn(B, C, *grid, generator=generator, dtype=torch.float64).to(dtype).to(device) for grid in grids]
         for _ in range(2)
     )
     labels = (torch.rand(B, C, generator=generator) < 0.5).float()
     labels[-1] = 1
-    return (cams, flipped, labels.to(device)), {"slots": slots, "size": size, "output_size": output_size}
+    return (cams, flipped, labels.to(device)), {"max_classes": max_classes, "size": size, "output_size": output_size}
 
 
 def converted(maps: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
@@ -127,16 +127,18 @@ def test_autocast_and_gradients_change_nothing_on_the_cpu() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.uint8, torch.bool])
-@pytest.mark.parametrize("slots", [1, 3, 9])
+@pytest.mark.parametrize("max_classes", [1, 3, 9])
 @pytest.mark.parametrize("path", ["triton", "torch"])
 def test_present_classes_equal_reference(
-    dtype: torch.dtype, slots: int, path: str, triton_device: torch.device, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, max_classes: int, path: str, triton_device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if path == "torch":
         monkeypatch.setenv("FSR_KERNELS", "torch")
     labels = torch.tensor([[0, 1, 0, 1, 1], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1]]).to(dtype).to(triton_device)
     for actual, expected in zip(
-        present_classes(permuted(labels), slots=slots), reference_classes(labels, slots=slots), strict=True
+        present_classes(permuted(labels), max_classes=max_classes),
+        reference_classes(labels, max_classes=max_classes),
+        strict=True,
     ):
         assert torch.equal(actual, expected)
 
@@ -171,7 +173,7 @@ def test_resized_result_needs_no_full_resolution_map() -> None:
 def test_operators_are_registered_rightly(triton_device: torch.device) -> None:
     (cams, flipped, labels), _ = arguments((1, 2, 2, ((2, 3), (1, 2)), (4, 5), None), device=triton_device)
     torch.library.opcheck(present_classes_op, (permuted(labels), 3))
-    classes, live = present_classes(labels, slots=2)
+    classes, live = present_classes(labels, max_classes=2)
     opened = [permuted(cam) for cam in cams]
     torch.library.opcheck(merge_cams_op, (opened, flipped, permuted(classes), live, [4, 5], [2, 3]))
 
@@ -211,16 +213,16 @@ GOOD = torch.zeros(1, 2, 3, 3)
         ([GOOD], [GOOD.to("meta")], torch.ones(1, 2), {}, ValueError, "on meta"),
         ([GOOD], [GOOD], torch.ones(1, 2), {"size": (4, 0)}, ValueError, "size must be two positive"),
         ([GOOD], [GOOD], torch.ones(1, 2), {"output_size": (4,)}, ValueError, "output_size must be two positive"),
-        ([GOOD], [GOOD], torch.ones(1, 2), {"slots": 0}, ValueError, "slots must be at least 1"),
+        ([GOOD], [GOOD], torch.ones(1, 2), {"max_classes": 0}, ValueError, "max_classes must be at least 1"),
     ],
 )
 def test_bad_input_is_refused(
     cams: Any, flipped: Any, labels: Tensor, options: dict, error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        merge_cams(cams, flipped, labels, **({"slots": 2, "size": (4, 4)} | options))
+        merge_cams(cams, flipped, labels, **({"max_classes": 2, "size": (4, 4)} | options))
 
 
 def test_labels_that_are_no_matrix_are_refused() -> None:
     with pytest.raises(ValueError, match=r"labels must be \(B, C\)"):
-        present_classes(torch.ones(3), slots=1)
+        present_classes(torch.ones(3), max_classes=1)

@@ -132,7 +132,7 @@ def test_kernels_label_like_the_reference_at_full_size(dtype) -> None:
     coarse = torch.rand(2, 4, 14, 14, generator=torch.Generator().manual_seed(0))
     cams = F.interpolate(coarse, size=(224, 223), mode="bilinear").to(dtype).cuda()
     images = draw_images("smooth", 2, 224, 223).to(dtype).cuda()
-    _, classes, live = (slots.cuda() for slots in draw_slots(2, 4, 1, 1))
+    _, classes, live = (one.cuda() for one in draw_slots(2, 4, 1, 1))
     expected = reference.refine_pseudo_labels(images.float(), cams.float(), classes, live, size=(448, 447))
     assert share_equal(refine_pseudo_labels(images, cams, classes, live, size=(448, 447)), expected) >= 0.9999
 
@@ -249,7 +249,7 @@ def test_kernels_label_photographs_like_the_reference(triton_device, voc_animals
 
 def test_operators_pass_opcheck(triton_device) -> None:
     images = permuted(draw_images("noise", 1, 4, 5)).to(triton_device)
-    cams, classes, live = (slots.to(triton_device) for slots in draw_slots(1, 2, 4, 5))
+    cams, classes, live = (one.to(triton_device) for one in draw_slots(1, 2, 4, 5))
     torch.library.opcheck(pixel_adaptive_refinement_op, (images, permuted(cams), 1, [1]))
     settings = ([0.7, 0.25], [8, 11], 1, [1], 255)
     torch.library.opcheck(refine_pseudo_labels_op, (images, permuted(cams), classes, live, *settings))

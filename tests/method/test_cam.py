@@ -65,12 +65,12 @@ def test_known_features_of_scale_1_are_taken_as_they_are():
 @torch.no_grad()
 def test_stochastic_depth_is_drawn_for_every_scale_images_first():
     images, _ = helpers.views()
-    keep = [NETWORK.encoder.draw_keep(4, helpers.generator(seed)) for seed in range(len(SCALES))]
+    keep = [NETWORK.encoder.draw_drop_path(4, helpers.generator(seed)) for seed in range(len(SCALES))]
     keep = [factor * (1 + 0.1 * torch.rand(factor.shape)) for factor in keep]  # no two alike
-    passes = multi_scale_passes(NETWORK.encoder, images, SCALES, keep=keep)
+    passes = multi_scale_passes(NETWORK.encoder, images, SCALES, drop_path=keep)
     scaled = F.interpolate(images, scale_factor=1.5, mode="bilinear", align_corners=False)
-    assert features_equal(passes[2].plain, NETWORK.encoder(scaled, keep=keep[2][..., :2]))
-    assert features_equal(passes[2].mirrored, NETWORK.encoder(scaled.flip(-1), keep=keep[2][..., 2:]))
+    assert features_equal(passes[2].plain, NETWORK.encoder(scaled, drop_path=keep[2][..., :2]))
+    assert features_equal(passes[2].mirrored, NETWORK.encoder(scaled.flip(-1), drop_path=keep[2][..., 2:]))
 
 
 @torch.no_grad()
@@ -94,11 +94,11 @@ def test_merged_maps_are_those_of_the_reference(classifier, output_size):
     labels = helpers.labels()
     passes = multi_scale_passes(NETWORK.encoder, images, SCALES)
     actual = merge_passes(
-        NETWORK, passes, labels, classifier=classifier, slots=2, size=(32, 32), output_size=output_size
+        NETWORK, passes, labels, classifier=classifier, max_classes=2, size=(32, 32), output_size=output_size
     )
     maps = reference.multi_scale_cams(NETWORK.state_dict(), images, heads=2, patch_size=8, scales=SCALES)
     sources = (maps.cams, maps.flipped) if classifier == "top" else (maps.aux_cams, maps.aux_flipped)
-    expected = reference.merge_cams(*sources, labels, slots=2, size=(32, 32), output_size=output_size)
+    expected = reference.merge_cams(*sources, labels, max_classes=2, size=(32, 32), output_size=output_size)
     assert torch.equal(actual.live, expected.live)
     assert torch.equal(actual.classes[actual.live], expected.classes[expected.live])
     assert torch.allclose(actual.values, expected.values, rtol=1e-5, atol=2e-5)
@@ -131,7 +131,7 @@ def test_the_strongest_class_labels_a_pixel():
 def test_labels_are_those_of_the_reference():
     labels = helpers.labels()
     cam = torch.rand(2, 3, 5, 7, generator=helpers.generator())
-    index, live = reference.present_classes(labels, slots=2)
+    index, live = reference.present_classes(labels, max_classes=2)
     values = cam.gather(1, index[:, :, None, None].expand(-1, -1, 5, 7)) * live[:, :, None, None]
     actual = merged_labels(MergedCams(values, index, live), high=0.7, low=0.25)
     assert torch.equal(actual, reference.cam_to_labels(cam, labels, high=0.7, low=0.25))

@@ -176,7 +176,7 @@ def test_at_momentum_0_only_the_projector_is_copied():
 def test_the_projector_follows_by_its_momentum():
     student, teacher = moved_student(helpers.config())
     before = [parameter.clone() for parameter in teacher.projector.parameters()]
-    teacher.follow(student, 0.0, 0.996)
+    teacher.update_ema(student, 0.0, 0.996)
     for old, new, target in zip(before, teacher.projector.parameters(), student.projector.parameters(), strict=True):
         assert torch.allclose(new, 0.996 * old + 0.004 * target, rtol=1e-5, atol=1e-6)
         assert not torch.equal(new, old)
@@ -186,7 +186,7 @@ def test_above_momentum_0_a_copy_of_the_whole_network_follows_each_part_by_its_m
     student, teacher = moved_student(helpers.config({"teacher": {"encoder_momentum": 0.9}}))
     before = {name: parameter.clone() for name, parameter in teacher.network.named_parameters()}
     assert set(before) == {name for name, _ in student.named_parameters()}
-    teacher.follow(student, 0.9, 0.99)
+    teacher.update_ema(student, 0.9, 0.99)
     assert teacher.projector is teacher.network.projector
     for name, parameter in student.named_parameters():
         momentum = 0.99 if name.startswith("projector.") else 0.9

@@ -51,7 +51,7 @@ def test_pseudo_labels_are_those_of_the_reference_from_start_to_end():
     expected = reference.generate_pseudo_labels(
         images, cam, labels, mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD
     )
-    classes, live = reference.present_classes(labels, slots=2)
+    classes, live = reference.present_classes(labels, max_classes=2)
     halved = torch.nn.functional.interpolate(cam, size=half, mode="bilinear", align_corners=False)
     values = halved.gather(1, classes[:, :, None, None].expand(-1, -1, *half)) * live[:, :, None, None]
     actual = generate_pseudo_labels(

@@ -40,7 +40,7 @@ def test_every_iteration_has_the_values_of_the_reference():
     for iteration in range(40):
         found = schedule_at(config, iteration)
         expected = (
-            reference.learning_rate_factor(iteration, total=40, warm_up=7),
+            reference.learning_rate_factor(iteration, total=40, warmup=7),
             reference.teacher_momentum(iteration, total=40, start=0.9),
             reference.teacher_momentum(iteration, total=40, start=0.996),
             reference.teacher_temperature(iteration, total=40),

@@ -273,11 +273,11 @@ def test_stochastic_depth_is_drawn_without_gradient_where_the_recipe_says_so(pre
     assert draws.student.shape == depth
     if preset:
         assert draws.teacher.shape == depth
-        assert [tuple(keep.shape) for keep in (*draws.cam, *draws.mask_cam)] == [depth] * 6
+        assert [tuple(drop_path.shape) for drop_path in (*draws.cam, *draws.mask_cam)] == [depth] * 6
     else:
         assert (draws.teacher, draws.cam, draws.mask_cam) == (None, None, None)
 
 
 def test_both_views_of_an_image_have_their_own_depth():
-    keep = helpers.step(helpers.config({"model": {"stochastic_depth": 0.5}})).draw(8, helpers.generator()).student
-    assert not torch.equal(keep[..., :8], keep[..., 8:])
+    drop_path = helpers.step(helpers.config({"model": {"stochastic_depth": 0.5}})).draw(8, helpers.generator()).student
+    assert not torch.equal(drop_path[..., :8], drop_path[..., 8:])

@@ -20,7 +20,7 @@ from fsr_fast.method.optim import build_optimiser, fill_missing_gradients
 from fsr_fast.method.schedules import schedule_at
 from fsr_fast.method.step import FSRStep, StepOutput
 from fsr_fast.models.attention import block_diagonal_mask, boundaries
-from fsr_fast.runtime.guard import Guard, gradient_norm
+from fsr_fast.runtime.guard import NonFiniteGuard, gradient_norm
 from tests import helpers
 from tests.helpers import OFFICIAL
 
@@ -127,7 +127,7 @@ def fake_gpu(monkeypatch) -> Iterator[None]:
         function.cache_clear()
 
 
-def iterate(step: FSRStep, optimiser: torch.optim.Optimizer, guard: Guard) -> StepOutput:
+def iterate(step: FSRStep, optimiser: torch.optim.Optimizer, guard: NonFiniteGuard) -> StepOutput:
     """One iteration, as the trainer does it."""
     student, schedule = step.student, schedule_at(step.config, LATE)
     views = tuple(pin(view).to("cuda") for view in helpers.views(2))
@@ -140,7 +140,7 @@ def iterate(step: FSRStep, optimiser: torch.optim.Optimizer, guard: Guard) -> St
     fill_missing_gradients(optimiser)
     skipped = guard.judge(output.loss, gradient_norm(student.parameters(), 1.0))
     optimiser.step()
-    step.teacher.follow(student, schedule.encoder_momentum, schedule.projector_momentum, skipped)
+    step.teacher.update_ema(student, schedule.encoder_momentum, schedule.projector_momentum, skipped)
     return output
 
 
@@ -163,7 +163,7 @@ def test_an_iteration_stays_on_the_gpu(fake_gpu, changes):
     with FakeTensorMode():
         step = build_step(network.to("cuda"), config, 3).to("cuda")
         optimiser = build_optimiser(network, config.optim)
-        guard = Guard(optimiser, step.distillation.buffers())
+        guard = NonFiniteGuard(optimiser, step.distillation.buffers())
         edges = config.mask.strategy == "edge_strict"  # does wait, for every turn of its growing
         with contextlib.nullcontext() if edges else NoWaitingCopy():
             output = iterate(step, optimiser, guard)

@@ -73,9 +73,9 @@ def test_the_whole_network_is_that_of_the_reference(shape):
 @pytest.mark.parametrize("mode", ["exclude", "multiply", "none"])
 def test_masked_passes_and_every_mask_mode_are_those_of_the_reference(mode):
     network = helpers.network(helpers.config({"model": {"mask_mode": mode}}))
-    keep = network.encoder.draw_keep(4, helpers.generator())
+    keep = network.encoder.draw_drop_path(4, helpers.generator())
     expected = reference.forward_network(
-        network.state_dict(), IMAGES, heads=2, patch_size=8, mask=MASK, keep=keep, mask_mode=mode
+        network.state_dict(), IMAGES, heads=2, patch_size=8, mask=MASK, drop_path=keep, mask_mode=mode
     )
     features = network.encoder(IMAGES, MASK, keep)
     assert close(features.tokens, expected.trunk_tokens, 2e-5)
@@ -99,7 +99,7 @@ def test_masked_patches_are_replaced_before_their_position_is_added():
 
 def test_stochastic_depth_keeps_the_first_block_and_drops_the_last_at_the_given_rate():
     assert ENCODER.drop_rates == pytest.approx([0.0, 0.1 / 3, 0.2 / 3, 0.1])
-    keep = ENCODER.draw_keep(20_000, helpers.generator())
+    keep = ENCODER.draw_drop_path(20_000, helpers.generator())
     assert keep.shape == (DEPTH, 2, 20_000)
     for block, rate in enumerate(ENCODER.drop_rates):
         values = set(keep[block].unique().tolist())
@@ -108,7 +108,7 @@ def test_stochastic_depth_keeps_the_first_block_and_drops_the_last_at_the_given_
 
 
 def test_the_same_generator_draws_the_same_depths():
-    first, second, third = (ENCODER.draw_keep(40, helpers.generator(seed)) for seed in (3, 3, 4))
+    first, second, third = (ENCODER.draw_drop_path(40, helpers.generator(seed)) for seed in (3, 3, 4))
     assert torch.equal(first, second)
     assert not torch.equal(first, third)
 
@@ -123,15 +123,15 @@ def test_a_dropped_block_is_skipped_and_a_kept_branch_is_scaled():
         tokens = block(tokens)
     last = ENCODER.blocks[3]
     expected = tokens + 1.25 * last.attn(last.norm1(tokens))
-    assert close(ENCODER(IMAGES, keep=keep).tokens, expected)
+    assert close(ENCODER(IMAGES, drop_path=keep).tokens, expected)
 
 
 @torch.no_grad()
 def test_each_image_has_its_own_depth():
-    keep = ENCODER.draw_keep(4, helpers.generator(1))
+    keep = ENCODER.draw_drop_path(4, helpers.generator(1))
     keep[1:, :, 1] = 0
-    together = ENCODER(IMAGES, keep=keep).tokens
-    alone = torch.cat([ENCODER(IMAGES[i : i + 1], keep=keep[..., i : i + 1]).tokens for i in range(4)])
+    together = ENCODER(IMAGES, drop_path=keep).tokens
+    alone = torch.cat([ENCODER(IMAGES[i : i + 1], drop_path=keep[..., i : i + 1]).tokens for i in range(4)])
     assert close(together, alone)
 
 

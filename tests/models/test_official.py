@@ -55,7 +55,7 @@ def test_the_sizes_of_the_network_are_read_off_the_tensors(file):
 
 def test_images_are_normalised_as_by_the_official_code(file):
     network = load_network(file)
-    assert (network.mean, network.deviation) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    assert (network.mean, network.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 @pytest.mark.parametrize("size", [(32, 32), (40, 24)])
@@ -169,9 +169,9 @@ def test_a_patch_projection_gives_the_same_for_images_of_another_normalisation()
     bias = torch.randn(5, generator=helpers.generator(2), dtype=torch.float64)
     expected, actual = (
         torch.nn.functional.conv2d(
-            (images - images.new_tensor(mean).view(3, 1, 1)) / images.new_tensor(deviation).view(3, 1, 1), *layer, 4
+            (images - images.new_tensor(mean).view(3, 1, 1)) / images.new_tensor(std).view(3, 1, 1), *layer, 4
         )
-        for (mean, deviation), layer in (
+        for (mean, std), layer in (
             (source, (weight, bias)),
             (IMAGENET, renormalise(weight, bias, source, IMAGENET)),
         )
@@ -216,9 +216,9 @@ def test_the_start_sees_pictures_as_its_source_did(file):
     picture = torch.rand(1, 3, 32, 32, generator=helpers.generator())
     outputs = []
     for network in (load_network(file), start(file, normalisation="checkpoint").eval()):
-        mean, deviation = (torch.tensor(values).view(3, 1, 1) for values in (network.mean, network.deviation))
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (network.mean, network.std))
         with torch.no_grad():
-            outputs.append(network((picture - mean) / deviation).patch_features)
+            outputs.append(network((picture - mean) / std).patch_features)
     assert load_network(file).mean != network.mean
     torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-4)
 
@@ -292,7 +292,7 @@ def test_multi_scale_maps_of_all_classes_are_those_of_the_reference(file, classi
     actual = multi_scale_cam(load_network(file), images, (1.0, 0.5, 1.5), classifier=classifier)
     maps = reference.multi_scale_cams(official.official_weights(), images, heads=1, patch_size=8)
     scales = (maps.cams, maps.flipped) if classifier == "top" else (maps.aux_cams, maps.aux_flipped)
-    expected = reference.merge_cams(*scales, torch.ones(2, 3), slots=3, size=(32, 48)).values
+    expected = reference.merge_cams(*scales, torch.ones(2, 3), max_classes=3, size=(32, 48)).values
     assert actual.shape == (2, 3, 32, 48)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
     assert expected.amax() > 0.99

@@ -98,8 +98,8 @@ def test_without_pretrained_weights_nothing_changes():
 def test_the_normalisation_is_that_of_the_weights_or_imagenet_s():
     own = build_network(model(), CLASSES, 32)
     imagenet = build_network(model(normalisation="imagenet"), CLASSES, 32)
-    assert (own.mean, own.deviation) == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-    assert (imagenet.mean, imagenet.deviation) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    assert (own.mean, own.std) == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    assert (imagenet.mean, imagenet.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 # --- wrong files

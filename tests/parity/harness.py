@@ -18,7 +18,7 @@ from fsr_fast.method.optim import build_optimiser
 from fsr_fast.method.step import FSRStep, StepOutput
 from fsr_fast.models import Network, build_network
 from fsr_fast.runtime.distributed import Process
-from fsr_fast.runtime.guard import Guard
+from fsr_fast.runtime.guard import NonFiniteGuard
 from fsr_fast.runtime.seeding import stream
 from fsr_fast.trainer import Trainer
 
@@ -97,7 +97,7 @@ def build_trainer(
         network=network,
         step=step,
         optimiser=(optimiser := build_optimiser(network, config.optim)),
-        guard=Guard(optimiser, step.distillation.buffers()),
+        guard=NonFiniteGuard(optimiser, step.distillation.buffers()),
         iteration=0,
     )
 

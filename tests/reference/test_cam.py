@@ -15,7 +15,7 @@ def double(values) -> Tensor:
 
 def merge_rows(cam: list[float], flipped: list[float], width: int) -> Tensor:
     merged = merge_cams(
-        [double(cam).reshape(1, 1, 1, -1)], [double(flipped).reshape(1, 1, 1, -1)], ONE, slots=1, size=(1, width)
+        [double(cam).reshape(1, 1, 1, -1)], [double(flipped).reshape(1, 1, 1, -1)], ONE, max_classes=1, size=(1, width)
     )
     return merged.values.flatten()
 
@@ -54,21 +54,21 @@ def test_merging_drops_the_negative_before_resizing():
 def test_merging_sums_the_scales_before_normalising():
     small, large = double([[[[4.0]]]]), double([[[[0.0, 1.0]]]])
     zeros = [torch.zeros_like(small), torch.zeros_like(large)]
-    merged = merge_cams([small, large], zeros, ONE, slots=1, size=(1, 2))
+    merged = merge_cams([small, large], zeros, ONE, max_classes=1, size=(1, 2))
     torch.testing.assert_close(merged.values.flatten(), double([0, 1 / 1.00001]), rtol=1e-12, atol=0)
 
 
 def test_merged_maps_are_normalised_at_full_size_and_then_resized():
     # halved, the maps' means of 2 x 2 pixels: (0 + 0 + 2 + 2) / 4 and (0 + 4 + 2 + 2) / 4, still over the full maximum
     cam = double([[0, 0, 0, 4.0], [2, 2, 2, 2]]).reshape(1, 1, 2, 4)
-    merged = merge_cams([cam], [torch.zeros_like(cam)], ONE, slots=1, size=(2, 4), output_size=(1, 2))
+    merged = merge_cams([cam], [torch.zeros_like(cam)], ONE, max_classes=1, size=(2, 4), output_size=(1, 2))
     torch.testing.assert_close(merged.values.flatten(), double([1, 2]) / 4.00001, rtol=1e-12, atol=0)
 
 
 def test_merged_maps_lie_in_the_slots_of_the_present_classes():
     cams = torch.rand(2, 4, 3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     labels = torch.tensor([[0, 1, 0, 1], [0, 0, 0, 0]])
-    merged = merge_cams([cams], [torch.zeros_like(cams)], labels, slots=3, size=(3, 5))
+    merged = merge_cams([cams], [torch.zeros_like(cams)], labels, max_classes=3, size=(3, 5))
     assert merged.live.tolist() == [[True, True, False], [False, False, False]]
     assert merged.classes[0, :2].tolist() == [1, 3]
     torch.testing.assert_close(merged.values[0, :2], normalise_cam(cams[0, [1, 3]]), rtol=1e-12, atol=0)
@@ -77,11 +77,11 @@ def test_merged_maps_lie_in_the_slots_of_the_present_classes():
 
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.booleans(), min_size=1, max_size=6), st.integers(1, 7))
-def test_present_classes_are_the_first_ones_in_ascending_order(present, slots):
-    index, live = present_classes(torch.tensor([present]).float(), slots=slots)
-    expected = [c for c, there in enumerate(present) if there][:slots]
+def test_present_classes_are_the_first_ones_in_ascending_order(present, max_classes):
+    index, live = present_classes(torch.tensor([present]).float(), max_classes=max_classes)
+    expected = [c for c, there in enumerate(present) if there][:max_classes]
     assert index[live].tolist() == expected
-    assert live[0].tolist() == [True] * len(expected) + [False] * (slots - len(expected))
+    assert live[0].tolist() == [True] * len(expected) + [False] * (max_classes - len(expected))
 
 
 def test_label_thresholds_are_strict_above_and_inclusive_below():
@@ -99,8 +99,8 @@ def test_labels_are_the_strongest_present_class():
 def test_wrong_arguments_are_refused():
     cam = torch.zeros(1, 1, 2, 2)
     with pytest.raises(ValueError, match="got 1 cams and 0 flipped"):
-        merge_cams([cam], [], ONE, slots=1, size=(4, 4))
+        merge_cams([cam], [], ONE, max_classes=1, size=(4, 4))
     with pytest.raises(ValueError, match=r"flipped\[0\] has shape"):
-        merge_cams([cam], [cam[..., :1]], ONE, slots=1, size=(4, 4))
-    with pytest.raises(ValueError, match="slots is 0"):
-        present_classes(ONE, slots=0)
+        merge_cams([cam], [cam[..., :1]], ONE, max_classes=1, size=(4, 4))
+    with pytest.raises(ValueError, match="max_classes is 0"):
+        present_classes(ONE, max_classes=0)

@@ -108,7 +108,7 @@ def embed(state: dict[str, Tensor], images: Tensor) -> Tensor:
 
 def test_dropped_branches_leave_the_embedded_tokens():
     keep = torch.zeros(DEPTH, 2, 2, dtype=torch.float64)
-    output = forward_network(STATE, draw_images(), heads=HEADS, patch_size=PATCH, keep=keep)
+    output = forward_network(STATE, draw_images(), heads=HEADS, patch_size=PATCH, drop_path=keep)
     torch.testing.assert_close(output.trunk_tokens, embed(STATE, draw_images()), rtol=1e-12, atol=1e-12)
 
 
@@ -116,7 +116,7 @@ def test_keep_factors_scale_one_branch_of_one_image():
     def run(factor: float) -> Tensor:
         keep = torch.zeros(DEPTH, 2, 2, dtype=torch.float64)
         keep[1, 1, 0] = factor
-        return forward_network(STATE, draw_images(), heads=HEADS, patch_size=PATCH, keep=keep).trunk_tokens
+        return forward_network(STATE, draw_images(), heads=HEADS, patch_size=PATCH, drop_path=keep).trunk_tokens
 
     nothing, once, twice = run(0.0), run(1.0), run(2.0)
     torch.testing.assert_close(twice - nothing, 2 * (once - nothing), rtol=1e-10, atol=1e-10)
@@ -127,7 +127,7 @@ def test_keep_factors_scale_one_branch_of_one_image():
 def test_aux_features_leave_the_trunk_two_blocks_before_its_end():
     keep = torch.ones(DEPTH, 2, 2, dtype=torch.float64)
     keep[-2:] = 0
-    shortened = forward_network(STATE, draw_images(), heads=HEADS, patch_size=PATCH, keep=keep)
+    shortened = forward_network(STATE, draw_images(), heads=HEADS, patch_size=PATCH, drop_path=keep)
     whole = forward_network(STATE, draw_images(), heads=HEADS, patch_size=PATCH)
     assert torch.equal(shortened.aux_features, whole.aux_features)
     torch.testing.assert_close(shortened.aux_features.flatten(2).transpose(1, 2), shortened.trunk_tokens)
@@ -147,7 +147,7 @@ def test_nothing_is_seen_of_masked_patches():
 
 def test_the_mask_token_takes_the_place_of_the_embedding_before_the_position():
     keep = torch.zeros(DEPTH, 2, 2, dtype=torch.float64)
-    output = forward_network(STATE, draw_images(), heads=HEADS, patch_size=PATCH, mask=MASK, keep=keep)
+    output = forward_network(STATE, draw_images(), heads=HEADS, patch_size=PATCH, mask=MASK, drop_path=keep)
     expected = (STATE["encoder.mask_token"] + STATE["encoder.pos_embed"][0, 1:])[MASK[0]]
     torch.testing.assert_close(output.trunk_tokens[0, MASK[0]], expected, rtol=1e-12, atol=1e-12)
 
@@ -250,7 +250,7 @@ def test_positions_are_resized_to_the_grid():
     keep = torch.zeros(DEPTH, 2, 2, dtype=torch.float64)
     mask = torch.ones(2, 35, dtype=torch.bool)
     output = forward_network(
-        state, draw_images(H=5 * PATCH, W=7 * PATCH), heads=HEADS, patch_size=PATCH, mask=mask, keep=keep
+        state, draw_images(H=5 * PATCH, W=7 * PATCH), heads=HEADS, patch_size=PATCH, mask=mask, drop_path=keep
     )
     expected = (state["encoder.mask_token"] + 0.5).expand(2, 35, -1)
     torch.testing.assert_close(output.trunk_tokens, expected, rtol=1e-12, atol=1e-12)
@@ -268,7 +268,7 @@ def test_multi_scale_maps_are_those_of_the_resized_image_and_of_its_mirror():
         output = forward_network(STATE, view, heads=HEADS, patch_size=PATCH)
         torch.testing.assert_close(maps, output.cam, rtol=1e-10, atol=1e-10)
         torch.testing.assert_close(aux_maps, output.aux_cam, rtol=1e-10, atol=1e-10)
-    merged = merge_cams(result.cams, result.flipped, torch.ones(2, C), slots=C, size=(16, 24))
+    merged = merge_cams(result.cams, result.flipped, torch.ones(2, C), max_classes=C, size=(16, 24))
     assert merged.values.shape == (2, C, 16, 24)
 
 

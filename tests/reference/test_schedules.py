@@ -4,12 +4,12 @@ from fsr_fast.reference import learning_rate_factor, loss_gate, teacher_momentum
 
 
 def test_learning_rate_warms_up_linearly_then_falls_to_zero():
-    factors = {step: learning_rate_factor(step, total=20000, warm_up=1500) for step in (0, 750, 1500, 10750, 20000)}
+    factors = {step: learning_rate_factor(step, total=20000, warmup=1500) for step in (0, 750, 1500, 10750, 20000)}
     assert factors == pytest.approx({0: 0.1, 750: 0.55, 1500: 1.0, 10750: 0.5, 20000: 0.0}, abs=1e-12)
 
 
 def test_learning_rate_needs_no_warm_up():
-    assert learning_rate_factor(0, total=10, warm_up=0) == 1.0
+    assert learning_rate_factor(0, total=10, warmup=0) == 1.0
 
 
 def test_momentum_rises_to_one_along_half_a_cosine():

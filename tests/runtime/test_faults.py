@@ -14,7 +14,7 @@ import torch
 from fsr_fast.errors import UserError
 from fsr_fast.reporting.tracking import read_metrics
 from fsr_fast.runtime.checkpoint import list_checkpoints, read_checkpoint, read_newest
-from fsr_fast.runtime.loading import LIMIT, SteadyLoader
+from fsr_fast.runtime.loading import LIMIT, RestartingLoader
 from fsr_fast.runtime.run_folder import claim_run_folder, locked_run_folder
 from fsr_fast.train import main as train
 from fsr_fast.trainer import Trainer
@@ -265,14 +265,14 @@ class Dying:
 
 
 def test_a_loader_that_dies_again_and_again_is_given_up_with_advice():
-    assert next(SteadyLoader(Dying(LIMIT))) == 5
+    assert next(RestartingLoader(Dying(LIMIT))) == 5
     with pytest.raises(UserError, match=r"pid 7.*lower data\.workers"):
-        next(SteadyLoader(Dying(LIMIT + 1)))
+        next(RestartingLoader(Dying(LIMIT + 1)))
 
 
 def test_other_errors_of_a_loader_are_not_taken_for_a_death():
     with pytest.raises(RuntimeError, match="shapes differ"):
-        next(SteadyLoader(Dying(1, "shapes differ")))
+        next(RestartingLoader(Dying(1, "shapes differ")))
 
 
 # --- a rank that hangs

@@ -11,7 +11,7 @@ from fsr_fast.reporting.averages import Averages
 from fsr_fast.reporting.tracking import read_metrics
 from fsr_fast.runtime.checkpoint import read_checkpoint
 from fsr_fast.runtime.distributed import Process
-from fsr_fast.runtime.guard import LIMIT, Guard, gradient_norm
+from fsr_fast.runtime.guard import LIMIT, NonFiniteGuard, gradient_norm
 from fsr_fast.train import main as train
 from fsr_fast.trainer import Trainer
 from tests import helpers
@@ -117,7 +117,7 @@ def test_three_bad_iterations_in_a_row_end_the_run_with_the_last_good_state(reci
 
 def test_two_in_a_row_do_not_count_as_three_with_one_good_between():
     parameter = torch.nn.Parameter(torch.ones(2))
-    guard = Guard(torch.optim.AdamW([parameter], fused=True), [torch.zeros(2)])
+    guard = NonFiniteGuard(torch.optim.AdamW([parameter], fused=True), [torch.zeros(2)])
     guard.hold()
     verdicts = [guard.judge(torch.tensor(loss), torch.tensor(1.0)).item() for loss in [math.nan, math.inf, 1, math.nan]]
     assert verdicts == [True, True, False, True]
@@ -131,7 +131,7 @@ def test_nothing_is_read_from_the_device_between_log_lines():
     # values on the meta device cannot be read: whatever waits for the device would fail here
     parameter = torch.nn.Parameter(torch.ones(3, device="meta"))
     parameter.grad = torch.ones_like(parameter)
-    guard = Guard(torch.optim.AdamW([parameter], fused=True), [torch.zeros(4, device="meta")])
+    guard = NonFiniteGuard(torch.optim.AdamW([parameter], fused=True), [torch.zeros(4, device="meta")])
     guard.hold()
     skipped = guard.judge(torch.zeros((), device="meta"), gradient_norm([parameter], 1.0))
     Averages().add({"total": torch.zeros((), device="meta")}, skipped)

@@ -25,7 +25,7 @@ def test_images_augmentation_and_all_weights_go_on_exactly_with_other_processes(
     for trainer in pair:
         assert trainer.iteration == 3
         kept = {name: state[name] for name in ("student", "teacher", "centres", "optimiser")}
-        found = {name: getattr(trainer.survivors, name).state_dict() for name in kept}
+        found = {name: getattr(trainer.train_state, name).state_dict() for name in kept}
         assert_same(flat(found), flat(kept))
     for _ in range(3):
         whole = next(alone.loader)
