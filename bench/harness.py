@@ -224,7 +224,7 @@ def _line(case: str, row: dict[str, Any]) -> str:
 
 
 def present_commit() -> str:
-    """Give the commit that is checked out."""
+    """Return the commit that is checked out."""
     command = ["git", "rev-parse", "HEAD"]
     return subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True, check=True).stdout.strip()
 

@@ -58,7 +58,7 @@ def draw_waterfall(cases: Cases, path: Path) -> None:
 
 
 def tabulate_steps(records: list[Cases]) -> str:
-    """Give the table of whole steps that `python -m bench.step` recorded."""
+    """Return the table of whole steps that `python -m bench.step` recorded."""
     lines = [
         "| device | preset | backbone | pixels, batch | engine | dtype | seconds | images/s | TFLOP/s | peak |",
         "|---|---|---|---|---|---|---|---|---|---|",
@@ -86,7 +86,7 @@ def tabulate_steps(records: list[Cases]) -> str:
 
 
 def tabulate_kernels(results: Path) -> str:
-    """Give the table of all kernels: median time of eager PyTorch, of its compiled form, and of ours."""
+    """Return the table of all kernels: median time of eager PyTorch, of its compiled form, and of ours."""
     lines = ["| kernel | device | phase | eager | compiled | ours | of roofline |", "|---|---|---|---|---|---|---|"]
     for file in sorted(results.glob("*/*.json")):
         for case, content in json.loads(file.read_text(encoding="utf-8")).items():
@@ -106,7 +106,7 @@ def tabulate_kernels(results: Path) -> str:
 
 
 def tabulate_data(records: list[Cases]) -> str:
-    """Give the table of the data pipelines."""
+    """Return the table of the data pipelines."""
     lines = [
         "| device | views | images | pipeline | images/s | CPU time an image | host memory |",
         "|---|---|---|---|---|---|---|",
@@ -128,7 +128,7 @@ def tabulate_data(records: list[Cases]) -> str:
 
 
 def tabulate(results: Path) -> dict[str, str]:
-    """Give every table by the name of its markers."""
+    """Return every table by the name of its markers."""
     return {
         "steps": tabulate_steps(read_cases(results, "step")),
         "kernels": tabulate_kernels(results),

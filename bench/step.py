@@ -111,7 +111,7 @@ def measure(
 
 
 def build_settings(setting: Setting, technique: Technique) -> Config:
-    """Give the recipe of a preset with everything that a bench changes."""
+    """Build the recipe of a preset with everything that a bench changes."""
     values = read_yaml(CONFIG_FOLDER / f"{PRESETS[setting.preset]}.yaml")
     attention = "sdpa" if technique.attention == "fused" else technique.attention
     amp = "off" if technique.engine == "reference" else technique.amp

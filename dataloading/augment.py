@@ -127,7 +127,7 @@ def apply_view(image: Image.Image, view: View, size: int, policy: Policy | None 
 
 
 def build_policy(augment: AugmentConfig, size: int, mean: Sequence[float]) -> Policy | None:
-    """Give the learned policy of the configuration: AutoAugment, RandAugment or none.
+    """Build the learned policy of the configuration: AutoAugment, RandAugment or none.
 
     Args:
         augment: names the policy.
@@ -146,7 +146,7 @@ def build_policy(augment: AugmentConfig, size: int, mean: Sequence[float]) -> Po
 
 
 def build_erasing(augment: AugmentConfig) -> Callable[[Tensor, int], None] | None:
-    """Give the random erasing that goes with RandAugment: it fills a rectangle of a normalised view with noise."""
+    """Build the random erasing that goes with RandAugment: it fills a rectangle of a normalised view with noise."""
     if augment.policy != "randaugment":
         return None
     from timm.data.random_erasing import RandomErasing

@@ -30,7 +30,7 @@ class Order(Protocol):
     """The order of one epoch."""
 
     def __getitem__(self, offset: int, /) -> int:
-        """Give the number of the image at an offset."""
+        """Return the number of the image at an offset."""
         ...
 
 
@@ -50,7 +50,7 @@ class TrainSource(Protocol):
         ...
 
     def order(self, seed: int, epoch: int) -> Order:
-        """Give the order of an epoch: every number once; a function of seed and epoch."""
+        """Return the order of an epoch: every number once; a function of seed and epoch."""
         ...
 
 
@@ -65,7 +65,7 @@ class Items(Protocol[Item]):
         ...
 
     def __getitem__(self, index: int, /) -> Item:
-        """Give it for an image."""
+        """Return the property of an image."""
         ...
 
 
@@ -164,7 +164,7 @@ class TrainLoader(Protocol):
         ...
 
     def __next__(self) -> Batch:
-        """Give the next batch.
+        """Return the next batch.
 
         Raises:
             UserError: more images are damaged than `data.max_bad_fraction` allows.
@@ -172,7 +172,7 @@ class TrainLoader(Protocol):
         ...
 
     def state_dict(self) -> dict[str, int]:
-        """Give the position after the last batch given, in samples over all ranks."""
+        """Return the position after the last batch given, in samples over all ranks."""
         ...
 
     def load_state_dict(self, state: dict[str, int]) -> None:

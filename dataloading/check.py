@@ -75,7 +75,7 @@ class Report:
     findings: list[Finding]
 
     def clean(self, part: str) -> list[str]:
-        """Give the names of a list, `train` or `val`, of which nothing bad is known, each once."""
+        """Return the names of a list, `train` or `val`, of which nothing bad is known, each once."""
         found = (finding for finding in self.findings if finding.kind != "listed-twice")
         bad = {finding.name for finding in found if finding.list == part}
         return [name for name in self.lists[part].names if name not in bad]
@@ -242,7 +242,7 @@ def _enter(item: _Examined, part: str, report: ListReport, findings: list[Findin
 
 
 def _unlisted(folder: Path, splits: Iterable[Split]) -> Iterator[Finding]:
-    """Give the pictures of an own data set that no table names."""
+    """Return the pictures of an own data set that no table names."""
     listed = set()
     for split in splits:
         for name in split.ids:

@@ -61,13 +61,13 @@ class Instances:
             raise UserError(f"{path}: two images have one name; expected a name each")
 
     def listed(self) -> list[str]:
-        """Give the names of all images with an object, in the order of their names."""
+        """Return the names of all images with an object, in the order of their names."""
         shown = np.zeros(len(self._rows), bool)
         shown[self._image] = True
         return [name for name, row in self._rows.items() if shown[row]]
 
     def labels(self, name: str) -> list[int]:
-        """Give the classes of an image, as numbers from 0."""
+        """Return the classes of an image, as numbers from 0."""
         return np.unique(self._class[self._objects(name)]).tolist()
 
     def mask(self, name: str) -> NDArray[np.uint8]:
@@ -117,7 +117,7 @@ class CocoFiles:
     instances: Instances | None
 
     def image_path(self, name: str) -> Path:
-        """Give the file of an image."""
+        """Return the file of an image."""
         return self.images.image_path(name)
 
     def mask(self, name: str) -> NDArray[np.uint8] | None:
@@ -125,16 +125,16 @@ class CocoFiles:
         return self.instances.mask(name) if self.instances else None
 
     def has_mask(self, name: str) -> bool:
-        """Tell whether masks can be drawn."""
+        """Return whether masks can be drawn."""
         return self.instances is not None
 
     def mask_place(self, name: str) -> str:
-        """Say where the mask comes from."""
+        """Describe where the mask comes from."""
         return f"{self.instances.path if self.instances else 'annotations'}: {name}"
 
 
 def has_instances(root: Path) -> bool:
-    """Tell whether a folder holds MS COCO's own annotations."""
+    """Return whether a folder holds MS COCO's own annotations."""
     return any(root.glob("annotations/instances_*.json"))
 
 
@@ -174,7 +174,7 @@ def open_coco(root: Path, list_name: str, key: str, classes: Sequence[str], *, w
 
 
 def _parse(path: Path, with_masks: bool) -> tuple[list[Any], list[Any], list[Any]]:
-    """Give images (id, file, height, width), objects (image, category, area, outline) and categories.
+    """Return images (id, file, height, width), objects (image, category, area, outline) and categories.
 
     Each entry is made compact as soon as it is parsed: the objects of a whole file would take gigabytes.
     """

@@ -83,11 +83,11 @@ class SegmentationDataset:
             raise DamagedFileError(f"{path}: cannot be read: {error}") from None
 
     def order(self, seed: int, epoch: int) -> Order:
-        """Give the order of an epoch of training: one permutation of all images."""
+        """Return the order of an epoch of training: one permutation of all images."""
         return np.random.default_rng((seed, epoch)).permutation(len(self))
 
     def image_path(self, index: int) -> Path:
-        """Give the file of an image.
+        """Return the file of an image.
 
         Raises:
             DamagedFileError: there is none.
@@ -167,7 +167,7 @@ def _folder(config: DataConfig) -> Path:
 
 
 def detect_dataset(root: Path) -> str:
-    """Tell from the layout of a folder what `data.dataset` fits it.
+    """Infer from the layout of a folder what `data.dataset` fits it.
 
     Raises:
         UserError: the folder is missing, or has none of the layouts.
@@ -189,7 +189,7 @@ def detect_dataset(root: Path) -> str:
 
 
 def default_lists(root: Path, dataset: str) -> dict[str, str]:
-    """Give the usual lists of a data set, as far as they exist: name by `train` and `val`."""
+    """Return the usual lists of a data set, as far as they exist: name by `train` and `val`."""
     if dataset == "own":
         files = [path for ending in TABLE_ENDINGS for path in root.glob(f"*{ending}")]
     elif (root / LISTS).is_dir():

@@ -84,7 +84,7 @@ def image_header(source: Source, name: str = "") -> Header:
 
 
 def image_size(source: Source, name: str = "") -> tuple[int, int]:
-    """Give width and height of the upright image, in pixels, without decoding it.
+    """Return width and height of the upright image, in pixels, without decoding it.
 
     Raises:
         DamagedFileError: as `image_header`.
@@ -124,7 +124,7 @@ def read_mask(source: Source, limit: int, name: str = "") -> NDArray[np.uint8]:
 
 
 def inside(folder: Path, name: str) -> Path:
-    """Give the path of a file by its name in a folder, and refuse names that lead out of the folder.
+    """Return the path of a file by its name in a folder, and refuse names that lead out of the folder.
 
     The folder itself may be a symbolic link; the file, and folders between, may not be links to another place.
 

@@ -87,7 +87,7 @@ class TableLabels:
         return iter(self._rows)
 
     def __call__(self, name: str) -> list[int]:
-        """Give the classes of an image."""
+        """Return the classes of an image."""
         if name not in self._rows:
             raise UserError(
                 f"{self._path}: no row for the image {name!r}; add it, take the image off the list, or take the labels "
@@ -113,7 +113,7 @@ class XmlLabels:
         self._folder, self._classes = folder, _Classes(classes)
 
     def __call__(self, name: str) -> list[int]:
-        """Give the classes of an image."""
+        """Return the classes of an image."""
         path = self._folder / f"{name}.xml"
         try:
             objects = ElementTree.parse(path).getroot().findall("object")
@@ -135,7 +135,7 @@ class MaskLabels:
         self._files = files
 
     def __call__(self, name: str) -> list[int]:
-        """Give the classes of an image."""
+        """Return the classes of an image."""
         mask = self._files.mask(name)
         if mask is None:
             raise no_mask(self._files, name)
@@ -223,7 +223,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def shown_classes(mask: NDArray[np.uint8]) -> list[int]:
-    """Give the classes whose values a mask holds, as numbers from 0."""
+    """Return the classes whose values a mask holds, as numbers from 0."""
     counts = np.bincount(mask.ravel(), minlength=256)
     return [int(value) for value in np.flatnonzero(counts[1:255])]
 

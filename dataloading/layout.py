@@ -19,10 +19,10 @@ LIST_ENDINGS = (".txt", ".csv", ".json")
 
 
 class Files(Protocol):
-    """Gives the image and the mask of a name."""
+    """Return the image and the mask of a name."""
 
     def image_path(self, name: str) -> Path:
-        """Give the file of an image.
+        """Return the file of an image.
 
         Raises:
             DamagedFileError: there is none, or it leads out of the data set.
@@ -38,11 +38,11 @@ class Files(Protocol):
         ...
 
     def has_mask(self, name: str) -> bool:
-        """Tell whether there is a mask, without reading it."""
+        """Return whether there is a mask, without reading it."""
         ...
 
     def mask_place(self, name: str) -> str:
-        """Say where the mask is, or should be."""
+        """Describe where the mask is, or should be."""
         ...
 
 
@@ -56,7 +56,7 @@ class Split(NamedTuple):
     """Names of all foreground classes, in the order of the mask values 1, 2, …."""
     files: Files
     labels: Callable[[str], list[int]]
-    """Gives the classes of an image, as numbers from 0; raises `UserError` where they cannot be read."""
+    """Return the classes of an image, as numbers from 0; raises `UserError` where they cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class FolderFiles:
     classes: int
 
     def image_path(self, name: str) -> Path:
-        """Give the file of an image."""
+        """Return the file of an image."""
         bare = Path(name).suffix.lower() not in IMAGE_ENDINGS
         names = [name + ending for ending in IMAGE_ENDINGS] if bare else [name]
         path = _first(self.image_folders, names)
@@ -93,22 +93,22 @@ class FolderFiles:
         return None if path is None else read_mask(path, self.classes)
 
     def has_mask(self, name: str) -> bool:
-        """Tell whether there is a mask."""
+        """Return whether there is a mask."""
         return _first(self.mask_folders, [_mask_name(name)]) is not None
 
     def mask_place(self, name: str) -> str:
-        """Say where the mask is, or should be."""
+        """Describe where the mask is, or should be."""
         folder = next((folder for folder in self.mask_folders if folder.is_dir()), self.mask_folders[0])
         return str(_first(self.mask_folders, [_mask_name(name)]) or folder / _mask_name(name))
 
 
 def no_mask(files: Files, name: str) -> DamagedFileError:
-    """Give the error of an image without a mask."""
+    """Return the error of an image without a mask."""
     return DamagedFileError(f"no mask for the id {name!r}; add {files.mask_place(name)}, or take the id off the list")
 
 
 def find_list(folder: Path, name: str, key: str, endings: Sequence[str]) -> Path:
-    """Give the file of a list.
+    """Return the file of a list.
 
     Args:
         folder: where lists are.
@@ -130,7 +130,7 @@ def find_list(folder: Path, name: str, key: str, endings: Sequence[str]) -> Path
 
 
 def list_stem(name: str) -> str:
-    """Give the name of a list, which may be given as a path, without folder and ending."""
+    """Return the name of a list, which may be given as a path, without folder and ending."""
     return Path(name).stem if name.endswith(LIST_ENDINGS) else Path(name).name
 
 

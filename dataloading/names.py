@@ -38,5 +38,5 @@ class Names:
         return map(self.__getitem__, range(len(self)))
 
     def take(self, indices: Iterable[int]) -> Names:
-        """Give some of the names, in the order of their numbers."""
+        """Return some of the names, in the order of their numbers."""
         return Names(map(self.__getitem__, indices))

@@ -65,14 +65,14 @@ class _Array:
         self._state = state
 
     def items(self) -> list[Any]:
-        """Give the objects of an array of objects."""
+        """Return the objects of an array of objects."""
         _, _, dtype, _, content = self._state
         if not isinstance(dtype, _Dtype) or dtype.code != "O8" or not isinstance(content, list):
             raise pickle.UnpicklingError("no array of objects")
         return content
 
     def numbers(self) -> NDArray[Any]:
-        """Give the numbers of an array of one dimension."""
+        """Return the numbers of an array of one dimension."""
         _, shape, dtype, _, content = self._state
         if not isinstance(dtype, _Dtype) or dtype.code not in NUMBERS or not isinstance(content, bytes):
             raise pickle.UnpicklingError("no array of numbers")

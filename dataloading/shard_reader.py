@@ -143,7 +143,7 @@ class ShardDataset:
         return read_mask(self._read(shard, start, start + size), len(self.classes), self._place(index, shard))
 
     def order(self, seed: int, epoch: int) -> ShardOrder:
-        """Give the order of an epoch: shards shuffled, then the samples of each window of shards."""
+        """Return the order of an epoch: shards shuffled, then the samples of each window of shards."""
         return ShardOrder(self._starts, seed, epoch)
 
     def _id(self, index: int) -> str:
@@ -185,7 +185,7 @@ class ShardDataset:
         return parts["json"]
 
     def _parts(self, index: int) -> tuple[int, dict[str, Place]]:
-        """Give the shard of a sample, and offset and size of its parts by ending."""
+        """Return the shard of a sample, and offset and size of its parts by ending."""
         shard = int(np.searchsorted(self._starts, index, side="right")) - 1
         if shard not in self._places:
             self._places[shard] = self._read_places(shard)
@@ -246,7 +246,7 @@ class ShardDataset:
         return index
 
     def _open_root(self) -> Any:
-        """Give the file system, each process its own: connections do not survive a fork."""
+        """Open the file system, one per process: connections do not survive a fork."""
         if self._process != os.getpid():
             self._filesystem, self._folder = fsspec.core.url_to_fs(self._root)
             self._process = os.getpid()

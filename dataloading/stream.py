@@ -170,7 +170,7 @@ class StreamLoader:
         return batch
 
     def state_dict(self) -> dict[str, int]:
-        """Give the position after the last batch given, in samples over all ranks."""
+        """Return the position after the last batch given, in samples over all ranks."""
         return {"position": self._position, "seed": self._seed, "images": len(self._dataset)}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
@@ -209,7 +209,7 @@ class Positions:
             yield list(range(start, start + stride, self.step))
 
     def skip(self, batches: int) -> Positions:
-        """Give the positions that follow a number of batches."""
+        """Return the positions that follow a number of batches."""
         return Positions(self.start + batches * self.batch_size * self.step, self.batch_size, self.step)
 
 

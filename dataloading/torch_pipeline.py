@@ -63,7 +63,7 @@ def evaluation_samples(
     workers: int = 0,
     limit: int | None = None,
 ) -> Iterator[EvaluationSample]:
-    """Give the images rank, rank + world_size, … of a data set, each once, in order.
+    """Return the images rank, rank + world_size, … of a data set, each once, in order.
 
     Args:
         dataset: validation set.

@@ -59,6 +59,6 @@ def check_layout(root: Path) -> None:
 
 
 def _with_parts(root: Path, folders: tuple[str, ...]) -> tuple[Path, ...]:
-    """Give the folders, and the parts of MS COCO that stand in them."""
+    """Return the folders, and the parts of MS COCO that stand in them."""
     parts = [root / folder / part for folder in folders for part in PARTS]
     return (*(root / folder for folder in folders), *(part for part in parts if part.is_dir()))

@@ -13,7 +13,7 @@ START, END = "<!-- table: build_reliability.py -->\n", "<!-- end of the table --
 
 
 def table(record: dict[str, Any]) -> str:
-    """Give the table as Markdown.
+    """Format the table as Markdown.
 
     Args:
         record: content of reliability.json.

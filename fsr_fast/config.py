@@ -108,7 +108,7 @@ class Config(BaseSettings):
 
 
 def build_parser() -> Parser:
-    """Give the parser of `fsr-fast train`: an option for every field."""
+    """Build the parser of `fsr-fast train`: an option for every field."""
     parser = _file_options()
     CliSettingsSource(Config, root_parser=parser)
     return parser

@@ -114,7 +114,7 @@ def _check_float8(encoder: Encoder, device: torch.device) -> None:
 
 
 def reference_settings(config: Config, student: Network) -> reference.Settings:
-    """Say in the reference's words what a configuration says.
+    """Translate a configuration into the reference's settings.
 
     Args:
         config: the whole configuration.

@@ -9,7 +9,7 @@ class UserError(Exception):
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """Give a hint at the name that was probably meant.
+    """Suggest the name that was probably meant.
 
     Args:
         name: what was written.

@@ -246,6 +246,6 @@ def _median(lines: list[dict[str, Any]], name: str) -> float | None:
 
 
 def _mean_ious(evaluation: Evaluation) -> dict[str, float]:
-    """Give the means by name; nan where the truth is 255 everywhere."""
+    """Return the means by name; nan where the truth is 255 everywhere."""
     means = {name: result["mean_iou"] for name, result in evaluation.results.items()}
     return {f"{name}_miou": math.nan if mean is None else mean for name, mean in means.items()}

@@ -153,7 +153,7 @@ def require_same_device(**tensors: Tensor | None) -> None:
 
 
 def next_power_of_2(number: int) -> int:
-    """Give the smallest power of two that is at least ``number`` (and at least 1).
+    """Return the smallest power of two that is at least ``number`` (and at least 1).
 
     Args:
         number: any integer.

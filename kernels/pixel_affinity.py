@@ -23,7 +23,7 @@ _DIRECTIONS = ((-1, -1), (-1, 0), (-1, 1), (0, -1), (0, 1), (1, -1), (1, 0), (1,
 
 
 def neighbour_offsets(dilations: Sequence[int]) -> list[tuple[int, int]]:
-    """Gives the places of the neighbours.
+    """Return the places of the neighbours.
 
     Args:
         dilations: distances of the 8 neighbours, in pixels.
@@ -35,7 +35,7 @@ def neighbour_offsets(dilations: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def place_weights(dilations: Sequence[int]) -> list[float]:
-    """Gives what a neighbour's place adds to its affinity: 0.01 of a softmax, the same at every pixel.
+    """Return what a neighbour's place adds to its affinity: 0.01 of a softmax, the same at every pixel.
 
     Args:
         dilations: distances of the 8 neighbours, in pixels.

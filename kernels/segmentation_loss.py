@@ -82,7 +82,7 @@ def _check(logits: Tensor, labels: Tensor) -> None:
 
 @torch.library.custom_op("fsr::segmentation_terms", mutates_args=())
 def segmentation_terms(logits: Tensor, labels: Tensor, ignore_index: int, with_gradient: bool) -> tuple[Tensor, Tensor]:
-    """Gives the four sums and, if asked, the gradients of the two entropy sums, (2, B, C+1, h, w), else empty."""
+    """Return the four sums and, if asked, the gradients of the two entropy sums, (2, B, C+1, h, w), else empty."""
     if use_triton(logits):
         return terms(logits, labels, ignore_index, with_gradient)
     with torch.autocast(logits.device.type, enabled=False):

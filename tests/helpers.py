@@ -54,7 +54,7 @@ def write_dataset(root: Path, *, train: int = 8, val: int = 4) -> Path:
 
 
 def values(*changes: dict[str, Any], root: Path | str = "nowhere", output: Path | str = "run") -> dict[str, Any]:
-    """Give the tiny recipe, changed section by section."""
+    """Return the tiny recipe, changed section by section."""
     recipe: dict[str, Any] = {
         "run": {
             "output": str(output),
@@ -101,7 +101,7 @@ def values(*changes: dict[str, Any], root: Path | str = "nowhere", output: Path 
 
 
 def config(*changes: dict[str, Any]) -> Config:
-    """Give the tiny recipe as a configuration."""
+    """Return the tiny recipe as a configuration."""
     return build_config(values(*changes), "the test")
 
 
@@ -136,10 +136,10 @@ def views(batch: int = 2, seed: int = 1) -> tuple[Tensor, Tensor]:
 
 
 def labels(batch: int = 2) -> Tensor:
-    """Give image labels: one class, two classes, one class, …"""
+    """Return image labels: one class, two classes, one class, …"""
     return torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 1.0]]).repeat((batch + 1) // 2, 1)[:batch]
 
 
 def generator(seed: int = 0) -> torch.Generator:
-    """Give a seeded generator."""
+    """Return a seeded generator."""
     return torch.Generator().manual_seed(seed)

@@ -10,7 +10,7 @@ IMAGE_SIZE = SIDE * PATCH
 
 
 def official_weights(*, classes: int = 3, seed: int = 0) -> dict[str, Tensor]:
-    """Give the tensors of a network with two aggregator blocks, no value of which is constant but the gains."""
+    """The tensors of a network with two aggregator blocks, no value of which is constant but the gains."""
     shapes: dict[str, tuple[int, ...]] = {
         "encoder.cls_token": (1, 1, WIDTH),
         "encoder.pos_embed": (1, 1 + SIDE**2, WIDTH),

@@ -66,7 +66,7 @@ def write_public_data(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Give the folder of a user who has followed the document."""
+    """The folder of a user who has followed the document."""
     folder = tmp_path_factory.mktemp("user")
     write_public_data(folder)
     before = Path.cwd()

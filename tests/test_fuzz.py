@@ -44,7 +44,7 @@ anything = st.recursive(
 
 
 def attempt(function, *arguments):
-    """Give the result, or none where the input is refused with a message."""
+    """Return the result, or none where the input is refused with a message."""
     try:
         return function(*arguments)
     except UserError:

@@ -129,7 +129,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def row_config(base: Config, changes: Changes, folder: Path, seed: int) -> Config:
-    """Give the configuration of a row.
+    """Return the configuration of a row.
 
     Args:
         base: the recipe.
@@ -283,7 +283,7 @@ def _check_overrides(number: int, overrides: Sequence[str]) -> None:
 
 
 def build_parser() -> Parser:
-    """Give the parser of this verb."""
+    """Build the parser of this verb."""
     parser = Parser(
         "ablate",
         description=__doc__,

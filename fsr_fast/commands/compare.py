@@ -97,7 +97,7 @@ def markdown(first: Path, second: Path, images: int, differences: Mapping[str, M
 
 
 def build_parser() -> Parser:
-    """Give the parser of this verb."""
+    """Build the parser of this verb."""
     parser = Parser("compare", description=__doc__)
     parser.add_argument("first", type=Path, help="folder of an evaluation")
     parser.add_argument("second", type=Path, help="folder of another evaluation of the same list")

@@ -21,7 +21,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def build_parser() -> Parser:
-    """Give the parser of this verb."""
+    """Build the parser of this verb."""
     parser = Parser("completion", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shell", choices=("bash", "zsh", "fish"))
     return parser

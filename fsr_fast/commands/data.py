@@ -116,7 +116,7 @@ def pack_lists(options: argparse.Namespace) -> None:
 
 
 def build_parser() -> Parser:
-    """Give the parser of this verb."""
+    """Build the parser of this verb."""
     parser = Parser("data", description=__doc__)
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION", parser_class=_ActionParser)
 
@@ -184,7 +184,7 @@ def _classes(options: argparse.Namespace) -> tuple[str, ...] | None:
 
 
 def _open(options: argparse.Namespace) -> tuple[DataConfig, list[str]]:
-    """Give the section `data` that reads the folder, and which of `train` and `val` there are."""
+    """Return the section `data` that reads the folder, and which of `train` and `val` there are."""
     dataset = options.dataset or detect_dataset(options.source)
     given = {"train": options.train, "val": options.val}
     lists = default_lists(options.source, dataset) | {part: name for part, name in given.items() if name}
@@ -202,7 +202,7 @@ def _open(options: argparse.Namespace) -> tuple[DataConfig, list[str]]:
 
 
 def _rows(split: Split, seen: set[str]) -> Iterator[tuple[str, list[str]]]:
-    """Give the rows of a list, without images of the lists before it."""
+    """Return the rows of a list, without images of the lists before it."""
     check_names(split.ids, split.origin, "data labels")
     names = [name for name in split.ids if name not in seen]
     seen.update(names)

@@ -71,7 +71,7 @@ def _report(folder: Path, evaluation: Evaluation, settings: dict[str, Any], clas
 
 
 def _header(network: Network, config: Config) -> dict[str, Any]:
-    """Say what is evaluated: two evaluations with the same words give the same counts."""
+    """Describe what is evaluated: two evaluations with equal headers give the same counts."""
     return {
         "classes": list(network.classes),
         "list": config.data.val_list,
@@ -113,7 +113,7 @@ def load_evaluation(options: argparse.Namespace) -> tuple[Network, Config, int |
 
 
 def build_parser() -> Parser:
-    """Give the parser of this verb."""
+    """Build the parser of this verb."""
     parser = Parser("evaluate", description=__doc__)
     parser.add_argument("--checkpoint", type=Path, required=True, help="run folder, checkpoint, official student.pth")
     parser.add_argument("--config", type=Path, help="recipe, for an official checkpoint: its data and evaluation")

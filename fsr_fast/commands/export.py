@@ -101,7 +101,7 @@ def _model_config(path: Path) -> ModelConfig:
 
 
 def build_parser() -> Parser:
-    """Give the parser of this verb."""
+    """Build the parser of this verb."""
     parser = Parser("export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--checkpoint", type=Path, required=True, help="run folder, checkpoint, exported folder, official student.pth"

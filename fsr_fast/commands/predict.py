@@ -50,7 +50,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def find_pictures(arguments: Iterable[str | Path]) -> dict[str, Path]:
-    """Give the pictures of files, folders and patterns by the name that their results get.
+    """Return the pictures of files, folders and patterns by the name that their results get.
 
     Raises:
         UserError: an address of the web, a path that is missing, a folder or pattern without picture, or two pictures
@@ -139,7 +139,7 @@ def _batches(pictures: dict[str, Path], largest: int) -> Iterator[list[tuple[str
 
 
 def build_parser() -> Parser:
-    """Give the parser of this verb."""
+    """Build the parser of this verb."""
     parser = Parser("predict", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("images", nargs="+", help="pictures, folders of pictures, or patterns such as 'trip/*.jpg'")
     parser.add_argument(

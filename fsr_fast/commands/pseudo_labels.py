@@ -122,7 +122,7 @@ def write_labels(
 
 
 def build_parser() -> Parser:
-    """Give the parser of this verb."""
+    """Build the parser of this verb."""
     parser = Parser("pseudo-labels", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, required=True, help="run folder, checkpoint, official student.pth")
     parser.add_argument("--output", type=Path, required=True, help="folder for the results")

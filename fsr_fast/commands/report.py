@@ -61,7 +61,7 @@ def _look_at(run: RunRecord, limit: int, rows: int, device: str, root: Path | No
 
 
 def build_parser() -> Parser:
-    """Give the parser of this verb."""
+    """Build the parser of this verb."""
     parser = Parser("report", description=__doc__)
     parser.add_argument("runs", type=Path, nargs="+", help="run folders; several are compared")
     parser.add_argument("--output", type=Path, help="page to write; by default report.html in the first run's folder")

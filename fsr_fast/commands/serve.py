@@ -36,7 +36,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def build_parser() -> Parser:
-    """Give the parser of this verb."""
+    """Build the parser of this verb."""
     parser = Parser("serve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--checkpoint", type=Path, required=True, help="run folder, checkpoint, exported folder, official student.pth"

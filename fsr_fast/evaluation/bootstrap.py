@@ -26,7 +26,7 @@ class Difference(NamedTuple):
 
 
 def mean_iou(counts: np.ndarray) -> np.ndarray:
-    """Give the mean IoU over the classes that are present in the truth.
+    """Return the mean IoU over the classes that are present in the truth.
 
     Args:
         counts: (..., C+1, 3), pixels in both, in the truth, in the prediction.

@@ -14,7 +14,7 @@ IGNORE_INDEX = 255
 
 
 def band_width(height: int, width: int) -> int:
-    """Give the width of the band for an image of this size: 2 % of its diagonal, at least one pixel."""
+    """Return the width of the band for an image of this size: 2 % of its diagonal, at least one pixel."""
     return max(1, round(DILATION_RATIO * math.hypot(height, width)))
 
 
@@ -53,7 +53,7 @@ def boundary_counts(prediction: Tensor, truth: Tensor, classes: int) -> Tensor:
 
 
 def boundary_iou(counts: Tensor) -> Tensor:
-    """Give intersection over union of the bands.
+    """Return intersection over union of the bands.
 
     Args:
         counts: (..., 3), sums of `boundary_counts`.

@@ -128,7 +128,7 @@ def evaluate_network(
 
 
 def choose_images(count: int, config: Config, *, during_training: bool = False) -> Sequence[int]:
-    """Give the numbers of the images to evaluate.
+    """Return the numbers of the images to evaluate.
 
     Args:
         count: length of the list.

@@ -121,7 +121,7 @@ def infer_like(
 
 
 def patch_sizes(size: tuple[int, int], scales: Sequence[float], patch_size: int) -> tuple[tuple[int, int], ...]:
-    """Give the sizes, in pixels, that an image of `size` has at the scales: whole patches."""
+    """Return the sizes, in pixels, that an image of `size` has at the scales: whole patches."""
     return tuple(scaled_size(size, scale, patch_size) for scale in scales)
 
 
@@ -134,7 +134,7 @@ class _Passed(NamedTuple):
     """(B, C+1, h, w), of each scale of the segmentation, mirror images added."""
 
     def take(self, index: int) -> _Passed:
-        """Give one image of the batch, B = 1."""
+        """Return one image of the batch, B = 1."""
         part = slice(index, index + 1)
 
         def cut(features: Features) -> Features:

@@ -22,7 +22,7 @@ PARTIAL = "images.{}.partial.jsonl"
 
 
 def fingerprint(network: nn.Module) -> str:
-    """Give the SHA-256 of all weights and buffers, with their names."""
+    """Return the SHA-256 of all weights and buffers, with their names."""
     digest = hashlib.sha256()
     for name, value in sorted(network.state_dict().items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
@@ -53,7 +53,7 @@ class Journal:
             yield from self._read(path)
 
     def failed(self) -> dict[str, str]:
-        """Give what kept images from being done, by name; what failed before may have been mended since."""
+        """Return what kept images from being done, by name; what failed before may have been mended since."""
         lines = list(self.lines())
         done = {line["name"] for line in lines if "error" not in line}
         return {line["name"]: line["error"] for line in lines if "error" in line and line["name"] not in done}

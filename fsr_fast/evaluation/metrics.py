@@ -70,23 +70,23 @@ class ConfusionMatrix:
         self.counts = total.cpu()
 
     def iou(self) -> Tensor:
-        """Give intersection over union: (C+1,) float64, percent; nan where the class is absent from the truth."""
+        """Return intersection over union: (C+1,) float64, percent; nan where the class is absent from the truth."""
         return self._share(self.counts.sum(0) + self._true - self._hit).masked_fill(self._true == 0, math.nan)
 
     def mean_iou(self) -> float:
-        """Give the mean of `iou` over the classes present in the truth, percent; nan before anything was counted."""
+        """Return the mean of `iou` over the classes present in the truth, percent; nan before anything was counted."""
         return self.iou().nanmean().item()
 
     def precision(self) -> Tensor:
-        """Give the share of a class's predicted pixels that are right: (C+1,) float64, percent; nan where none are."""
+        """Share of a class's predicted pixels that are right: (C+1,) float64, percent; nan where none are."""
         return self._share(self.counts.sum(0))
 
     def recall(self) -> Tensor:
-        """Give the share of a class's true pixels that are found: (C+1,) float64, percent; nan where it has none."""
+        """Return the share of a class's true pixels that are found: (C+1,) float64, percent; nan where it has none."""
         return self._share(self._true)
 
     def pixel_accuracy(self) -> float:
-        """Give the share of all counted pixels that are right, percent; nan before anything was counted."""
+        """Return the share of all counted pixels that are right, percent; nan before anything was counted."""
         total = self.counts.sum().item()
         return 100.0 * self._hit.sum().item() / total if total else math.nan
 
@@ -110,7 +110,7 @@ class ConfusionMatrix:
 
 
 def scores(matrix: ConfusionMatrix, class_names: Sequence[str]) -> dict[str, Any]:
-    """Give all scores as plain values that JSON can hold.
+    """Return all scores as plain values that JSON can hold.
 
     Args:
         matrix: counts over C foreground classes.
@@ -141,7 +141,7 @@ def scores(matrix: ConfusionMatrix, class_names: Sequence[str]) -> dict[str, Any
 
 
 def plain(value: float) -> float | None:
-    """Give a number as JSON can hold it: None for nan."""
+    """Return a number as JSON can hold it: None for nan."""
     return None if math.isnan(value) else value
 
 

@@ -55,7 +55,7 @@ def predict_images(
     labelled: bool = True,
     confidence: bool = False,
 ) -> Iterator[Result | Failure]:
-    """Give the label maps of images, each once, in an order that depends on their sizes.
+    """Return the label maps of images, each once, in an order that depends on their sizes.
 
     No more images are held than a window of readers, a batch and the processes of the CRF take.
 

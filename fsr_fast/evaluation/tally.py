@@ -69,7 +69,7 @@ class Tally:
             self.bands = total.cpu()
 
     def scores(self, class_names: Sequence[str]) -> dict[str, Any]:
-        """Give all scores as plain values: `metrics.scores`, and boundary IoU of each class and on average."""
+        """Return all scores as plain values: `metrics.scores`, and boundary IoU of each class and on average."""
         result = scores(self.matrix, class_names)
         boundary = boundary_iou(self.bands)
         for row, value in zip(result["classes"].values(), boundary.tolist(), strict=True):
@@ -82,7 +82,7 @@ class Tally:
 
 
 def class_counts(counts: Mapping[str, list[list[int]]], classes: int) -> np.ndarray:
-    """Give what both IoUs of an image are made of.
+    """Return what both IoUs of an image are made of.
 
     Returns:
         (2, C+1, 3), int64: pixels (first) and band pixels (second) in both, in the truth, in the prediction.

@@ -41,7 +41,7 @@ def set_learning_rate(optimiser: torch.optim.Optimizer, factor: float) -> None:
 
 
 def fill_missing_gradients(optimiser: torch.optim.Optimizer) -> None:
-    """Give a zero gradient to every parameter that no loss has reached.
+    """Set a zero gradient on every parameter that no loss has reached.
 
     A stage that is skipped because its weight is 0 then moves its parameters as if it had been computed:
     decay and the moments of AdamW go on.

@@ -25,7 +25,7 @@ class Schedule:
 
 
 def schedule_at(config: Config, iteration: int) -> Schedule:
-    """Give the values of an iteration, counted from 0. Source: paper, implementation details; official code."""
+    """Return the values of an iteration, counted from 0. Source: paper, implementation details; official code."""
     optim, teacher, loss = config.optim, config.teacher, config.loss
     started = {"affinity": iteration >= loss.affinity_start, "segmentation": iteration >= loss.segmentation_start}
     started["energy"] = started["segmentation"]

@@ -126,7 +126,7 @@ class FSRStep(nn.Module):
     def _pass_unmasked(
         self, view1: Tensor | None, view2: Tensor | None, draws: Draws
     ) -> tuple[Features | None, list[Features]]:
-        """Give view 2's features, where the teacher shares them, and those of view 1's scaled and mirrored images."""
+        """Return view 2's features, where the teacher shares them, and those of view 1's scaled and mirrored images."""
         encoder, shared, cam = self.student.encoder, self.shares_passes, self.config.cam
         alone = [view2] if view2 is not None and shared else []
         scaled = [] if view1 is None else scaled_views(view1, cam.scales, encoder.patch_size, known=shared)
@@ -150,7 +150,7 @@ class FSRStep(nn.Module):
     def _pass_teacher(
         self, views: tuple[Tensor, Tensor], known: tuple[Features, Features | None], draws: Draws, weights: LossConfig
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Give the bottleneck vectors of view 1's class token (B, E) and of view 2's patches (B, N, E) where wanted."""
+        """Bottleneck vectors of view 1's class token (B, E) and of view 2's patches (B, N, E) where wanted."""
         encoder, projector = (self.teacher.network or self.student).encoder, self.teacher.projector
         wanted = [index for index, weight in enumerate((weights.class_token, weights.uncertain)) if weight > 0]
         with torch.no_grad(), self._autocast():

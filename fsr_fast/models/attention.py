@@ -44,7 +44,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, groups: Groups, backend: B
 
 
 def describe_packing(groups: Groups, backend: Backend, device: torch.device) -> Any:
-    """Give what a backend's operator must know of packed images: a mask, boundaries, or nothing."""
+    """Return what a backend's operator must know of packed images: a mask, boundaries, or nothing."""
     if backend == "xformers" and len(groups) > 1:  # images of one size are a batch and need no mask
         return block_diagonal_mask(groups, device)
     return boundaries(groups, device) if backend == "varlen" else None
@@ -81,7 +81,7 @@ def choose_backend(wanted: Literal["auto", "sdpa", "xformers", "varlen"], device
 
 
 def _admit_xformers() -> bool:
-    """Tell whether xformers is there and has an operator for GPUs.
+    """Return whether xformers is there and has an operator for GPUs.
 
     Its own library loads only beside the CUDA that it was built with. Where that fails, it refuses all operators, also
     those that call torch's own and need no library: these are admitted here.
@@ -121,7 +121,7 @@ def _attend_varlen(query: Tensor, key: Tensor, value: Tensor, groups: Groups, bo
 
 @functools.lru_cache(maxsize=64)
 def block_diagonal_mask(groups: Groups, device: torch.device) -> Any:
-    """Give xformers' mask of packed images: each token attends to those of its own image."""
+    """Return xformers' mask of packed images: each token attends to those of its own image."""
     from xformers.ops.fmha.attn_bias import BlockDiagonalMask
 
     return BlockDiagonalMask.from_seqlens(_lengths(groups), device=device)
@@ -129,7 +129,7 @@ def block_diagonal_mask(groups: Groups, device: torch.device) -> Any:
 
 @functools.lru_cache(maxsize=64)
 def boundaries(groups: Groups, device: torch.device) -> Tensor:
-    """Give the position of each packed image's first token, and the end: (images + 1,), int32."""
+    """Return the position of each packed image's first token, and the end: (images + 1,), int32."""
     bounds = torch.tensor([0, *accumulate(_lengths(groups))], dtype=torch.int32, pin_memory=device.type == "cuda")
     return bounds.to(device, non_blocking=True)
 

@@ -22,5 +22,5 @@ class Decoder(nn.Module):
             nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, features: Tensor) -> Tensor:
-        """Give logits (B, C+1, h, w) of a feature map (B, D, h, w)."""
+        """Return logits (B, C+1, h, w) of a feature map (B, D, h, w)."""
         return self.conv8(F.relu(self.conv7(F.relu(self.conv6(features)))))

@@ -293,7 +293,7 @@ def _add(tokens: Tensor, branch: Tensor, drop_path: Tensor | None) -> Tensor:
 
 
 def _spread(drop_path: Tensor, groups: Groups) -> Tensor:
-    """Give each image's factors (…, ΣB) to all of its tokens: (…, T, 1)."""
+    """Spread each image's factors (…, ΣB) to all of its tokens: (…, T, 1)."""
     parts = drop_path.split([images for images, _ in groups], dim=-1)
     spread = [part.unsqueeze(-1).expand(*part.shape, tokens) for part, (_, tokens) in zip(parts, groups, strict=True)]
     return torch.cat([part.flatten(-2) for part in spread], dim=-1).unsqueeze(-1)

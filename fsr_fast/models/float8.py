@@ -26,7 +26,7 @@ def linear_float8(layer: nn.Linear, inputs: Tensor) -> Tensor:
 
 
 def has_float8(device: torch.device) -> bool:
-    """Tell whether the device multiplies in float8: GPUs from compute capability 8.9; CPUs do, slowly."""
+    """Return whether the device multiplies in float8: GPUs from compute capability 8.9; CPUs do, slowly."""
     return device.type == "cpu" or torch.cuda.get_device_capability(device) >= (8, 9)
 
 

@@ -33,7 +33,7 @@ class NetworkDescription(Section):
 
 
 def is_network_folder(path: Path) -> bool:
-    """Tell whether a folder holds an exported network."""
+    """Return whether a folder holds an exported network."""
     return (path / WEIGHTS).is_file() and (path / DESCRIPTION).is_file()
 
 

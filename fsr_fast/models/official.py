@@ -163,7 +163,7 @@ def fill_network(network: Network, weights: dict[str, Tensor], origin: str) -> N
 
 
 def official_state_dict(network: Network) -> dict[str, Tensor]:
-    """Give the weights as an official checkpoint holds them.
+    """Return the weights as an official checkpoint holds them.
 
     The patch projection is rewritten for ImageNet's normalisation where the network has another one.
 

@@ -269,7 +269,7 @@ def distil(
 def teach(
     teacher: State, views: tuple[Tensor, Tensor], first: NetworkOutput, draws: Draws, settings: Settings
 ) -> tuple[Tensor, Tensor]:
-    """Gives the teacher's bottleneck vectors of view 1's class token (B, E) and of view 2's patches (B, N, E)."""
+    """Return the teacher's bottleneck vectors of view 1's class token (B, E) and of view 2's patches (B, N, E)."""
     drop_path1 = drop_path2 = None
     if draws.teacher is not None:
         drop_path1, drop_path2 = draws.teacher.chunk(2, dim=2)

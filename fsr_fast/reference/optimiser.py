@@ -11,7 +11,7 @@ NOT_TRAINED = ("projector.last_layer.weight_g",)  # the gain of the prototypes i
 def rate_and_decay(
     name: str, parameter: Tensor, *, learning_rate: float, head_factor: float, weight_decay: float
 ) -> tuple[float, float]:
-    """Gives the learning rate and the weight decay of a parameter by its group.
+    """Return the learning rate and the weight decay of a parameter by its group.
 
     Args:
         name: its key in the official checkpoint.

@@ -82,7 +82,7 @@ class DemoServer(ThreadingHTTPServer):
         return _describe(picture, prediction)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Say nothing of a client that went away; its connection is closed."""
+        """Stay silent about a client that went away; its connection is closed."""
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -19,7 +19,7 @@ FONT_SIZE = 17
 
 @cache
 def voc_palette() -> np.ndarray:
-    """Give PASCAL VOC's colours.
+    """Return PASCAL VOC's colours.
 
     Returns:
         (256,3) uint8, RGB by label; 0 (background) is black, 255 (ignore) a light grey. Read-only.

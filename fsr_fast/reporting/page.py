@@ -74,7 +74,7 @@ def render_page(runs: Sequence[RunRecord], galleries: Mapping[str, Gallery], cla
 
 
 def data_uri(picture: Image.Image, side: int | None = SIDE, *, lossless: bool = False) -> str:
-    """Give a picture as a `data:` address, WebP, no side longer than `side` pixels."""
+    """Return a picture as a `data:` address, WebP, no side longer than `side` pixels."""
     if side is not None:
         picture = picture.copy()
         picture.thumbnail((side, side), Image.Resampling.LANCZOS)
@@ -84,7 +84,7 @@ def data_uri(picture: Image.Image, side: int | None = SIDE, *, lossless: bool = 
 
 
 def mask_uri(mask: np.ndarray) -> str:
-    """Give labels as a `data:` address, PNG in VOC's colours, no side longer than `SIDE` pixels."""
+    """Return labels as a `data:` address, PNG in VOC's colours, no side longer than `SIDE` pixels."""
     step = max(1, -(-max(mask.shape) // SIDE))  # whole labels: every n-th pixel
     content = io.BytesIO()
     save_palette_png(mask[::step, ::step], content)

@@ -165,7 +165,7 @@ def write_json(path: Path, values: Mapping[str, Any]) -> Path:
 
 
 def environment() -> dict[str, Any]:
-    """Give what a result depends on beside the configuration: versions, devices, commit (None where unknown)."""
+    """Return what a result depends on beside the configuration: versions, devices, commit (None where unknown)."""
     cuda = torch.cuda.is_available()
     return {
         "python": platform.python_version(),

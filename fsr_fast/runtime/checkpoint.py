@@ -32,7 +32,7 @@ class Stateful(Protocol):
     """What has a state of tensors and plain values."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Give the state."""
+        """Return the state."""
         ...
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> Any:
@@ -58,7 +58,7 @@ class TrainState:
     """Number of skipped steps."""
 
     def state(self, iteration: int, description: dict[str, Any]) -> dict[str, Any]:
-        """Give what a checkpoint holds; where weights are shared out, all processes call it.
+        """Return what a checkpoint holds; where weights are shared out, all processes call it.
 
         Args:
             iteration: iterations done.
@@ -130,7 +130,7 @@ def write_checkpoint(run: Path, state: dict[str, Any]) -> Path:
 
 
 def list_checkpoints(run: Path) -> list[Path]:
-    """Give the checkpoints of a run folder, oldest first."""
+    """Return the checkpoints of a run folder, oldest first."""
     numbered = (path for path in (run / FOLDER).glob("*.pt") if re.fullmatch(r"\d{7,}", path.stem))
     return sorted(numbered, key=lambda path: int(path.stem))
 

@@ -93,7 +93,7 @@ def sum_over_ranks(value: Tensor) -> Tensor:
 
 
 def _meeting(limit: timedelta) -> dict[str, Any]:
-    """Give the arguments by which the processes find each other.
+    """Return the arguments by which the processes find each other.
 
     torchrun keeps its store when it restarts the processes, and in it the addresses of the dead. On one machine all
     processes know the number of the attempt, and each attempt gets keys of its own.

@@ -58,7 +58,7 @@ class NonFiniteGuard:
         return bad
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Give the number of skipped iterations."""
+        """Return the number of skipped iterations."""
         return {"skipped": self.counts[1]}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -67,7 +67,7 @@ class NonFiniteGuard:
 
 
 def gradient_norm(parameters: Iterable[torch.nn.Parameter], limit: float | None) -> Tensor:
-    """Give the norm of the whole gradient before it is clipped to `limit`, if one is given."""
+    """Return the norm of the whole gradient before it is clipped to `limit`, if one is given."""
     parameters = list(parameters)
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
@@ -79,7 +79,7 @@ def gradient_norm(parameters: Iterable[torch.nn.Parameter], limit: float | None)
 
 
 def not_finite(iteration: int, output: Path) -> UserError:
-    """Give the error that ends a run after `LIMIT` bad iterations in a row.
+    """Build the error that ends a run after `LIMIT` bad iterations in a row.
 
     Args:
         iteration: iterations done.

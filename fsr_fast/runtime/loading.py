@@ -24,7 +24,7 @@ class RestartingLoader:
         self._alone = False
 
     def __next__(self) -> Batch:
-        """Give the next batch.
+        """Return the next batch.
 
         Raises:
             UserError: an image cannot be read, or loader processes die again and again.
@@ -44,7 +44,7 @@ class RestartingLoader:
             return batch
 
     def state_dict(self) -> dict[str, int]:
-        """Give the position in the stream."""
+        """Return the position in the stream."""
         return self._loader.state_dict()
 
     def load_state_dict(self, state: dict[str, int]) -> None:

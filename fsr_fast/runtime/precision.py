@@ -19,12 +19,12 @@ def autocast(device: torch.device, amp: str) -> torch.autocast:
 
 
 def uses_half(device: torch.device, amp: str) -> bool:
-    """Tell whether matrix products run in bfloat16, as `autocast` decides it."""
+    """Return whether matrix products run in bfloat16, as `autocast` decides it."""
     return amp == "bf16" or (amp == "auto" and device.type == "cuda")
 
 
 def has_fast_bf16(device: torch.device) -> bool:
-    """Tell whether bfloat16 products are faster than float32: on GPUs, and on CPUs with instructions for them."""
+    """Return whether bfloat16 products are faster than float32: on GPUs, and on CPUs with instructions for them."""
     if device.type == "cuda":
         return True
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and torch.cpu._is_avx512_bf16_supported()

@@ -6,7 +6,7 @@ import torch
 
 
 def stream(seed: int, *purpose: int | str) -> torch.Generator:
-    """Give the generator of a purpose, e.g. `stream(seed, "step", rank, iteration)`.
+    """Return the generator of a purpose, e.g. `stream(seed, "step", rank, iteration)`.
 
     Streams of different purposes are independent; the same purpose always gives the same stream.
     """

@@ -61,7 +61,7 @@ def whole_weights(step: nn.Module, network: nn.Module) -> Iterator[None]:
 
 
 def local_parts(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Give this process's part of each tensor; tensors that are not shared out stay as they are."""
+    """Return this process's part of each tensor; tensors that are not shared out stay as they are."""
     return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
 
 

@@ -74,7 +74,7 @@ class Vote:
         self._pending: tuple[Any, torch.Tensor] | None = None
 
     def cast(self, number: int) -> int:
-        """Give this process's number and get the largest of the iteration before; alone: the number itself."""
+        """Submit this process's number; return the largest of the iteration before, or the number itself if alone."""
         if self._group is None:
             return number
         ballot = torch.tensor(number)

@@ -61,7 +61,7 @@ class Supervisor:
         return self._open.__exit__(kind, error, trace)
 
     def beat(self, place: str) -> None:
-        """Give the watchdog a sign of life.
+        """Tell the watchdog that the process is alive.
 
         Args:
             place: what follows.
@@ -112,7 +112,7 @@ class Supervisor:
             self._waited += time.perf_counter() - began
 
     def saving_share(self) -> float:
-        """Give the share of the time since the start that the training waited for `save`."""
+        """Return the share of the time since the start that the training waited for `save`."""
         return self._waited / (time.perf_counter() - self._began)
 
     def finish(self) -> None:

@@ -23,13 +23,13 @@ Item = TypeVar("Item")
 
 
 def on_main_process() -> bool:
-    """Tell whether this process is rank 0, or the only one."""
+    """Return whether this process is rank 0, or the only one."""
     grouped = torch.distributed.is_available() and torch.distributed.is_initialized()
     return not grouped or torch.distributed.get_rank() == 0
 
 
 def is_quiet() -> bool:
-    """Tell whether to print plain lines: stdout is no (capable) terminal, or the environment variable CI is set."""
+    """Return whether to print plain lines: stdout is no (capable) terminal, or the environment variable CI is set."""
     return not sys.stdout.isatty() or os.environ.get("TERM") == "dumb" or bool(os.environ.get("CI"))
 
 
@@ -215,7 +215,7 @@ def _lines(
 
 
 def peak_memory(device: torch.device) -> int:
-    """Give the largest memory so far, in bytes: of a GPU what torch holds there, else of this process."""
+    """Return the largest memory so far, in bytes: of a GPU what torch holds there, else of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

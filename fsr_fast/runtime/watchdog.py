@@ -53,7 +53,7 @@ class Watchdog:
             faulthandler.cancel_dump_traceback_later()
 
     def beat(self, place: str) -> None:
-        """Give a sign of life.
+        """Show that the process is alive.
 
         Args:
             place: what follows, e.g. `the data of iteration 7`.

@@ -124,7 +124,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], set[tuple[str, str, str]]]] = 
 
 @pytest.fixture
 def animals(folder: Path) -> Path:
-    """Give the six images without their XML: labels.csv is the source."""
+    """The six images without their XML: labels.csv is the source."""
     shutil.rmtree(folder / "Annotations")
     return folder
 

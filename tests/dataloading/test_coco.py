@@ -23,7 +23,7 @@ def rectangle(left: float, top: float, right: float, bottom: float) -> list[list
 
 
 def crowd(left: int, right: int) -> dict[str, Any]:
-    """Give columns left to right as an uncompressed run-length code."""
+    """Encode columns left to right as an uncompressed run-length code."""
     return {"size": [HEIGHT, WIDTH], "counts": [left * HEIGHT, (right - left) * HEIGHT, (WIDTH - right) * HEIGHT]}
 
 

@@ -35,7 +35,7 @@ def train(creatures: DataConfig) -> ImageSet:
 def views(
     dataset: ImageSet, pipeline: str, augment: dict[str, Any], *, size: int = 48, batches: int = 3, **changes: Any
 ) -> Tensor:
-    """Give the views of the first batches, (2, n, 3, H, W)."""
+    """Return the views of the first batches, (2, n, 3, H, W)."""
     data = DataConfig.model_validate({"image_size": size, "workers": 0, "pipeline": pipeline})
     options: dict[str, Any] = {
         "batch_size": 8,
@@ -50,7 +50,7 @@ def views(
 
 
 def differences(dataset: ImageSet, augment: dict[str, Any], **options: Any) -> Tensor:
-    """Give the mean absolute difference of each view, in levels of 8 bits."""
+    """Return the mean absolute difference of each view, in levels of 8 bits."""
     first, second = (views(dataset, pipeline, augment, **options) for pipeline in ("torch", "dali"))
     return (first - second).abs().mean((2, 3, 4))
 

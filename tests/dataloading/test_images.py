@@ -13,7 +13,7 @@ RED, GREEN, BLUE, WHITE = (230, 20, 20), (20, 200, 20), (20, 20, 230), (240, 240
 
 
 def corners() -> Image.Image:
-    """Give 48 × 32 pixels: red and green above, blue and white below."""
+    """A picture of 48 × 32 pixels: red and green above, blue and white below."""
     pixels = np.zeros((32, 48, 3), np.uint8)
     pixels[:16, :24], pixels[:16, 24:], pixels[16:, :24], pixels[16:, 24:] = RED, GREEN, BLUE, WHITE
     return Image.fromarray(pixels)

@@ -19,7 +19,7 @@ PLAIN = AugmentConfig(crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), flip=0.0, ji
 
 
 def steps(pipeline: str) -> AugmentConfig:
-    """Give every step that a pipeline knows."""
+    """Return every step that a pipeline knows."""
     policy = "randaugment" if pipeline == "torch" else "autoaugment"
     return AugmentConfig.model_validate({"jitter": 1.0, "blur": 0.5, "solarise": 0.5, "policy": policy})
 

@@ -51,7 +51,7 @@ class Trained(NamedTuple):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """Give a function that trains by changes to the recipe, each case once."""
+    """A function that trains by changes to the recipe, each case once."""
     folder = tmp_path_factory.mktemp("switches")
     root = helpers.write_dataset(folder / "data")
     short = {"optim": {"iterations": 2, "warmup": 0, "batch_size": BATCH}, "evaluate": {"limit": 1}}

@@ -50,7 +50,7 @@ def pin(tensor: Tensor) -> Tensor:
 
 
 def move(module: nn.Module, *_, memory_format: torch.memory_format = torch.preserve_format) -> nn.Module:
-    """Give a module parameters and buffers on the GPU."""
+    """Put a module's parameters and buffers on the GPU."""
     for part in module.modules():
         for named in (part._parameters, part._buffers):
             for name, value in named.items():

@@ -50,7 +50,7 @@ TINY: dict[str, Any] = {
 
 
 def tiny_config(preset: str, *changes: dict[str, Any]) -> Config:
-    """Give a shipped recipe with a tiny network, changed section by section."""
+    """Return a shipped recipe with a tiny network, changed section by section."""
     values = read_yaml(CONFIG_FOLDER / f"{preset}.yaml")
     for change in (TINY, *changes):
         for section, content in change.items():
@@ -87,7 +87,7 @@ def smooth_views(size: tuple[int, int], batch: int = 3, seed: int = 1) -> tuple[
 def build_trainer(
     config: Config, size: tuple[int, int], *, dtype: torch.dtype = DTYPE, rank: int = 0
 ) -> SimpleNamespace:
-    """Give what `Trainer` needs for an iteration, for images of any size."""
+    """Return what `Trainer` needs for an iteration, for images of any size."""
     network = build_tiny_network(config).to(dtype)
     step = build_step(network, config, len(CLASSES)).to(dtype)
     step.mask_shape = mask_shape(config.mask, (size[0] // PATCH, size[1] // PATCH))

@@ -27,7 +27,7 @@ def head(matrix, index):
 
 
 def trunk(state, image):
-    """Give tokens (N, D) and weights (depth, heads, N, N) of one image of the training's size."""
+    """Return tokens (N, D) and weights (depth, heads, N, N) of one image of the training's size."""
     proj = "encoder.patch_embed.proj"
     tokens = F.conv2d(image[None], state[f"{proj}.weight"], state[f"{proj}.bias"], stride=8)[0].flatten(1).T
     tokens = tokens + state["encoder.pos_embed"][0, 1:]

@@ -72,7 +72,7 @@ def recipe(root, tmp_path) -> Callable[..., Path]:
 
 
 def outcome(run: Path) -> dict[str, object]:
-    """Give all that a run has computed: the newest checkpoint without the configuration."""
+    """Return all that a run has computed: the newest checkpoint without the configuration."""
     return {name: value for name, value in final_state(run).items() if not name.startswith(".config.")}
 
 
