@@ -16,7 +16,7 @@ from PIL import Image
 from fsr_fast.config import DataConfig
 from fsr_fast.dataloading.datasets import check_size, open_split
 from fsr_fast.dataloading.images import DamagedFileError, OutsideError, check_name, read_image
-from fsr_fast.dataloading.labels import shown_classes, write_csv, write_text
+from fsr_fast.dataloading.labels import shown_classes, write_csv, write_new
 from fsr_fast.dataloading.layout import IMAGE_ENDINGS, Split, no_mask
 from fsr_fast.dataloading.threads import map_ahead
 from fsr_fast.errors import UserError
@@ -148,7 +148,7 @@ def write_clean_lists(report: Report, folder: Path) -> list[Path]:
         if tables:
             write_csv(path, ((name, [split.classes[number] for number in split.labels(name)]) for name in names))
         else:
-            write_text(path, "".join(f"{name}\n" for name in names))
+            write_new(path, "".join(f"{name}\n" for name in names))
     return list(paths.values())
 
 

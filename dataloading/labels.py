@@ -25,6 +25,7 @@ from fsr_fast.dataloading.layout import Files, no_mask
 from fsr_fast.dataloading.names import Names
 from fsr_fast.dataloading.threads import map_ahead
 from fsr_fast.errors import UserError, nearest
+from fsr_fast.runtime.files import write_text
 
 LabelSource = Callable[[str], list[int]]
 Row = tuple[str, str, list[str] | None]  # place in the file, image, class names; none: the row has not two columns
@@ -201,11 +202,11 @@ def write_csv(path: Path, rows: Iterable[tuple[str, Iterable[str]]]) -> int:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(HEADER)
     writer.writerows((name, " ".join(_key(label) for label in shown)) for name, shown in rows)
-    write_text(path, text.getvalue())
+    write_new(path, text.getvalue())
     return text.getvalue().count("\n") - 1
 
 
-def write_text(path: Path, text: str) -> None:
+def write_new(path: Path, text: str) -> None:
     """Write a file that appears only when it is complete.
 
     Raises:
@@ -213,13 +214,7 @@ def write_text(path: Path, text: str) -> None:
     """
     if path.exists():
         raise UserError(f"{path} exists; delete it or give another name")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.rename(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_text(path, text)
 
 
 def shown_classes(mask: NDArray[np.uint8]) -> list[int]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
@@ -12,17 +10,18 @@ from numpy.typing import NDArray
 
 from fsr_fast.dataloading.class_names import VOC_CLASSES
 from fsr_fast.dataloading.images import DamagedFileError, read_mask
-from fsr_fast.dataloading.labels import write_text
+from fsr_fast.dataloading.labels import write_new
 from fsr_fast.dataloading.layout import Split, check_names, no_mask, read_list
+from fsr_fast.dataloading.palette import save_palette_png
 from fsr_fast.dataloading.threads import map_ahead
 from fsr_fast.dataloading.voc import LISTS, MASKS, check_layout
 from fsr_fast.errors import UserError
+from fsr_fast.runtime.files import atomic_path
 
 Track = Callable[[Iterable[None], str, int], Iterable[None]]
-Save = Callable[[NDArray[np.uint8], Path], None]
 
 
-def build_augmented_masks(root: Path, sbd: Path, *, save: Save, track: Track) -> tuple[int, int]:
+def build_augmented_masks(root: Path, sbd: Path, *, track: Track) -> tuple[int, int]:
     """Write SegmentationClassAug and, where it is missing, the list train_aug.
 
     Images that VOC has masks of keep those, with their ignored borders; all others get SBD's. The list holds the
@@ -31,7 +30,6 @@ def build_augmented_masks(root: Path, sbd: Path, *, save: Save, track: Track) ->
     Args:
         root: VOCdevkit/VOC2012.
         sbd: SBD's folder with `cls/*.mat`, `train.txt` and `val.txt` (benchmark_RELEASE/dataset).
-        save: writes a mask (H, W) to a PNG file.
         track: shows progress: of the masks, a description and their number.
 
     Returns:
@@ -52,19 +50,18 @@ def build_augmented_masks(root: Path, sbd: Path, *, save: Save, track: Track) ->
         path = root / MASKS[1] / f"{name}.png"
         return read_mask(path, len(VOC_CLASSES)) if name in own else read_sbd_mask(sbd / "cls" / f"{name}.mat")
 
-    _write_folder(target, names, read, save=save, track=track)
+    _write_folder(target, names, read, track=track)
     if not (root / LISTS / "train_aug.txt").exists():
-        write_text(root / LISTS / "train_aug.txt", "".join(f"{name}\n" for name in listed))
+        write_new(root / LISTS / "train_aug.txt", "".join(f"{name}\n" for name in listed))
     return len(names), len(listed)
 
 
-def write_masks(split: Split, folder: Path, *, save: Save, track: Track) -> int:
+def write_masks(split: Split, folder: Path, *, track: Track) -> int:
     """Write the masks of a list as files, `FOLDER/NAME.png`, as the layouts of VOC and of the official code have them.
 
     Args:
         split: the list, opened with masks.
         folder: to write; it appears only when it is complete.
-        save: writes a mask (H, W) to a PNG file.
         track: shows progress: of the masks, a description and their number.
 
     Returns:
@@ -81,7 +78,7 @@ def write_masks(split: Split, folder: Path, *, save: Save, track: Track) -> int:
         return mask
 
     check_names(split.ids, split.origin, "data masks")
-    _write_folder(folder, split.ids, read, save=save, track=track)
+    _write_folder(folder, split.ids, read, track=track)
     return len(split.ids)
 
 
@@ -109,25 +106,18 @@ def read_sbd_mask(path: Path) -> NDArray[np.uint8]:
 
 
 def _write_folder(
-    target: Path, names: Collection[str], read: Callable[[str], NDArray[np.uint8]], *, save: Save, track: Track
+    target: Path, names: Collection[str], read: Callable[[str], NDArray[np.uint8]], *, track: Track
 ) -> None:
     if target.exists():
         raise UserError(f"{target} exists; delete it to build it anew")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    with atomic_path(target, sync=False) as folder:
+        folder.mkdir()
 
-    def write(name: str) -> None:
-        path = folder / f"{name}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save(read(name), path)
+        def write(name: str) -> None:
+            save_palette_png(read(name), folder / f"{name}.png")
 
-    try:
-        folder.chmod(0o755)
         for _ in track(map_ahead(write, names), "writing masks", len(names)):
             pass
-        folder.rename(target)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _read(path: Path) -> list[str]:

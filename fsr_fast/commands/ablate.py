@@ -17,8 +17,8 @@ from fsr_fast.cli import run_command
 from fsr_fast.config import CONFIG_FOLDER, Config, build_config, dump_config, load_config
 from fsr_fast.errors import UserError, nearest
 from fsr_fast.options import Parser
-from fsr_fast.reporting.tracking import write_json
 from fsr_fast.runtime.distributed import Process, start_process, stop_process
+from fsr_fast.runtime.files import write_json, write_text
 from fsr_fast.runtime.run_folder import CONFIG_FILE, claim_run_folder
 from fsr_fast.trainer import Trainer
 
@@ -199,7 +199,7 @@ def write_table(folder: Path, number: int, base: Config, seeds: Sequence[int], s
     }
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "table.json", content)
-    (folder / "table.md").write_text(_markdown(content), encoding="utf-8")
+    write_text(folder / "table.md", _markdown(content))
 
 
 def _row(row: str, number: int, summaries: Sequence[tuple[int, dict[str, Any] | None]]) -> dict[str, Any]:

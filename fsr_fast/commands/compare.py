@@ -16,7 +16,7 @@ from fsr_fast.evaluation.bootstrap import Difference, paired_bootstrap
 from fsr_fast.evaluation.journal import read_journal
 from fsr_fast.evaluation.tally import class_counts
 from fsr_fast.options import Parser
-from fsr_fast.reporting.tracking import write_json
+from fsr_fast.runtime.files import write_json, write_text
 
 MEASURES = ("mIoU", "boundary mIoU")
 
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str]) -> None:
         values = {kind: {name: row._asdict() for name, row in rows.items()} for kind, rows in differences.items()}
         folders = {"first": str(options.first), "second": str(options.second)}
         path = write_json(options.output / "comparison.json", {**folders, "images": images, "results": values})
-        (options.output / "comparison.md").write_text(text, encoding="utf-8")
+        write_text(options.output / "comparison.md", text)
         print(f"\ncomparison: {path}")
 
 

@@ -24,8 +24,7 @@ from fsr_fast.dataloading.pack import pack
 from fsr_fast.dataloading.threads import map_ahead
 from fsr_fast.errors import UserError
 from fsr_fast.options import Parser
-from fsr_fast.reporting.figures import save_palette_png
-from fsr_fast.reporting.tracking import write_json
+from fsr_fast.runtime.files import write_json
 from fsr_fast.runtime.terminal import track
 
 EXAMPLES = 3  # messages of a kind that are printed
@@ -79,7 +78,7 @@ def labels(options: argparse.Namespace) -> None:
 def masks(options: argparse.Namespace) -> None:
     """Build VOC's augmented masks from SBD, or write the masks of a list as files."""
     if options.sbd:
-        count, listed = build_augmented_masks(options.source, options.sbd, save=save_palette_png, track=track)
+        count, listed = build_augmented_masks(options.source, options.sbd, track=track)
         print(f"{options.source}: {count} masks in SegmentationClassAug; {listed} images are to train on")
         return
     if not options.output:
@@ -88,7 +87,7 @@ def masks(options: argparse.Namespace) -> None:
     for part in parts:
         split = open_split(config, training=part == "train", with_masks=True)
         folder = options.output / split.origin.stem.removeprefix("instances_")
-        print(f"{folder}: {write_masks(split, folder, save=save_palette_png, track=track)} masks")
+        print(f"{folder}: {write_masks(split, folder, track=track)} masks")
 
 
 def pack_lists(options: argparse.Namespace) -> None:

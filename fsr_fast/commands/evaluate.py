@@ -23,6 +23,7 @@ from fsr_fast.reporting.pictures import evaluation_grid
 from fsr_fast.reporting.tables import score_table
 from fsr_fast.runtime.checkpoint import read_checkpoint
 from fsr_fast.runtime.distributed import start_process, stop_process, wait_for_all
+from fsr_fast.runtime.files import write_png
 
 PICTURES = 8
 
@@ -66,7 +67,7 @@ def _report(folder: Path, evaluation: Evaluation, settings: dict[str, Any], clas
     print(f"metrics: {metrics}\nreport: {report}")
     if evaluation.examples:  # all may have been evaluated before an interruption
         picture = folder / "evaluation.png"
-        evaluation_grid(evaluation.examples, classes).save(picture)
+        write_png(picture, evaluation_grid(evaluation.examples, classes))
         print(f"picture: {picture}")
 
 

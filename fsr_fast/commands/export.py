@@ -6,7 +6,6 @@ official: the state dict of the official code.
 """
 
 import argparse
-import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from fsr_fast.options import Parser
 from fsr_fast.reporting.card import model_card
 from fsr_fast.reporting.record import read_run
 from fsr_fast.runtime.checkpoint import read_checkpoint
+from fsr_fast.runtime.files import atomic_path
 from fsr_fast.runtime.terminal import working
 
 
@@ -34,20 +34,14 @@ def main(arguments: Sequence[str]) -> None:
     if options.output.exists():
         raise UserError(f"--output: {options.output} exists; delete it or give another name")
     network = load_teacher(options.checkpoint) if options.teacher else load_network(options.checkpoint)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    partial = options.output.with_name(f".{options.output.name}.partial")
-    try:
-        with working(f"exporting to {options.output}"):
-            if options.to == "safetensors":
-                _write_folder(network, options, partial)
-            elif options.to == "official":
-                torch.save(official_state_dict(network), partial)
-            else:
-                (write_onnx if options.to == "onnx" else write_program)(network, partial)
-        partial.replace(options.output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.unlink(missing_ok=True)
+    with working(f"exporting to {options.output}"), atomic_path(options.output) as partial:
+        if options.to == "safetensors":
+            _write_folder(network, options, partial)
+        elif options.to == "official":
+            with partial.open("xb") as file:
+                torch.save(official_state_dict(network), file)
+        else:
+            (write_onnx if options.to == "onnx" else write_program)(network, partial)
     print(f"{options.output}: {_REMARKS[options.to]}; classes: {', '.join(network.classes)}")
 
 

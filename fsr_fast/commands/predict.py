@@ -14,14 +14,15 @@ import numpy as np
 from PIL import Image
 
 from fsr_fast.cli import run_command
+from fsr_fast.dataloading.palette import save_palette_png
 from fsr_fast.errors import UserError
 from fsr_fast.evaluation.crf import dense_crf
 from fsr_fast.evaluation.inference import Prediction, read_picture, segment_batch
 from fsr_fast.models import Network, load_network
 from fsr_fast.options import Parser
-from fsr_fast.reporting.figures import heatmap, overlay, save_palette_png, with_legend
-from fsr_fast.reporting.tracking import write_json
+from fsr_fast.reporting.figures import heatmap, overlay, with_legend
 from fsr_fast.runtime.distributed import start_process
+from fsr_fast.runtime.files import write_json, write_png
 from fsr_fast.runtime.terminal import track
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
@@ -86,16 +87,14 @@ def write_prediction(
         opacity: of mask and CAM over the picture, 0 to 1.
         legend: names of the classes, to be put below the overlay; none: no legend.
     """
-    for part in ("masks", "overlays", "cams"):
-        (folder / part).mkdir(parents=True, exist_ok=True)
     save_palette_png(mask, folder / "masks" / f"{name}.png")
     shown = overlay(image, mask, opacity)
     labels = [int(label) for label in np.unique(mask) if label]
     picture = Image.fromarray(shown) if legend is None else with_legend(shown, labels, legend)
-    picture.save(folder / "overlays" / f"{name}.png")
+    write_png(folder / "overlays" / f"{name}.png", picture)
     for class_name, cam in prediction.cams.items():
         shown = heatmap(image, cam, opacity)
-        Image.fromarray(shown).save(folder / "cams" / f"{name}_{class_name.replace('/', '_')}.png")
+        write_png(folder / "cams" / f"{name}_{class_name.replace('/', '_')}.png", Image.fromarray(shown))
 
 
 def _expand(argument: str) -> list[Path]:

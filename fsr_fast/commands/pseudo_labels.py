@@ -25,6 +25,7 @@ from fsr_fast.dataloading.datasets import build_datasets, open_split
 from fsr_fast.dataloading.images import check_name, read_image
 from fsr_fast.dataloading.layout import IMAGE_ENDINGS, Files
 from fsr_fast.dataloading.names import Names
+from fsr_fast.dataloading.palette import save_palette_png
 from fsr_fast.errors import UserError
 from fsr_fast.evaluation.archive import check_archive, write_archive
 from fsr_fast.evaluation.crf import require_pydensecrf
@@ -34,8 +35,8 @@ from fsr_fast.evaluation.predictions import Kind, Labels, predict_images
 from fsr_fast.evaluation.samples import Failure, Images
 from fsr_fast.models import Network
 from fsr_fast.options import Parser
-from fsr_fast.reporting.figures import save_palette_png
 from fsr_fast.runtime.distributed import Process, start_process, stop_process, wait_for_all
+from fsr_fast.runtime.files import write_png, write_text
 from fsr_fast.runtime.terminal import track
 
 
@@ -114,7 +115,7 @@ def write_labels(
     wait_for_all()
     if not process.is_main:
         return {}
-    (folder / "classes.txt").write_text("\n".join(["background", *network.classes]) + "\n", encoding="utf-8")
+    write_text(folder / "classes.txt", "\n".join(["background", *network.classes]) + "\n")
     failed = journal.failed()
     journal.join()
     print(f"{count - len(failed)} label maps: {folder / 'labels'}\nconfidence: {folder / 'confidence'}")
@@ -178,13 +179,10 @@ def _write_maps(folder: Path, name: str, found: Labels) -> None:
     assert found.confidence is not None
     for part, values in (("labels", found.labels), ("confidence", np.rint(255 * found.confidence.clip(0, 1)))):
         path = folder / part / f"{_stem(name)}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.partial")
         if part == "labels":
-            save_palette_png(values, partial)
+            save_palette_png(values, path)
         else:
-            Image.fromarray(values.astype(np.uint8)).save(partial, format="PNG")
-        partial.replace(path)
+            write_png(path, Image.fromarray(values.astype(np.uint8)))
 
 
 def _check_names(names: Sequence[str]) -> None:

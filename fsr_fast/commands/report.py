@@ -19,6 +19,7 @@ from fsr_fast.reporting.page import render_page
 from fsr_fast.reporting.record import RunRecord, read_run
 from fsr_fast.runtime.checkpoint import list_checkpoints, read_checkpoint
 from fsr_fast.runtime.distributed import start_process
+from fsr_fast.runtime.files import write_text
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -40,10 +41,7 @@ def main(arguments: Sequence[str]) -> None:
                 raise UserError(f"{run.folder}: its classes {found} are not those of {runs[0].folder}, {classes}")
             classes = found
     output = options.output or runs[0].folder / "report.html"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(f".{output.name}.partial")
-    partial.write_text(render_page(runs, galleries, classes), encoding="utf-8")
-    partial.replace(output)
+    write_text(output, render_page(runs, galleries, classes))
     print(f"report: {output}")
 
 

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from fsr_fast.dataloading.palette import voc_palette
 from fsr_fast.errors import UserError
-from fsr_fast.reporting.figures import voc_palette
+from fsr_fast.runtime.files import atomic_file
 
 FOLDER = "results/VOC2012/Segmentation/comp6_test_cls"
 
@@ -24,19 +25,13 @@ def write_archive(path: Path, labels: Path, names: Iterable[str]) -> None:
         labels: folder of the palette PNGs.
         names: of the images.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        mode = "w:gz" if path.suffix in (".gz", ".tgz") else "w"
-        with tarfile.open(partial, mode) as archive:  # type: ignore[call-overload]
-            for name in names:
-                content = (labels / f"{name}.png").read_bytes()
-                entry = tarfile.TarInfo(f"{FOLDER}/{name}.png")
-                entry.size = len(content)
-                archive.addfile(entry, io.BytesIO(content))
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    mode = "w:gz" if path.suffix in (".gz", ".tgz") else "w"
+    with atomic_file(path) as file, tarfile.open(fileobj=file, mode=mode) as archive:  # type: ignore[call-overload]
+        for name in names:
+            content = (labels / f"{name}.png").read_bytes()
+            entry = tarfile.TarInfo(f"{FOLDER}/{name}.png")
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
 
 
 def check_archive(path: Path, sizes: Mapping[str, tuple[int, int]], classes: int) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from fsr_fast.errors import UserError
+from fsr_fast.runtime.files import atomic_file, write_text
 
 FILE = "images.jsonl"
 PARTIAL = "images.{}.partial.jsonl"
@@ -60,11 +61,8 @@ class Journal:
 
     def open(self) -> None:
         """Begin to write; a line that an interruption cut short goes."""
-        self._folder.mkdir(parents=True, exist_ok=True)
         kept = [line for line in self._read(self._path) if "error" not in line] if self._path.is_file() else []
-        partial = self._path.with_suffix(".new")
-        partial.write_text("".join(map(_text, [self._header, *kept])), encoding="utf-8")
-        partial.replace(self._path)
+        write_text(self._path, "".join(map(_text, [self._header, *kept])))
         self._file = self._path.open("a", encoding="utf-8")
 
     def write(self, line: Mapping[str, Any]) -> None:
@@ -80,17 +78,13 @@ class Journal:
     def join(self) -> Path:
         """Make one file of all, once every process has closed its own; to be called by one of them."""
         path = self._folder / FILE
-        joined = path.with_suffix(".new")
-        with joined.open("w", encoding="utf-8") as file:
-            file.write(_text(self._header))
+        with atomic_file(path) as file:
+            file.write(_text(self._header).encode())
             for line in self.lines():
                 if "error" not in line:
-                    file.write(_text(line))
+                    file.write(_text(line).encode())
             for name, message in self.failed().items():
-                file.write(_text({"name": name, "error": message}))
-            file.flush()
-            os.fsync(file.fileno())
-        joined.replace(path)
+                file.write(_text({"name": name, "error": message}).encode())
         for part in self._folder.glob(PARTIAL.format("*")):
             part.unlink()
         return path

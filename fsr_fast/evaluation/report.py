@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from fsr_fast.evaluation.evaluator import Evaluation
-from fsr_fast.reporting.tracking import write_json
+from fsr_fast.runtime.files import atomic_file, write_json, write_text
 
 MEANINGS = {
     "pseudo": "labels from the class activation maps, given the true image labels",
@@ -55,11 +55,7 @@ def write_report(
         "confusion": {kind: tally.matrix.counts.tolist() for kind, tally in evaluation.tallies.items()},
     }
     metrics = write_json(folder / "metrics.json", values)
-    report = folder / "report.md"
-    partial = report.with_suffix(".new")
-    partial.write_text(markdown(evaluation, settings, pictures), encoding="utf-8")
-    partial.replace(report)
-    return metrics, report
+    return metrics, write_text(folder / "report.md", markdown(evaluation, settings, pictures))
 
 
 def markdown(evaluation: Evaluation, settings: Mapping[str, Any], pictures: Mapping[str, Path]) -> str:
@@ -104,7 +100,8 @@ def draw_confusion(counts: Tensor, class_names: Sequence[str], title: str, path:
             colour = "white" if shares[row, column] < 60 else "black"
             axes.text(column, row, f"{shares[row, column]:.0f}", ha="center", va="center", color=colour, fontsize=7)
     figure.colorbar(picture, label="% of the true class's pixels", shrink=0.7)
-    figure.savefig(path)
+    with atomic_file(path, sync=False) as file:
+        figure.savefig(file, format="png")
 
 
 def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -13,10 +13,11 @@ from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 from PIL import Image
 
+from fsr_fast.dataloading.palette import voc_palette
 from fsr_fast.errors import UserError
 from fsr_fast.evaluation.inference import Prediction, read_picture, segment
 from fsr_fast.models import Network
-from fsr_fast.reporting.figures import colourise, heatmap, voc_palette
+from fsr_fast.reporting.figures import colourise, heatmap
 from fsr_fast.reporting.page import TEMPLATES, data_uri
 
 WAITING = 4

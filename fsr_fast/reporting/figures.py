@@ -5,32 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import BinaryIO
 
 import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from fsr_fast.dataloading.palette import check_mask, voc_palette
+
 IGNORE_INDEX = 255
 INK, PAPER, OUTLINE = (30, 30, 30), (255, 255, 255), (120, 120, 120)
 MARGIN = 12
 FONT_SIZE = 17
-
-
-@cache
-def voc_palette() -> np.ndarray:
-    """Return PASCAL VOC's colours.
-
-    Returns:
-        (256,3) uint8, RGB by label; 0 (background) is black, 255 (ignore) a light grey. Read-only.
-    """
-    labels = np.arange(256)
-    palette = np.zeros((256, 3), dtype=np.uint8)
-    for bit in range(8):  # bits 0, 1, 2 of every octal digit of the label go to red, green, blue, highest bit first
-        for channel in range(3):
-            palette[:, channel] |= (((labels >> (3 * bit + channel)) & 1) << (7 - bit)).astype(np.uint8)
-    palette.flags.writeable = False
-    return palette
 
 
 def colourise(mask: np.ndarray) -> np.ndarray:
@@ -46,7 +31,7 @@ def colourise(mask: np.ndarray) -> np.ndarray:
         TypeError: labels that are not integers.
         ValueError: not two-dimensional, or labels outside 0 to 255.
     """
-    return voc_palette()[_check_mask(mask)]
+    return voc_palette()[check_mask(mask)]
 
 
 def overlay(image: np.ndarray, mask: np.ndarray, opacity: float = 0.6) -> np.ndarray:
@@ -93,22 +78,6 @@ def heatmap(image: np.ndarray, cam: np.ndarray, opacity: float = 0.5) -> np.ndar
     values = np.asarray(Image.fromarray(cam.astype(np.float32)).resize(size, Image.Resampling.BILINEAR))
     colours = matplotlib.colormaps["turbo"](np.clip(values, 0, 1), bytes=True)[..., :3]
     return _blend(image, colours, opacity)
-
-
-def save_palette_png(mask: np.ndarray, path: Path | BinaryIO) -> None:
-    """Save labels as a PNG with VOC's palette: the pixel values are the labels.
-
-    Args:
-        mask: (H,W) integer labels, 0 to 255.
-        path: the file, or an open one.
-
-    Raises:
-        TypeError: labels that are not integers.
-        ValueError: not two-dimensional, or labels outside 0 to 255.
-    """
-    picture = Image.fromarray(_check_mask(mask))
-    picture.putpalette(voc_palette().tobytes())
-    picture.save(path, format="PNG")
 
 
 def with_legend(picture: np.ndarray, labels: Sequence[int], class_names: Sequence[str]) -> Image.Image:
@@ -259,13 +228,3 @@ def _check_image(image: np.ndarray) -> np.ndarray:
     if image.ndim != 3 or image.shape[2] != 3:
         raise ValueError(f"picture is {image.shape}; expected (H,W,3)")
     return image
-
-
-def _check_mask(mask: np.ndarray) -> np.ndarray:
-    if not np.issubdtype(mask.dtype, np.integer):
-        raise TypeError(f"mask is {mask.dtype}; expected integer labels")
-    if mask.ndim != 2:
-        raise ValueError(f"mask is {mask.shape}; expected (H,W)")
-    if mask.size and (mask.min() < 0 or mask.max() > 255):
-        raise ValueError(f"mask holds labels from {mask.min()} to {mask.max()}; expected 0 to 255")
-    return mask.astype(np.uint8)

@@ -16,8 +16,9 @@ from markupsafe import Markup
 from PIL import Image
 from plotly.offline import get_plotlyjs
 
+from fsr_fast.dataloading.palette import save_palette_png, voc_palette
 from fsr_fast.reporting.charts import confusion, curves, entropy
-from fsr_fast.reporting.figures import heatmap, save_palette_png, voc_palette
+from fsr_fast.reporting.figures import heatmap
 from fsr_fast.reporting.gallery import CHOICES, Entry, Gallery
 from fsr_fast.reporting.record import RunRecord
 

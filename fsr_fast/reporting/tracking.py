@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import platform
 import subprocess
@@ -22,6 +21,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from fsr_fast.errors import UserError
 from fsr_fast.reporting.wandb_mirror import Mirror
+from fsr_fast.runtime.files import finite, write_json, write_png, write_text
 
 PACKAGES = ("fsr_fast", "torch", "torchvision", "triton", "timm", "xformers", "nvidia-dali-cuda130", "numpy", "pillow")
 
@@ -53,7 +53,7 @@ class Tracker:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         lines = [line for line in read_metrics(folder) if line["iteration"] <= iteration]
-        _replace(_metrics_path(folder), "".join(map(_json_line, lines)))
+        write_text(_metrics_path(folder), "".join(map(_json_line, lines)))
         self._metrics = _metrics_path(folder).open("a", encoding="utf-8")
         self._clock = clock
         self._began = clock() - (lines[-1]["wall_seconds"] if lines else 0.0)
@@ -96,8 +96,7 @@ class Tracker:
             The file.
         """
         path = self._folder / "pictures" / f"{name}_{iteration:06d}.png"
-        path.parent.mkdir(exist_ok=True)
-        grid.save(path)
+        write_png(path, grid)
         self._board.add_image(name, np.asarray(grid.convert("RGB")), iteration, dataformats="HWC")
         return path
 
@@ -150,20 +149,6 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def write_json(path: Path, values: Mapping[str, Any]) -> Path:
-    """Write a JSON file, whole or not at all.
-
-    Args:
-        path: the file.
-        values: anything that JSON holds; what is not finite becomes null.
-
-    Returns:
-        The file.
-    """
-    _replace(path, json.dumps(_finite(values), indent=2, allow_nan=False) + "\n")
-    return path
-
-
 def environment() -> dict[str, Any]:
     """Return what a result depends on beside the configuration: versions, devices, commit (None where unknown)."""
     cuda = torch.cuda.is_available()
@@ -185,27 +170,7 @@ def _metrics_path(folder: Path) -> Path:
 
 
 def _json_line(values: Mapping[str, Any]) -> str:
-    return json.dumps(_finite(values), allow_nan=False) + "\n"
-
-
-def _finite(values: Any) -> Any:
-    if isinstance(values, Mapping):
-        return {name: _finite(value) for name, value in values.items()}
-    if isinstance(values, list | tuple):
-        return [_finite(value) for value in values]
-    return None if isinstance(values, float) and not math.isfinite(values) else values
-
-
-def _replace(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    return json.dumps(finite(values), allow_nan=False) + "\n"
 
 
 def _version(package: str) -> str | None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fsr_fast.errors import UserError
+from fsr_fast.runtime.files import write_text
 
 ID_FILE = ".wandb_id"
 
@@ -46,6 +47,6 @@ def open_mirror(project: str | None, folder: Path, config: dict[str, Any]) -> Mi
     run = wandb.init(
         project=project, name=folder.name, dir=str(folder), id=known, resume="allow" if known else None, config=config
     )
-    path.write_text(f"{run.id}\n", encoding="utf-8")
+    write_text(path, f"{run.id}\n")
     mirror: Mirror = run
     return mirror

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 
 from fsr_fast.errors import UserError
+from fsr_fast.runtime.files import atomic_file
 from fsr_fast.runtime.log import LOGGER
 from fsr_fast.runtime.sharding import gather, scatter
 
@@ -104,28 +105,14 @@ def write_checkpoint(run: Path, state: dict[str, Any]) -> Path:
     Raises:
         OSError: no space, or no permission; nothing of the file is left then.
     """
-    folder = run / FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{state['iteration']:07d}.pt"
-    partial = path.with_suffix(".partial")
-    try:
-        with partial.open("w+b") as file:
-            torch.save({"format": FORMAT, **state}, file)
-            file.seek(-_COMMENT_LENGTH.size, os.SEEK_END)
-            file.write(_COMMENT_LENGTH.pack(_COMMENT))
-            file.seek(0)
-            digest = hashlib.file_digest(file, "sha256")
-            file.write(_MARK + digest.hexdigest().encode())
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except RuntimeError as error:
-        if isinstance(error.__context__, OSError):  # torch's writer covers what the file system says
-            raise error.__context__ from None
-        raise
-    finally:
-        partial.unlink(missing_ok=True)
-    _sync_folder(folder)
+    path = run / FOLDER / f"{state['iteration']:07d}.pt"
+    with atomic_file(path) as file:
+        torch.save({"format": FORMAT, **state}, file)
+        file.seek(-_COMMENT_LENGTH.size, os.SEEK_END)
+        file.write(_COMMENT_LENGTH.pack(_COMMENT))
+        file.seek(0)
+        digest = hashlib.file_digest(file, "sha256")  # type: ignore[arg-type]
+        file.write(_MARK + digest.hexdigest().encode())
     return path
 
 
@@ -203,11 +190,3 @@ def _check_sum(path: Path) -> bool:
     if comment != _MARK + digest.encode():
         raise UserError(f"{path}: not a readable checkpoint (its bytes differ from its checksum)")
     return True
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -11,6 +11,7 @@ from typing import Any
 from fsr_fast.config import Config, dump_config, read_yaml
 from fsr_fast.errors import UserError
 from fsr_fast.runtime.checkpoint import FOLDER, list_checkpoints
+from fsr_fast.runtime.files import write_text
 from fsr_fast.runtime.log import FOLDER as LOGS
 
 CONFIG_FILE = "config.yaml"
@@ -77,10 +78,7 @@ def claim_run_folder(config: Config) -> Path | None:
 def open_run_folder(config: Config) -> None:
     """Make the run folder and write the resolved configuration of this start into it."""
     folder = config.run.output
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / PARTIAL_CONFIG
-    partial.write_text(dump_config(config), encoding="utf-8")
-    partial.replace(folder / CONFIG_FILE)
+    write_text(folder / CONFIG_FILE, dump_config(config))
     (folder / FOLDER).mkdir(exist_ok=True)
 
 

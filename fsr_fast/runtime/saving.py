@@ -11,8 +11,8 @@ from torch import Tensor
 
 from fsr_fast.config import RunConfig
 from fsr_fast.errors import UserError
-from fsr_fast.reporting.tracking import write_json
 from fsr_fast.runtime.checkpoint import FOLDER, list_checkpoints, write_checkpoint
+from fsr_fast.runtime.files import atomic_path, write_json
 from fsr_fast.runtime.log import LOGGER
 
 BEST = "best.pt"
@@ -86,9 +86,8 @@ class Saver:
         self._join()
         if self._failure is not None or (link.exists() and not score > _read_score(record)):
             return
-        partial = link.with_suffix(".partial")
-        partial.symlink_to(f"{self._saved:07d}.pt")
-        partial.replace(link)
+        with atomic_path(link) as partial:
+            partial.symlink_to(f"{self._saved:07d}.pt")
         write_json(record, {"iteration": self._saved, "seg_miou": score})
 
     def _join(self) -> None:

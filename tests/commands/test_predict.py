@@ -6,11 +6,11 @@ import pytest
 from PIL import Image
 
 from fsr_fast.commands.predict import find_pictures, main
+from fsr_fast.dataloading.palette import voc_palette
 from fsr_fast.errors import UserError
 from fsr_fast.evaluation.crf import dense_crf
 from fsr_fast.evaluation.inference import read_picture, segment
 from fsr_fast.models import load_network
-from fsr_fast.reporting.figures import voc_palette
 from fsr_fast.runtime.checkpoint import write_checkpoint
 from tests import helpers
 

@@ -17,13 +17,13 @@ from fsr_fast.config import build_config
 from fsr_fast.dataloading.class_names import COCO_CLASSES, VOC_CLASSES
 from fsr_fast.dataloading.datasets import build_datasets
 from fsr_fast.dataloading.names import Names
+from fsr_fast.dataloading.palette import save_palette_png, voc_palette
 from fsr_fast.errors import UserError
 from fsr_fast.evaluation.archive import FOLDER, check_archive, write_archive
 from fsr_fast.evaluation.evaluator import evaluate_network
 from fsr_fast.evaluation.inference import infer
 from fsr_fast.evaluation.journal import Journal
 from fsr_fast.models import build_network
-from fsr_fast.reporting.figures import save_palette_png, voc_palette
 from fsr_fast.runtime.checkpoint import write_checkpoint
 from fsr_fast.runtime.distributed import Process
 from tests import helpers

@@ -4,7 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from fsr_fast.reporting.figures import colourise, heatmap, overlay, picture_grid, save_palette_png, voc_palette
+from fsr_fast.dataloading.palette import save_palette_png, voc_palette
+from fsr_fast.reporting.figures import colourise, heatmap, overlay, picture_grid
 
 NAMES = ["bird", "cat"]
 

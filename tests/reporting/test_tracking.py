@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from fsr_fast.errors import UserError
 from fsr_fast.reporting import tracking
-from fsr_fast.reporting.tracking import Tracker, environment, read_metrics, write_json
+from fsr_fast.reporting.tracking import Tracker, environment, read_metrics
 
 
 class Clock:
@@ -112,21 +112,6 @@ def test_summary_is_written_with_the_wall_time_and_undefined_values_as_null(tmp_
         "iterations": 3,
         "wall_seconds": 1.0,
     }
-
-
-def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
-    path = write_json(tmp_path / "summary.json", {"iterations": 1})
-
-    def disk_full(descriptor: int) -> None:
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(tracking.os, "fsync", disk_full)
-    with pytest.raises(OSError, match="no space"):
-        write_json(path, {"iterations": 2})
-    with pytest.raises(TypeError):
-        write_json(path, {"iterations": object()})
-    assert json.loads(path.read_text()) == {"iterations": 1}
-    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_environment_names_versions_devices_and_cores(tmp_path):
