@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from fsr_fast.commands import ablate
-from fsr_fast.commands.ablate import PAPER_COLUMN, TABLES, row_config
+from fsr_fast.commands.ablate import TABLES, row_config
 from fsr_fast.config import CONFIG_FOLDER, load_config
 from fsr_fast.errors import UserError
 from fsr_fast.reporting.tracking import write_json
@@ -95,34 +95,45 @@ def test_the_table_gives_mean_and_sample_deviation_over_the_seeds(recipe, traine
     assert row["seeds"]["3"] == {"pseudo": 19.0, "seg": 29.0}
     assert row["pseudo"]["mean"] == pytest.approx((10 + 11 + 19) / 3)
     assert row["pseudo"]["std"] == pytest.approx(statistics.stdev([10, 11, 19]))
-    line = "| none | 13.3 ± 4.9 | 24.0 ± 4.6 | 3 | \u2013 |"
+    line = "| none | 13.3 ± 4.9 | 24.0 ± 4.6 | 3 | 71.1 / 67.9 |"
     assert line in (folder / "table.md").read_text().splitlines()
     assert line in capsys.readouterr().out
 
 
 def test_one_seed_has_no_deviation(recipe, trainer):
     text = (call(recipe) / "table.md").read_text()
-    assert "| unc | 10.0 | 20.0 | 1 | \u2013 |" in text
+    assert "| unc | 10.0 | 20.0 | 1 | 74.4 / 72.5 |" in text
 
 
-def test_the_papers_numbers_stand_apart_and_in_the_row_of_the_full_method_alone(recipe, trainer):
-    for table, row in ((3, "uncertain_0.4"), (4, "both"), (5, "none")):
-        folder = call(recipe, table=table)
-        content = json.loads((folder / "table.json").read_text())
-        paper = {entry["row"]: entry[PAPER_COLUMN] for entry in content["rows"]}
-        assert {name for name, numbers in paper.items() if numbers is not None} == {row}
-        assert paper[row] == {"pseudo": 75.7, "seg": 73.6}
-        header, line = (
-            text for text in (folder / "table.md").read_text().splitlines() if "| row |" in text or f"| {row} |" in text
-        )
-        assert header.endswith("| paper (VOC val, not ours) |")
-        assert line == f"| {row} | 10.0 | 20.0 | 1 | pseudo 75.7, seg 73.6 |"
+@pytest.mark.parametrize(
+    ("number", "row", "numbers"),
+    [
+        (3, "edge_strict", "73.3 / 71.6"),
+        (3, "random_0.5", "73.2 / 71.2"),
+        (3, "uncertain_0.4", "74.4 / 72.5"),
+        (4, "none", "71.1 / 67.9"),
+        (4, "both", "75.7 / 73.6"),
+        (5, "none", "75.7 / 73.6"),
+        (5, "solarise", "75.3 ± 0.12 / 73.2 ± 0.06"),
+        (5, "randaugment", ablate.ABSENT),
+    ],
+)
+def test_the_papers_numbers_stand_in_a_column_of_their_own(recipe, trainer, number, row, numbers):
+    lines = (call(recipe, table=number) / "table.md").read_text().splitlines()
+    assert next(line for line in lines if "| row |" in line).endswith("| paper (VOC val, not ours): pseudo / seg |")
+    assert f"| {row} | 10.0 | 20.0 | 1 | {numbers} |" in lines
+
+
+def test_one_setting_has_the_same_numbers_in_every_table_of_the_paper():
+    assert TABLES[3].paper["uncertain_0.4"] == TABLES[4].paper["unc"]
+    assert TABLES[4].paper["both"] == TABLES[5].paper["none"]
+    assert all(set(table.paper) <= set(table.rows) for table in TABLES.values())
 
 
 def test_chosen_rows_alone_are_run_and_the_others_stay_empty(recipe, trainer):
     folder = call(recipe, "--rows", "both", "none")
     assert trainer.made == ["both/seed_0", "none/seed_0"]
-    assert "| unc | \u2013 | \u2013 | 0 | \u2013 |" in (folder / "table.md").read_text()
+    assert "| unc | \u2013 | \u2013 | 0 | 74.4 / 72.5 |" in (folder / "table.md").read_text()
     call(recipe, "--rows", "unc")
     assert trainer.made[2:] == ["unc/seed_0"]
     assert "| both | 10.0 | 20.0 | 1 |" in (folder / "table.md").read_text()
