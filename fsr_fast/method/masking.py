@@ -1,4 +1,4 @@
-"""Selection of the patches to mask (paper, Eq. 2-4 and Table 3)."""
+"""Selection of the patches of view 2 that are masked (paper, Section 3.2, Eq. 2-4 and Table 3)."""
 
 import math
 from dataclasses import dataclass
@@ -7,10 +7,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fsr_fast.config import MaskConfig
+from fsr_fast.config import Config, MaskConfig
 from fsr_fast.errors import UserError
 from fsr_fast.kernels import PatchSelection, top_k_mask, uncertain_mask, uncertain_mask_from_cam
+from fsr_fast.method.cam import dense_cams, merge_passes, multi_scale_passes, normalise_cam
+from fsr_fast.method.draws import Draws
 from fsr_fast.method.edges import canny_edges
+from fsr_fast.method.pseudo_labels import denormalise
+from fsr_fast.models import Network
+from fsr_fast.models.encoder import Features
+from fsr_fast.models.network import activate
+from fsr_fast.runtime.precision import autocast
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,78 @@ def mask_shape(config: MaskConfig, grid: tuple[int, int]) -> MaskShape:
     blocks = (height // config.block) * (width // config.block)
     share = blocks * config.ratio
     return MaskShape(grid, blocks, math.floor(share + 1e-6) if config.block == 1 else math.ceil(share - 1e-6))
+
+
+class MaskSelector:
+    """Chooses view 2's masked patches by the map of the student that the recipe names.
+
+    Args:
+        student: the network whose CAM guides.
+        config: strategy and source, scales of the CAM, precision of the passes.
+        max_classes: largest number of classes that an image has.
+
+    Raises:
+        UserError: the blocks do not fill the grid.
+    """
+
+    def __init__(self, student: Network, config: Config, max_classes: int) -> None:
+        self.student = student
+        self.config = config
+        self.max_classes = max_classes
+        self.shape = mask_shape(config.mask, student.encoder.grid)
+
+    @torch.no_grad()
+    def select(
+        self, view2: Tensor, unmasked: Features | None, labels: Tensor, draws: Draws, *, random: bool
+    ) -> MaskedPatches:
+        """Choose the patches of a batch.
+
+        Args:
+            view2: (B, 3, H, W), normalised.
+            unmasked: its features, where they are known.
+            labels: (B, C), 0 or 1.
+            draws: of the step.
+            random: whether the iteration is one of those that mask at random.
+        """
+        mask, shape, student = self.config.mask, self.shape, self.student
+        if random or mask.strategy == "random":
+            return mask_randomly(draws.uniform, shape, mask)
+        if mask.strategy == "edge_strict":
+            mean, std = (torch.tensor(value, dtype=torch.float64) for value in (student.mean, student.std))
+            return mask_edges(denormalise(view2, mean.to(view2.device), std.to(view2.device)), shape)
+        if mask.multi_scale:
+            return mask_from_cam(
+                self._multi_scale_cam(view2, unmasked, labels, draws), labels, draws.uniform, shape, mask
+            )
+        top = mask.source == "top"
+        classifier = student.top_classifier if top else student.aux_classifier
+        drop_path = None if draws.mask_cam is None else draws.mask_cam[0][..., : len(view2)]
+        with autocast(view2.device, self.config.run.amp):
+            tokens, aux, grid = unmasked or student.encoder(view2, drop_path=drop_path, aux_only=not top)
+            guide = student.encoder.norm(tokens) if top else aux  # (B, N, D)
+            if mask.strategy == "uncertain" and mask.block == 1:
+                return mask_from_features(guide, classifier.weight.flatten(1), labels, draws.uniform, shape, mask)
+            cam = normalise_cam(activate(guide, classifier, grid))  # (B, C, h, w)
+        return mask_from_cam(cam, labels, draws.uniform, shape, mask)
+
+    def _multi_scale_cam(self, view2: Tensor, unmasked: Features | None, labels: Tensor, draws: Draws) -> Tensor:
+        """Return the CAM (B, C, H, W) of all scales and mirror images."""
+        source, cam = self.config.mask.source, self.config.cam
+        with autocast(view2.device, self.config.run.amp):
+            passes = multi_scale_passes(
+                self.student.encoder,
+                view2,
+                cam.scales,
+                first=unmasked,
+                drop_path=draws.mask_cam,
+                aux_only=source == "aux" and unmasked is None,
+                float8=cam.fp8,
+            )
+            size = (view2.shape[-2], view2.shape[-1])
+            cams = merge_passes(
+                self.student, passes, labels, classifier=source, max_classes=self.max_classes, size=size
+            )
+        return dense_cams(cams, labels.shape[1])
 
 
 def mask_randomly(uniform: Tensor, shape: MaskShape, config: MaskConfig) -> MaskedPatches:

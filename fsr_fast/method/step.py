@@ -16,8 +16,7 @@ from fsr_fast.method.cam import ScalePass, merge_passes, merged_labels, pair_mir
 from fsr_fast.method.distillation import Distillation, gather_tokens
 from fsr_fast.method.draws import Draws, draw_step
 from fsr_fast.method.losses import classification_loss, energy_loss, global_affinity_loss, global_segmentation_loss
-from fsr_fast.method.mask_guide import select_patches
-from fsr_fast.method.masking import MaskedPatches, mask_shape
+from fsr_fast.method.masking import MaskedPatches, MaskSelector
 from fsr_fast.method.pseudo_labels import denormalise, generate_pseudo_labels, grey_levels, half_size
 from fsr_fast.method.schedules import Schedule
 from fsr_fast.method.teacher import Teacher
@@ -64,7 +63,7 @@ class FSRStep(nn.Module):
         self.config = config
         self.max_classes = max_classes
         self.shares_passes = self.teacher.network is None and not config.teacher.stochastic_depth
-        self.mask_shape = mask_shape(config.mask, student.encoder.grid)
+        self.selector = MaskSelector(student, config, max_classes)
         self.distillation = Distillation(config.teacher, config.model.prototypes)
         self.register_buffer("mean", torch.tensor(student.mean, dtype=torch.float64), persistent=False)
         self.register_buffer("std", torch.tensor(student.std, dtype=torch.float64), persistent=False)
@@ -74,7 +73,7 @@ class FSRStep(nn.Module):
     def draw(self, batch: int, generator: torch.Generator) -> Draws:
         """Draw all that is random in a step on `batch` images."""
         passes = len(self.config.cam.scales) if self.config.teacher.stochastic_depth else 0
-        blocks = self.mask_shape.blocks
+        blocks = self.selector.shape.blocks
         return draw_step(self.student.encoder, batch, blocks, generator, self.mean.device, passes=passes)
 
     def denormalise(self, images: Tensor) -> Tensor:
@@ -98,7 +97,7 @@ class FSRStep(nn.Module):
         self._note_passes(made)
 
         unmasked, scaled = self._pass_unmasked(view1 if needs_cams else None, view2 if distils else None, draws)
-        masked = self._select_patches(view2, unmasked, labels, draws, schedule.random_mask) if distils else None
+        masked = self.selector.select(view2, unmasked, labels, draws, random=schedule.random_mask) if distils else None
         features, masked_features = self._pass_student(view1, view2, masked, draws.student)
         with self._autocast():
             top = self.student.encoder.norm(features.tokens)
@@ -164,14 +163,6 @@ class FSRStep(nn.Module):
                 tokens = {index: one.tokens for index, one in zip(wanted, passed, strict=True)}
             class_token = projector(encoder.aggregate(tokens[0])) if 0 in wanted else None
             return class_token, projector(encoder.norm(tokens[1])) if 1 in wanted else None
-
-    def _select_patches(
-        self, view2: Tensor, unmasked: Features | None, labels: Tensor, draws: Draws, random: bool
-    ) -> MaskedPatches:
-        config, shape = self.config, self.mask_shape
-        return select_patches(
-            self.student, view2, unmasked, labels, draws, config, shape, max_classes=self.max_classes, random=random
-        )
 
     # --- losses
 

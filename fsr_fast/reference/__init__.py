@@ -29,7 +29,7 @@ from .pseudo_labels import (
     refine_pseudo_labels,
 )
 from .schedules import learning_rate_factor, loss_gate, teacher_momentum, teacher_temperature
-from .settings import OFFICIAL, PAPER, Settings, Weights
+from .settings import OFFICIAL, PAPER, Loss, Settings
 from .step import StepRecord, TrainingState, start_training, training_step
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "PAPER",
     "Centres",
     "Draws",
+    "Loss",
     "MergedCams",
     "MultiScaleCams",
     "NetworkOutput",
@@ -46,7 +47,6 @@ __all__ = [
     "StepLosses",
     "StepRecord",
     "TrainingState",
-    "Weights",
     "affinity_loss",
     "affinity_sums",
     "cam_to_labels",

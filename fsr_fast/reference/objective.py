@@ -20,7 +20,7 @@ from .losses import affinity_loss, classification_loss, distillation_loss, energ
 from .masking import block_grid, count_masked, exactly_uncertain_mask, top_k_mask, uncertain_mask_from_cam
 from .network import NetworkOutput, forward_network, multi_scale_cams, project, prototype_logits
 from .pseudo_labels import denormalise_images, generate_pseudo_labels, grey_levels
-from .settings import Settings, Weights
+from .settings import Loss, Settings
 
 
 class Draws(NamedTuple):
@@ -73,7 +73,7 @@ def compute_losses(
     draws: Draws,
     settings: Settings,
     *,
-    weights: Weights,
+    weights: Loss,
     temperature: float,
     random_mask: bool,
 ) -> StepLosses:
@@ -107,7 +107,7 @@ def compute_losses(
     if weights.affinity > 0:
         aux_cam = normalised_cam(student, view1, known, draws.cam, settings, "aux")
         patches = F.interpolate(aux_cam, size=first.cam.shape[2:], mode="bilinear", align_corners=False)
-        patch_labels = cam_to_labels(patches, labels, high=settings.label_high, low=settings.label_low)
+        patch_labels = cam_to_labels(patches, labels, high=settings.pseudo_label.high, low=settings.pseudo_label.low)
         losses["affinity"] = affinity_loss(first.patch_tokens, patch_labels.flatten(1))
     if weights.segmentation > 0 or weights.energy > 0:
         cam = normalised_cam(student, view1, known, draws.cam, settings, "top")
@@ -135,10 +135,10 @@ def label_pixels(view: Tensor, cam: Tensor, labels: Tensor, settings: Settings) 
         labels,
         mean=settings.mean,
         std=settings.std,
-        high=settings.label_high,
-        low=settings.label_low,
-        iterations=settings.refinements,
-        dilations=settings.dilations,
+        high=settings.pseudo_label.high,
+        low=settings.pseudo_label.low,
+        iterations=settings.pseudo_label.iterations,
+        dilations=settings.pseudo_label.dilations,
     )
 
 
@@ -162,7 +162,7 @@ def normalised_cam(
 
     Source: official code, multi-scale class activation maps.
     """
-    maps = multi_scale_cams(student, view, scales=settings.scales, drop_path=drop_path, **settings.network)
+    maps = multi_scale_cams(student, view, scales=settings.cam.scales, drop_path=drop_path, **settings.network)
     cams, flipped = (maps.cams, maps.flipped) if source == "top" else (maps.aux_cams, maps.aux_flipped)
     if known is not None:
         cams = [known.cam if source == "top" else known.aux_cam, *cams[1:]]
@@ -189,23 +189,23 @@ def select_mask(
     Source: paper, Eq. 2-4 and Table 3; official code for the multi-scale aux maps and the blocks.
     """
     grid = (view.shape[2] // settings.patch_size, view.shape[3] // settings.patch_size)
-    rows, columns = block_grid(grid, settings.block)
-    k = count_masked(rows * columns, settings.ratio, settings.block)
-    if random_mask or settings.strategy == "random":
-        return top_k_mask(draws.uniform, k=k, grid=grid, block=settings.block).mask
-    if settings.strategy == "edge_strict":
+    mask = settings.mask
+    rows, columns = block_grid(grid, mask.block)
+    k = count_masked(rows * columns, mask.ratio, mask.block)
+    if random_mask or mask.strategy == "random":
+        return top_k_mask(draws.uniform, k=k, grid=grid, block=mask.block).mask
+    if mask.strategy == "edge_strict":
         return edge_mask(denormalise_images(view, settings.mean, settings.std), settings.patch_size)
-    if settings.mask_multi_scale:
-        cam = normalised_cam(student, view, None, draws.mask_cam, settings, settings.mask_source)
+    if mask.multi_scale:
+        cam = normalised_cam(student, view, None, draws.mask_cam, settings, mask.source)
     else:
         drop_path = None if draws.mask_cam is None else draws.mask_cam[0][:, :, : len(view)]
         output = forward_network(student, view, drop_path=drop_path, **settings.network)
-        cam = normalise_cam(output.cam if settings.mask_source == "top" else output.aux_cam)
-    low, high = settings.uncertain_low, settings.uncertain_high
-    if settings.strategy == "cam_strict":
-        return exactly_uncertain_mask(cam, labels, grid=grid, low=low, high=high)
+        cam = normalise_cam(output.cam if mask.source == "top" else output.aux_cam)
+    if mask.strategy == "cam_strict":
+        return exactly_uncertain_mask(cam, labels, grid=grid, low=mask.low, high=mask.high)
     return uncertain_mask_from_cam(
-        cam, labels, draws.uniform, grid=grid, k=k, low=low, high=high, block=settings.block
+        cam, labels, draws.uniform, grid=grid, k=k, low=mask.low, high=mask.high, block=mask.block
     ).mask
 
 
@@ -219,7 +219,7 @@ def distil(
     draws: Draws,
     settings: Settings,
     *,
-    weights: Weights,
+    weights: Loss,
     temperature: float,
 ) -> tuple[dict[str, Tensor], Centres]:
     """Compares the student's masked view 2 with the teacher's unmasked views.
@@ -239,13 +239,13 @@ def distil(
         student,
         views[1],
         mask=mask,
-        mask_mode=settings.mask_mode,
+        mask_mode=settings.model.mask_mode,
         drop_path=draws.student[:, :, B:],
         **settings.network,
     )
     heads = (student["projector.last_layer.weight_v"], teacher["projector.last_layer.weight_v"])
     temperatures: dict[str, Any] = {
-        "student_temperature": settings.student_temperature,
+        "student_temperature": settings.teacher.student_temperature,
         "teacher_temperature": temperature,
     }
     losses = {}
@@ -283,4 +283,4 @@ def teach(
 def move_centre(centre: Tensor, teacher: State, bottleneck: Tensor, settings: Settings) -> Tensor:
     """Moves a centre (K) towards the mean of the teacher's logits of some vectors (M, E)."""
     mean = prototype_logits(teacher, bottleneck).mean(dim=0)
-    return settings.centre_momentum * centre + (1 - settings.centre_momentum) * mean
+    return settings.teacher.centre_momentum * centre + (1 - settings.teacher.centre_momentum) * mean

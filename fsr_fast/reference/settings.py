@@ -1,11 +1,66 @@
-"""Everything that defines a step, and the two presets: the paper's recipe and the official code's."""
+"""Everything that defines a step, and the two presets: the paper's recipe and the official code's.
+
+Sections and fields carry the names of the trainer's configuration.
+"""
 
 from typing import Any, NamedTuple
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-class Weights(NamedTuple):
+class Model(NamedTuple):
+    """The network, beside what its weights say."""
+
+    aux_block: int = -3
+    """Block whose output is the aux feature map, counted as in Python; -3: the 10th of 12."""
+    aggregation: str = "mca"
+    """Class token: "mca", "gap" or "gmp" (paper, Table 4)."""
+    mask_mode: str = "exclude"
+    """Masked patches in the aggregator: "exclude" (text), "multiply" (Eq. 7) or "none" (official code)."""
+
+
+class Cam(NamedTuple):
+    """Multi-scale class activation maps."""
+
+    scales: tuple[float, ...] = (1.0, 0.5, 1.5)
+    """The first is 1."""
+
+
+class Mask(NamedTuple):
+    """Which patches of view 2 are masked (paper, Eq. 2-4 and Table 3)."""
+
+    strategy: str = "uncertain"
+    """What is masked: "uncertain", "random", "cam_strict" or "edge_strict"."""
+    ratio: float = 0.4
+    """Share r of the patches or blocks that are masked."""
+    low: float = 0.2
+    """β_l of Eq. 3."""
+    high: float = 0.7
+    """β_h of Eq. 3."""
+    source: str = "top"
+    """Classifier whose map guides the mask: "top" or "aux"."""
+    multi_scale: bool = False
+    """Whether all scales and mirror images guide the mask."""
+    block: int = 1
+    """Patches along the side of a block that is masked as one."""
+    random_fraction: float = 0.0
+    """Share of the training, from its start, that masks at random."""
+
+
+class PseudoLabel(NamedTuple):
+    """Pseudo labels and their pixel-adaptive refinement."""
+
+    high: float = 0.7
+    """Background score above which foreground is certain."""
+    low: float = 0.25
+    """Background score below which background is certain."""
+    iterations: int = 10
+    """Of the refinement."""
+    dilations: tuple[int, ...] = (1, 2, 4, 8, 12, 24)
+    """Distances of its neighbours, in pixels of the halved image."""
+
+
+class Loss(NamedTuple):
     """Weights of the losses (paper, Eq. 10). A weight of 0 switches a loss off, and the centre that it moves."""
 
     classification: float = 1.0
@@ -14,62 +69,20 @@ class Weights(NamedTuple):
     uncertain: float = 0.1
     class_token: float = 0.1
     energy: float = 0.0
-
-
-class Settings(NamedTuple):
-    """What a step depends on besides weights, views, labels and draws; the defaults are the paper's for VOC."""
-
-    heads: int = 12
-    """Attention heads."""
-    patch_size: int = 16
-    """Side of a patch, in pixels."""
-    aux_block: int = -3
-    """Block whose output is the aux feature map, counted as in Python; -3: the 10th of 12."""
-    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
-    """Of the views' normalisation, for images in 0..1: the pretrained checkpoint's own."""
-    std: tuple[float, ...] = (0.5, 0.5, 0.5)
-    """Likewise."""
-    aggregation: str = "mca"
-    """Class token: "mca", "gap" or "gmp" (paper, Table 4)."""
-    mask_mode: str = "exclude"
-    """Masked patches in the aggregator: "exclude" (text), "multiply" (Eq. 7) or "none" (official code)."""
-    scales: tuple[float, ...] = (1.0, 0.5, 1.5)
-    """Of the multi-scale class activation maps; the first is 1."""
-    strategy: str = "uncertain"
-    """What is masked: "uncertain", "random", "cam_strict" or "edge_strict" (paper, Table 3)."""
-    ratio: float = 0.4
-    """Share r of the patches or blocks that are masked."""
-    uncertain_low: float = 0.2
-    """β_l of Eq. 3."""
-    uncertain_high: float = 0.7
-    """β_h of Eq. 3."""
-    mask_source: str = "top"
-    """Classifier whose map guides the mask: "top" or "aux"."""
-    mask_multi_scale: bool = False
-    """Whether all scales and mirror images guide the mask."""
-    block: int = 1
-    """Patches along the side of a block that is masked as one."""
-    random_fraction: float = 0.0
-    """Share of the training, from its start, that masks at random."""
-    label_high: float = 0.7
-    """Background score above which foreground is certain."""
-    label_low: float = 0.25
-    """Background score below which background is certain."""
-    refinements: int = 10
-    """Iterations of the pixel-adaptive refinement."""
-    dilations: tuple[int, ...] = (1, 2, 4, 8, 12, 24)
-    """Distances of its neighbours, in pixels of the halved image."""
-    weights: Weights = Weights()
-    """Of the losses."""
     affinity_start: int = 0
     """Iterations for which L_aff weighs 0."""
     segmentation_start: int = 2000
     """Iterations for which L_seg and the energy weigh 0."""
+
+
+class Teacher(NamedTuple):
+    """The teacher and the targets that it gives."""
+
     encoder_momentum: float = 0.0
-    """Of the teacher's encoder and aggregator; it rises to 1, unless it is 0 and stays so."""
+    """Of encoder and aggregator; it rises to 1, unless it is 0 and stays so."""
     projector_momentum: float = 0.996
-    """Of the teacher's projector; it rises to 1."""
-    teacher_stochastic_depth: bool = False
+    """Of the projector; it rises to 1."""
+    stochastic_depth: bool = False
     """Whether the passes without gradient, the teacher's and those of the maps, draw stochastic depth."""
     student_temperature: float = 0.1
     """Of the student's softmax."""
@@ -79,6 +92,11 @@ class Settings(NamedTuple):
     """Share of the training over which it rises."""
     centre_momentum: float = 0.9
     """Of both centres."""
+
+
+class Optim(NamedTuple):
+    """AdamW and its schedule."""
+
     iterations: int = 20_000
     """Length of the training."""
     learning_rate: float = 6e-5
@@ -96,10 +114,30 @@ class Settings(NamedTuple):
     clip_norm: float | None = None
     """Largest norm of the gradient; None: no clipping."""
 
+
+class Settings(NamedTuple):
+    """What a step depends on besides weights, views, labels and draws; the defaults are the paper's for VOC."""
+
+    heads: int = 12
+    """Attention heads."""
+    patch_size: int = 16
+    """Side of a patch, in pixels."""
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    """Of the views' normalisation, for images in 0..1: the pretrained checkpoint's own."""
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    """Likewise."""
+    model: Model = Model()
+    cam: Cam = Cam()
+    mask: Mask = Mask()
+    pseudo_label: PseudoLabel = PseudoLabel()
+    loss: Loss = Loss()
+    teacher: Teacher = Teacher()
+    optim: Optim = Optim()
+
     @property
     def teacher_is_student(self) -> bool:
         """Whether the teacher's encoder is the student's and sees what the student's own pass of view 1 saw."""
-        return self.encoder_momentum == 0 and not self.teacher_stochastic_depth
+        return self.teacher.encoder_momentum == 0 and not self.teacher.stochastic_depth
 
     @property
     def network(self) -> dict[str, Any]:
@@ -107,8 +145,8 @@ class Settings(NamedTuple):
         return {
             "heads": self.heads,
             "patch_size": self.patch_size,
-            "aux_block": self.aux_block,
-            "aggregation": self.aggregation,
+            "aux_block": self.model.aux_block,
+            "aggregation": self.model.aggregation,
         }
 
 
@@ -118,14 +156,9 @@ PAPER = Settings()
 OFFICIAL = Settings(
     mean=IMAGENET_MEAN,
     std=IMAGENET_STD,
-    mask_mode="none",
-    mask_source="aux",
-    mask_multi_scale=True,
-    block=4,
-    random_fraction=0.2,
-    weights=Weights(energy=0.05),
-    encoder_momentum=0.9995,
-    projector_momentum=0.9995,
-    teacher_stochastic_depth=True,
+    model=Model(mask_mode="none"),
+    mask=Mask(source="aux", multi_scale=True, block=4, random_fraction=0.2),
+    loss=Loss(energy=0.05),
+    teacher=Teacher(encoder_momentum=0.9995, projector_momentum=0.9995, stochastic_depth=True),
 )
 """The official code's recipe for PASCAL VOC, where it differs from the paper."""

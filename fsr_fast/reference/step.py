@@ -76,7 +76,7 @@ def training_step(
 
     Source: paper, Figure 2, Eq. 10 and implementation details; official code.
     """
-    t, total = before.iteration, settings.iterations
+    t, total = before.iteration, settings.optim.iterations
     student = {name: value.clone().requires_grad_(name not in NOT_TRAINED) for name, value in before.student.items()}
     output = compute_losses(
         student,
@@ -86,19 +86,19 @@ def training_step(
         labels,
         draws,
         settings,
-        weights=settings.weights._replace(
-            affinity=settings.weights.affinity * loss_gate(t, start=settings.affinity_start),
-            segmentation=settings.weights.segmentation * loss_gate(t, start=settings.segmentation_start),
-            energy=settings.weights.energy * loss_gate(t, start=settings.segmentation_start),
+        weights=settings.loss._replace(
+            affinity=settings.loss.affinity * loss_gate(t, start=settings.loss.affinity_start),
+            segmentation=settings.loss.segmentation * loss_gate(t, start=settings.loss.segmentation_start),
+            energy=settings.loss.energy * loss_gate(t, start=settings.loss.segmentation_start),
         ),
         temperature=teacher_temperature(
             t,
             total=total,
-            start=settings.temperature[0],
-            end=settings.temperature[1],
-            warmup_fraction=settings.temperature_fraction,
+            start=settings.teacher.temperature[0],
+            end=settings.teacher.temperature[1],
+            warmup_fraction=settings.teacher.temperature_fraction,
         ),
-        random_mask=t < int(total * settings.random_fraction),
+        random_mask=t < int(total * settings.mask.random_fraction),
     )
     names = list(before.first)
     found = torch.autograd.grad(output.total, [student[name] for name in names], allow_unused=True)
@@ -106,17 +106,17 @@ def training_step(
         name: torch.zeros_like(student[name]) if gradient is None else gradient
         for name, gradient in zip(names, found, strict=True)
     }
-    if settings.clip_norm is not None:
-        gradients = clip_gradients(gradients, settings.clip_norm)
+    if settings.optim.clip_norm is not None:
+        gradients = clip_gradients(gradients, settings.optim.clip_norm)
     updated, first, second = update_student(before, gradients, settings)
-    encoder_momentum = settings.encoder_momentum
+    encoder_momentum = settings.teacher.encoder_momentum
     if encoder_momentum > 0:
         encoder_momentum = teacher_momentum(t, total=total, start=encoder_momentum)
     teacher = follow_student(
         before.teacher,
         updated,
         encoder_momentum=encoder_momentum,
-        projector_momentum=teacher_momentum(t, total=total, start=settings.projector_momentum),
+        projector_momentum=teacher_momentum(t, total=total, start=settings.teacher.projector_momentum),
     )
     return TrainingState(updated, teacher, output.centres, first, second, t + 1), StepRecord(output, gradients)
 
@@ -129,17 +129,18 @@ def update_student(
     Returns:
         The new student and AdamW's two new means.
     """
+    optim = settings.optim
     factor = learning_rate_factor(
-        before.iteration, total=settings.iterations, warmup=settings.warmup, start=settings.warmup_factor
+        before.iteration, total=optim.iterations, warmup=optim.warmup, start=optim.warmup_factor
     )
     student, first, second = dict(before.student), dict(before.first), dict(before.second)
     for name, gradient in gradients.items():
         rate, decay = rate_and_decay(
             name,
             student[name],
-            learning_rate=settings.learning_rate,
-            head_factor=settings.head_factor,
-            weight_decay=settings.weight_decay,
+            learning_rate=optim.learning_rate,
+            head_factor=optim.head_factor,
+            weight_decay=optim.weight_decay,
         )
         student[name], first[name], second[name] = adamw_update(
             student[name],
@@ -149,6 +150,6 @@ def update_student(
             update=before.iteration + 1,
             rate=rate * factor,
             decay=decay,
-            betas=settings.betas,
+            betas=optim.betas,
         )
     return student, first, second

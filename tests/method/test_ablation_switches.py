@@ -71,7 +71,7 @@ def _train(config: Config, file: Path) -> Trained:
     def spy(step, views, labels, draws, schedule):
         with torch.no_grad():
             cam = reference.normalise_cam(step.student(views[1]).cam) * labels[..., None, None]
-            edges = mask_edges(step.denormalise(views[1]), step.mask_shape).mask
+            edges = mask_edges(step.denormalise(views[1]), step.selector.shape).mask
         output = forward(step, views, labels, draws, schedule)
         seen.append(Seen(views, output, cam.amax(1).flatten(1), edges))
         return output

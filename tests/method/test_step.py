@@ -160,7 +160,7 @@ def test_the_prototypes_are_compared_at_the_masked_patches_alone(monkeypatch):
 
     monkeypatch.setattr(step.student.projector, "forward", spy)
     run(step)
-    assert sorted(shapes) == [(B,), (B, step.mask_shape.count)]
+    assert sorted(shapes) == [(B,), (B, step.selector.shape.count)]
 
 
 def test_the_aggregator_reads_one_view_of_student_and_teacher_each(monkeypatch):

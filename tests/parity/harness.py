@@ -12,9 +12,10 @@ from torch import Tensor
 from fsr_fast import reference
 from fsr_fast.config import CONFIG_FOLDER, Config, build_config, read_yaml
 from fsr_fast.dataloading.batch import Batch
-from fsr_fast.engine import build_step, reference_settings
+from fsr_fast.engine import build_step
 from fsr_fast.method.masking import mask_shape
 from fsr_fast.method.optim import build_optimiser
+from fsr_fast.method.reference_step import reference_settings
 from fsr_fast.method.step import FSRStep, StepOutput
 from fsr_fast.models import Network, build_network
 from fsr_fast.runtime.distributed import Process
@@ -90,7 +91,7 @@ def build_trainer(
     """Return what `Trainer` needs for an iteration, for images of any size."""
     network = build_tiny_network(config).to(dtype)
     step = build_step(network, config, len(CLASSES)).to(dtype)
-    step.mask_shape = mask_shape(config.mask, (size[0] // PATCH, size[1] // PATCH))
+    step.selector.shape = mask_shape(config.mask, (size[0] // PATCH, size[1] // PATCH))
     return SimpleNamespace(
         config=config,
         process=Process(rank, 1, torch.device("cpu")),

@@ -3,8 +3,9 @@ import torch
 
 from fsr_fast import reference
 from fsr_fast.config import CONFIG_FOLDER, build_config, read_yaml
-from fsr_fast.engine import ReferenceStep, build_step, reference_settings
+from fsr_fast.engine import build_step
 from fsr_fast.errors import UserError
+from fsr_fast.method.reference_step import ReferenceStep, reference_settings
 from fsr_fast.method.step import FSRStep
 
 from .harness import (

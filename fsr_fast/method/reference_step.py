@@ -1,0 +1,101 @@
+"""The step that trains by the literal reference, behind the interface of the fast one."""
+
+from typing import Any
+
+from pydantic import BaseModel
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from fsr_fast import reference
+from fsr_fast.config import Config
+from fsr_fast.errors import UserError
+from fsr_fast.kernels import MergedCams
+from fsr_fast.method.draws import Draws
+from fsr_fast.method.pseudo_labels import half_size
+from fsr_fast.method.schedules import Schedule
+from fsr_fast.method.step import FSRStep, StepOutput
+from fsr_fast.models import Network
+from fsr_fast.runtime.distributed import world_size
+
+FOREIGN = (".ls1.", ".ls2.", ".q_norm.", ".k_norm.", ".attn.norm.", ".mlp.norm.", ".mlp.w12.", ".mlp.fc1_g.")
+"""Parts of a transformer that the plain one does not have."""
+
+
+class ReferenceStep(FSRStep):
+    """The fast step's weights, draws, teacher and centres; passes, maps, mask, labels and losses by the reference.
+
+    Args:
+        student: the network.
+        config: the whole configuration.
+        max_classes: largest number of classes that an image has.
+
+    Raises:
+        UserError: the run is not one that the reference can do.
+    """
+
+    def __init__(self, student: Network, config: Config, max_classes: int) -> None:
+        super().__init__(student, config, max_classes)
+        if config.run.amp == "bf16":
+            raise UserError(f"run.amp: {config.run.amp!r}; the reference knows full precision alone: --run.amp off")
+        if config.cam.fp8:
+            raise UserError("cam.fp8: true; the reference knows full precision alone: --cam.fp8 false")
+        if world_size() > 1:
+            raise UserError(f"run.engine: the reference runs in one process, not in {world_size()}; start one alone")
+        foreign = [name for name in student.state_dict() if any(part in name for part in FOREIGN)]
+        if foreign or student.encoder.norm.eps != reference.EPS:
+            what = f"parameter {foreign[0]!r}" if foreign else f"norm with epsilon {student.encoder.norm.eps}"
+            raise UserError(f"model.backbone: {config.model.backbone} has a {what}, which the reference does not know")
+        self.settings = reference_settings(config, student)
+
+    def forward(self, views: tuple[Tensor, Tensor], labels: Tensor, draws: Draws, schedule: Schedule) -> StepOutput:
+        """Compute every loss whose weight is not 0, as the fast step does."""
+        student = self.student.state_dict(keep_vars=True)
+        network, projector = self.teacher.network, self.teacher.projector.state_dict(prefix="projector.")
+        teacher = student | projector if network is None else network.state_dict()
+        centres = self.distillation.patch_centre, self.distillation.class_centre
+        output = reference.compute_losses(
+            student,
+            teacher,
+            reference.Centres(*centres),
+            views,
+            labels,
+            reference.Draws(*draws),
+            self.settings,
+            weights=_translate(schedule.weights, reference.Loss),
+            temperature=schedule.teacher_temperature,
+            random_mask=schedule.random_mask,
+        )
+        for centre, moved in zip(centres, output.centres, strict=True):
+            centre.copy_(moved)
+        losses = {name: loss.detach() for name, loss in output.losses.items()}
+        cams = None if output.cam is None else self._present(output.cam, labels)
+        return StepOutput(output.total, losses, cams, output.pseudo_labels, output.mask)
+
+    def _present(self, cam: Tensor, labels: Tensor) -> MergedCams:
+        size = half_size((cam.shape[2], cam.shape[3]))
+        halved = interpolate(cam, size=size, mode="bilinear", align_corners=False)
+        classes, live = reference.present_classes(labels, max_classes=self.max_classes)
+        values = halved.gather(1, classes[:, :, None, None].expand(-1, -1, *size))
+        return MergedCams(values * live[:, :, None, None], classes, live)
+
+
+def reference_settings(config: Config, student: Network) -> reference.Settings:
+    """Translate a configuration into the reference's settings: its sections and keys have the same names.
+
+    Args:
+        config: the whole configuration.
+        student: for what the configuration leaves to the pretrained network.
+    """
+    attention: Any = student.encoder.blocks[0].attn
+    own = {"heads": attention.num_heads, "patch_size": student.encoder.patch_size}
+    own |= {"mean": student.mean, "std": student.std}
+    sections = {
+        name: _translate(getattr(config, name), type(section))
+        for name, section in reference.PAPER._asdict().items()
+        if name not in own
+    }
+    return reference.Settings(**own, **sections)
+
+
+def _translate(section: BaseModel, target: Any) -> Any:
+    return target(**section.model_dump(include=set(target._fields)))
