@@ -40,7 +40,7 @@ def list_parts() -> Parts:
     parts["check the rest"] = [*pytest, "-m", "gpu", "tests", "--ignore", "tests/kernels"]
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer:
-        small = [*pytest, "-m", "gpu", "tests/kernels/test_masked_cross_attention.py", "-x"]
+        small = [*pytest, "-m", "gpu", "tests/kernels/test_cross_attention.py", "-x"]
         parts["memory check"] = [sanitizer, "--tool", "memcheck", "--error-exitcode", "9", *small]
     for name in benches:
         for chosen in SPLIT.get(name, ("",)):

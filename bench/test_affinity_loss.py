@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.harness import Floor, compare, size
-from fsr_fast.kernels import affinity_loss
+from fsr_fast.method.losses import affinity_loss
 
 KNOWN = 0.7  # share of patches with a label
 

@@ -16,7 +16,7 @@ from bench.harness import Floor, compare, size
 from fsr_fast.evaluation.crf import dense_crf as dense_crf_of
 from fsr_fast.evaluation.metrics import ConfusionMatrix
 from fsr_fast.kernels import dense_crf
-from fsr_fast.kernels.gaussian_tiles import bilateral_features
+from fsr_fast.kernels.gaussian import bilateral_features
 
 ROWS = 4096  # pixels whose weights to all others are held at a time
 ITERATIONS = 10

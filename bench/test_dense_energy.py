@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.harness import Floor, compare, size
-from fsr_fast.kernels.dense_energy import dense_energy
-from fsr_fast.kernels.gaussian_tiles import bilateral_features
+from fsr_fast.kernels import dense_energy
+from fsr_fast.kernels.gaussian import bilateral_features
 
 ROWS = 4096  # pixels whose weights to all others are held at a time
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.harness import Floor, compare, size
-from fsr_fast.kernels.distillation_loss import distillation_loss
+from fsr_fast.kernels import distillation_loss
 
 
 def written_out(student: Tensor, teacher: Tensor, student_head: Tensor, teacher_head: Tensor, centre: Tensor) -> Tensor:

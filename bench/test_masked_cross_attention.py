@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.harness import Floor, compare, size
-from fsr_fast.kernels.masked_cross_attention import masked_cross_attention
+from fsr_fast.kernels import masked_cross_attention
 
 VECTORS = ("norm_weight", "norm_bias", "q_bias", "k_bias", "v_bias", "proj_bias")
 MATRICES = ("q_weight", "k_weight", "v_weight", "proj_weight")

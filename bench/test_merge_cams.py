@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.harness import Floor, compare, size
-from fsr_fast.kernels.merge_cams import merge_cams
+from fsr_fast.kernels import merge_cams
 
 SLOTS = 4
 SCALES = (1.0, 0.5, 1.5)

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.harness import Floor, compare, size
-from fsr_fast.kernels.pixel_adaptive_refinement import DILATIONS, pixel_adaptive_refinement, refine_pseudo_labels
-from fsr_fast.kernels.pixel_affinity import COLOUR_SCALE, EPSILON, neighbour_offsets, place_weights
+from fsr_fast.kernels import pixel_adaptive_refinement, refine_pseudo_labels
+from fsr_fast.kernels.refinement import DILATIONS
+from fsr_fast.kernels.refinement_kernels import COLOUR_SCALE, EPSILON, neighbour_offsets, place_weights
 
 ITERATIONS = 10
 NEIGHBOURS = 8 * len(DILATIONS)

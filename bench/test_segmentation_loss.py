@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.harness import Floor, compare, size
-from fsr_fast.kernels.segmentation_loss import segmentation_loss
+from fsr_fast.method.losses import segmentation_loss
 
 
 def written_out(logits: Tensor, labels: Tensor) -> Tensor:

@@ -1,20 +1,23 @@
-"""Fused operations: one a module, Triton kernels for CUDA tensors and vectorised torch for CPU tensors."""
+"""Fused operations: Triton kernels for CUDA tensors, vectorised torch for CPU tensors.
 
-from .affinity_loss import affinity_loss, affinity_sums
-from .dense_crf import dense_crf
-from .dense_energy import dense_energy
-from .distillation_loss import distillation_loss
-from .masked_cross_attention import masked_cross_attention
-from .merge_cams import MergedCams, merge_cams, present_classes
-from .patch_selection import PatchSelection, top_k_mask
-from .pixel_adaptive_refinement import pixel_adaptive_refinement, refine_pseudo_labels
-from .segmentation_loss import segmentation_loss, segmentation_sums
-from .uncertain_mask import uncertain_mask, uncertain_mask_from_cam
+Callers import the public functions from here. An operation lives in ``X.py`` (torch path, registration, autograd,
+public functions), its Triton kernels and their launches in ``X_kernels.py``; ``dispatch.py`` says how it is registered.
+"""
+
+from .affinity import affinity_sums
+from .cam_merging import MergedCams, merge_cams
+from .class_slots import present_classes
+from .crf import dense_crf
+from .cross_attention import masked_cross_attention
+from .distillation import distillation_loss
+from .energy import dense_energy
+from .patch_selection import PatchSelection, top_k_mask, uncertain_mask, uncertain_mask_from_cam
+from .refinement import pixel_adaptive_refinement, refine_pseudo_labels
+from .segmentation import segmentation_sums
 
 __all__ = [
     "MergedCams",
     "PatchSelection",
-    "affinity_loss",
     "affinity_sums",
     "dense_crf",
     "dense_energy",
@@ -24,7 +27,6 @@ __all__ = [
     "pixel_adaptive_refinement",
     "present_classes",
     "refine_pseudo_labels",
-    "segmentation_loss",
     "segmentation_sums",
     "top_k_mask",
     "uncertain_mask",

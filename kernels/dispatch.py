@@ -4,13 +4,20 @@ Path: CUDA tensors take the Triton kernels, CPU tensors take vectorised torch. `
 ``FSR_KERNELS=triton`` overrides; Triton on CPU tensors needs its interpreter (``TRITON_INTERPRET=1``, set before the
 first import). A caller never asks which path was taken.
 
-Registration: a public operation checks its arguments and calls operators of the ``fsr`` library, which are opaque to
-``torch.compile``; :func:`use_triton` is asked inside them, or before, where plain torch is better traced and fused::
+Every file has one order: purpose and maths, kernels, launch, registration, autograd, public function; the torch path
+stands before the registration. A public function checks its arguments and calls operators of the ``fsr`` library, which
+are opaque to ``torch.compile`` and all registered alike::
 
-    @torch.library.custom_op("fsr::name", mutates_args=())       # launches the forward kernels
-    @name.register_fake                                           # shapes and dtypes of the outputs, nothing else
-    @torch.library.custom_op("fsr::name_backward", ...)           # launches the backward kernels
-    name.register_autograd(backward, setup_context=setup_context) # backward calls name_backward and nothing else
+    @torch.library.custom_op("fsr::name", mutates_args=())
+    def name_op(...): ...  # use_triton(tensor): launch the kernels; else the torch path
+    @name_op.register_fake
+    def _(...): ...  # shapes and dtypes of the outputs, nothing else
+    @torch.library.custom_op("fsr::name_backward", mutates_args=())
+    def name_backward_op(...): ...  # and its fake
+    name_op.register_autograd(_backward, setup_context=_setup_context)  # _backward calls name_backward_op
+
+Where autograd differentiates the torch path well (cross-attention), or where the CPU takes the gradient on the way
+forward (distillation), :func:`use_triton` is asked before the operator.
 
 ``triton_op`` with ``wrap_triton`` would stay visible to Inductor, but tracing runs the kernels on fake tensors, which
 the interpreter cannot do, so the same test would not hold with and without a GPU; the kernels fuse all they need

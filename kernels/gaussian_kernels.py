@@ -17,71 +17,7 @@ KEYS = (64, 32)  # pixels that it takes in at a time, for up to 64 values and fo
 _LIST_BLOCK = 1024
 
 
-class NearTiles(NamedTuple):
-    """Scaled features of sorted pixels and, for each tile of queries, the tiles of keys that it must meet."""
-
-    features: Tensor
-    """(B, F, Q * QUERIES) float32, in units in which a weight is 2^(-distance²)."""
-    cutoff: float
-    lists: dict[int, tuple[Tensor, Tensor]]
-    """By size of the key tiles: near (B, Q, T) int32, ascending, and their count (B, Q) int32; made when asked for."""
-
-
-def list_near(tiles: Tensor, cutoff: float) -> NearTiles:
-    """Prepares sorted pixels for any number of filters.
-
-    Args:
-        tiles: (B, F, Q, QUERIES) float32, features in standard deviations; F is 2 or 5.
-        cutoff: tiles all of whose weights are below exp(-cutoff) are skipped.
-
-    Raises:
-        ValueError: another number of features.
-        TypeError: another dtype.
-    """
-    require_dtype("features", tiles, (torch.float32,))
-    if tiles.shape[1] not in (2, 5):
-        raise ValueError(f"features has {tiles.shape[1]} channels; expected 2 (place) or 5 (colour and place)")
-    # exp(-½ x²) = 2^(-y²) for y = x * sqrt(½ log2 e)
-    return NearTiles(tiles.flatten(2) * math.sqrt(0.5 * math.log2(math.e)), cutoff, {})
-
-
-def filter_near(near: NearTiles, values: Tensor, order: Tensor, P: int) -> Tensor:
-    """Filters sorted values (B, V, Q * QUERIES), of which the first P count; the result (B, V, P) is unsorted."""
-    B, V, padded = values.shape
-    output = values.new_empty((B, V, P))
-    if output.numel() == 0:
-        return output
-    block_v, block_keys, warps, stages = _filter_config(V)
-    with device_guard(values):
-        if block_keys not in near.lists:
-            near.lists[block_keys] = _list(near, block_keys)
-        tiles, count = near.lists[block_keys]
-        _, Q, T = tiles.shape
-        _filter[(Q, triton.cdiv(V, block_v), B)](
-            near.features, values, order, tiles, count, output, P, padded, V, Q, T,
-            F=near.features.shape[1], QUERIES=QUERIES, KEYS=block_keys, BLOCK_V=block_v,
-            num_warps=warps, num_stages=stages,
-        )  # fmt: skip
-    return output
-
-
-def _list(near: NearTiles, block_keys: int) -> tuple[Tensor, Tensor]:
-    queries, keys = near.features.unflatten(2, (-1, QUERIES)), near.features.unflatten(2, (-1, block_keys))
-    B, axes, Q, _ = queries.shape
-    T = keys.shape[2]
-    tiles = torch.empty(B, Q, T, dtype=torch.int32, device=queries.device)
-    count = torch.empty(B, Q, dtype=torch.int32, device=queries.device)
-    boxes = (queries.amin(dim=3), queries.amax(dim=3), keys.amin(dim=3), keys.amax(dim=3))
-    limit = near.cutoff * math.log2(math.e)
-    _list_near_tiles[(Q, B)](*boxes, tiles, count, Q, T, limit, F=axes, BLOCK=_LIST_BLOCK, num_warps=4)
-    return tiles, count
-
-
-def _filter_config(V: int) -> tuple[int, int, int, int]:
-    """(values that a program takes, pixels it takes in at a time, warps, stages) for V values."""
-    if V > 64:
-        return 128, KEYS[1], 8, 2
-    return max(16, next_power_of_2(V)), KEYS[0], 8, 2
+# --- kernels
 
 
 @triton.jit
@@ -147,6 +83,76 @@ def _filter(
 def _squared_difference(query, key):
     difference = query[:, None] - key[None, :]
     return difference * difference
+
+
+# --- launch
+
+
+class NearTiles(NamedTuple):
+    """Scaled features of sorted pixels and, for each tile of queries, the tiles of keys that it must meet."""
+
+    features: Tensor
+    """(B, F, Q * QUERIES) float32, in units in which a weight is 2^(-distance²)."""
+    cutoff: float
+    lists: dict[int, tuple[Tensor, Tensor]]
+    """By size of the key tiles: near (B, Q, T) int32, ascending, and their count (B, Q) int32; made when asked for."""
+
+
+def prepare_near(tiles: Tensor, cutoff: float) -> NearTiles:
+    """Prepares sorted pixels for any number of filters.
+
+    Args:
+        tiles: (B, F, Q, QUERIES) float32, features in standard deviations; F is 2 or 5.
+        cutoff: tiles all of whose weights are below exp(-cutoff) are skipped.
+
+    Raises:
+        ValueError: another number of features.
+        TypeError: another dtype.
+    """
+    require_dtype("features", tiles, (torch.float32,))
+    if tiles.shape[1] not in (2, 5):
+        raise ValueError(f"features has {tiles.shape[1]} channels; expected 2 (place) or 5 (colour and place)")
+    # exp(-½ x²) = 2^(-y²) for y = x * sqrt(½ log2 e)
+    return NearTiles(tiles.flatten(2) * math.sqrt(0.5 * math.log2(math.e)), cutoff, {})
+
+
+def launch_filter(near: NearTiles, values: Tensor, order: Tensor, P: int) -> Tensor:
+    """Filters sorted values (B, V, Q * QUERIES), of which the first P count; the result (B, V, P) is unsorted."""
+    B, V, padded = values.shape
+    output = values.new_empty((B, V, P))
+    if output.numel() == 0:
+        return output
+    block_v, block_keys, warps, stages = _filter_config(V)
+    with device_guard(values):
+        if block_keys not in near.lists:
+            near.lists[block_keys] = _launch_list(near, block_keys)
+        tiles, count = near.lists[block_keys]
+        _, Q, T = tiles.shape
+        _filter[(Q, triton.cdiv(V, block_v), B)](
+            near.features, values, order, tiles, count, output, P, padded, V, Q, T,
+            F=near.features.shape[1], QUERIES=QUERIES, KEYS=block_keys, BLOCK_V=block_v,
+            num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+    return output
+
+
+def _launch_list(near: NearTiles, block_keys: int) -> tuple[Tensor, Tensor]:
+    queries, keys = near.features.unflatten(2, (-1, QUERIES)), near.features.unflatten(2, (-1, block_keys))
+    B, axes, Q, _ = queries.shape
+    T = keys.shape[2]
+    tiles = torch.empty(B, Q, T, dtype=torch.int32, device=queries.device)
+    count = torch.empty(B, Q, dtype=torch.int32, device=queries.device)
+    boxes = (queries.amin(dim=3), queries.amax(dim=3), keys.amin(dim=3), keys.amax(dim=3))
+    limit = near.cutoff * math.log2(math.e)
+    _list_near_tiles[(Q, B)](*boxes, tiles, count, Q, T, limit, F=axes, BLOCK=_LIST_BLOCK, num_warps=4)
+    return tiles, count
+
+
+def _filter_config(V: int) -> tuple[int, int, int, int]:
+    """(values that a program takes, pixels it takes in at a time, warps, stages) for V values."""
+    if V > 64:
+        return 128, KEYS[1], 8, 2
+    return max(16, next_power_of_2(V)), KEYS[0], 8, 2
 
 
 def compile_cases() -> Iterator[CompileCase]:

@@ -55,7 +55,7 @@ def test_a_file_without_gpu_tests_is_no_failure(tmp_path):
 
 def test_all_kernels_and_benches_have_a_part():
     parts = gpu.list_parts()
-    for name in ("check test_merge_cams", "check the rest", "bench test_step official", "bench test_affinity_loss"):
+    for name in ("check test_cam_merging", "check the rest", "bench test_step official", "bench test_affinity_loss"):
         assert name in parts
 
 

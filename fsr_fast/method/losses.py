@@ -4,28 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fsr_fast.kernels import (
-    affinity_loss,
-    affinity_sums,
-    dense_energy,
-    distillation_loss,
-    segmentation_loss,
-    segmentation_sums,
-)
+from fsr_fast.kernels import affinity_sums, dense_energy, segmentation_sums
 from fsr_fast.method.cam import resize_images
 from fsr_fast.method.pseudo_labels import half_size
 from fsr_fast.runtime.distributed import sum_over_ranks, world_size
-
-__all__ = [
-    "affinity_loss",
-    "classification_loss",
-    "dense_energy",
-    "distillation_loss",
-    "energy_loss",
-    "global_affinity_loss",
-    "global_segmentation_loss",
-    "segmentation_loss",
-]
 
 ENERGY_SCALE = 1e-7
 """Factor on the dense energy. Source: official code."""
@@ -46,7 +28,7 @@ def classification_loss(class_logits: Tensor, aux_class_logits: Tensor, labels: 
     return top + F.multilabel_soft_margin_loss(aux_class_logits.float(), labels)
 
 
-def global_affinity_loss(features: Tensor, labels: Tensor) -> Tensor:
+def affinity_loss(features: Tensor, labels: Tensor) -> Tensor:
     """Patch-token contrast over the batch of all processes.
 
     Args:
@@ -60,7 +42,7 @@ def global_affinity_loss(features: Tensor, labels: Tensor) -> Tensor:
     return 0.5 * (1 - same / (same_count + 1)) + 0.5 * different / (different_count + 1)
 
 
-def global_segmentation_loss(logits: Tensor, labels: Tensor) -> Tensor:
+def segmentation_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Half the cross-entropy over background pixels plus half of that over foreground pixels.
 
     Args:

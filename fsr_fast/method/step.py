@@ -15,7 +15,7 @@ from fsr_fast.kernels import MergedCams
 from fsr_fast.method.cam import ScalePass, merge_passes, merged_labels, pair_mirrored, scaled_views, split_batch
 from fsr_fast.method.distillation import Distillation, gather_tokens
 from fsr_fast.method.draws import Draws, draw_step
-from fsr_fast.method.losses import classification_loss, energy_loss, global_affinity_loss, global_segmentation_loss
+from fsr_fast.method.losses import affinity_loss, classification_loss, energy_loss, segmentation_loss
 from fsr_fast.method.masking import MaskedPatches, MaskSelector
 from fsr_fast.method.pseudo_labels import denormalise, generate_pseudo_labels, grey_levels, half_size
 from fsr_fast.method.schedules import Schedule
@@ -176,7 +176,7 @@ class FSRStep(nn.Module):
         thresholds = self.config.pseudo_label
         cams = self._merge(passes, labels, "aux", size, grid)
         patch_labels = merged_labels(cams, high=thresholds.high, low=thresholds.low)
-        return global_affinity_loss(top, patch_labels.flatten(1))
+        return affinity_loss(top, patch_labels.flatten(1))
 
     def _label_pixels(self, view1: Tensor, passes: list[ScalePass], labels: Tensor) -> tuple[MergedCams, Tensor]:
         size = _size(view1)
@@ -189,7 +189,7 @@ class FSRStep(nn.Module):
             logits = self.student.decoder(top)
         losses = {}
         if weights.segmentation > 0:
-            losses["segmentation"] = global_segmentation_loss(logits, pseudo_labels)
+            losses["segmentation"] = segmentation_loss(logits, pseudo_labels)
         if weights.energy > 0:
             colours = grey_levels(view1, self.mean, self.std)
             losses["energy"] = energy_loss(logits, colours, pseudo_labels)

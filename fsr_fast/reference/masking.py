@@ -11,14 +11,12 @@ from .checks import require_shape
 
 
 class PatchSelection(NamedTuple):
-    """Which patches are masked, in the three forms that the method reads."""
+    """Which patches are masked, in both forms that the method reads."""
 
     mask: Tensor
     """(B, N) bool, True = masked."""
     masked: Tensor
     """(B, k) int64, the masked patches, ascending."""
-    kept: Tensor
-    """(B, N - k) int64, the others, ascending."""
 
 
 @torch.no_grad()
@@ -228,8 +226,7 @@ def top_k_mask(soft: Tensor, *, k: int, grid: tuple[int, int] | None = None, blo
             for y in range(top, top + block):
                 mask[b, y * width + left : y * width + left + block] = True
     masked = torch.stack([torch.nonzero(row).flatten() for row in mask])
-    kept = torch.stack([torch.nonzero(~row).flatten() for row in mask])
-    return PatchSelection(mask.to(soft.device), masked.to(soft.device), kept.to(soft.device))
+    return PatchSelection(mask.to(soft.device), masked.to(soft.device))
 
 
 def block_grid(grid: tuple[int, int], block: int) -> tuple[int, int]:

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from fsr_fast import reference
 from fsr_fast.method import losses
-from fsr_fast.method.losses import classification_loss, energy_loss, global_affinity_loss, global_segmentation_loss
+from fsr_fast.method.losses import affinity_loss, classification_loss, energy_loss, segmentation_loss
 from tests import helpers
 
 
@@ -50,8 +50,8 @@ LOGITS, PIXEL_LABELS = draw(4, 3, 5, 5), torch.randint(0, 3, (4, 12, 12), genera
 PATCH_LABELS[:, 0], PIXEL_LABELS[:, 0] = 255, 255
 PATCH_LABELS[2:], PIXEL_LABELS[2:] = PATCH_LABELS[2:].clamp(max=0), PIXEL_LABELS[2:].clamp(max=0)  # no class there
 CASES = {
-    "affinity": (global_affinity_loss, reference.affinity_loss, FEATURES, PATCH_LABELS),
-    "segmentation": (global_segmentation_loss, reference.segmentation_loss, LOGITS, PIXEL_LABELS),
+    "affinity": (affinity_loss, reference.affinity_loss, FEATURES, PATCH_LABELS),
+    "segmentation": (segmentation_loss, reference.segmentation_loss, LOGITS, PIXEL_LABELS),
 }
 
 
@@ -85,7 +85,7 @@ def test_averaged_over_two_processes_the_global_loss_is_that_of_the_whole_batch(
 
 def test_a_batch_without_certain_pixels_counts_0():
     logits = LOGITS.clone().requires_grad_()
-    loss = global_segmentation_loss(logits, torch.full((4, 12, 12), 255))
+    loss = segmentation_loss(logits, torch.full((4, 12, 12), 255))
     loss.backward()
     assert loss.item() == 0
     assert logits.grad.abs().max() == 0
@@ -93,7 +93,7 @@ def test_a_batch_without_certain_pixels_counts_0():
 
 def test_a_batch_without_certain_patches_has_no_gradient():
     features = FEATURES.clone().requires_grad_()
-    loss = global_affinity_loss(features, torch.full((4, 9), 255))
+    loss = affinity_loss(features, torch.full((4, 9), 255))
     loss.backward()
     assert loss.item() == 0.5  # no pair to draw together, none to push apart
     assert features.grad.abs().max() == 0

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fsr_fast.kernels import dense_crf as public
-from fsr_fast.kernels.dense_crf import dense_crf, dense_crf_op
+from fsr_fast.kernels.crf import dense_crf, dense_crf_op
 from tests.kernels.helpers import permuted
 
 MARGINALS = 1e-3
@@ -93,7 +93,7 @@ def test_classes_that_are_nowhere_likely_send_nothing_and_change_nothing(torch_p
     beliefs[:, :3] = beliefs[:, :3].softmax(1)
     beliefs[:, 3:] *= 5e-5
     sizes = []
-    from fsr_fast.kernels.dense_crf import _Appearance
+    from fsr_fast.kernels.crf import _Appearance
 
     call = _Appearance.__call__
     monkeypatch.setattr(_Appearance, "__call__", lambda self, sent: sizes.append(len(sent)) or call(self, sent))
@@ -104,7 +104,7 @@ def test_classes_that_are_nowhere_likely_send_nothing_and_change_nothing(torch_p
 
 def test_a_belief_that_has_settled_sends_nothing_more(torch_path, monkeypatch) -> None:
     beliefs, images = draw(1, 3, 20, 30)
-    from fsr_fast.kernels.dense_crf import _Appearance
+    from fsr_fast.kernels.crf import _Appearance
 
     call, shares = _Appearance.__call__, []
     monkeypatch.setattr(

@@ -10,41 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .absorbed_attention import TRITON_DTYPES, average_kernel, block_sizes, logits_kernel, token_gradient_kernel
-from .dispatch import FEATURE_DTYPES, device_guard, require_dtype, require_same_device, triton, use_triton
+from .cross_attention_kernels import launch_attention, launch_attention_backward
+from .dispatch import FEATURE_DTYPES, require_dtype, require_same_device, use_triton
 
 _MODES = ("exclude", "multiply", "none")
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
-def _check(class_token, tokens, mask, vectors, matrices, heads, mask_mode) -> None:
-    if tokens.ndim != 3 or class_token.shape != (tokens.shape[0], tokens.shape[2]):
-        raise ValueError(
-            f"masked_cross_attention: class_token must be (B,D) and tokens (B,N,D), got {tuple(class_token.shape)} "
-            f"and {tuple(tokens.shape)}"
-        )
-    B, N, D = tokens.shape
-    if B == 0 or N == 0:
-        raise ValueError(f"masked_cross_attention: tokens {tuple(tokens.shape)} is empty; give at least one patch")
-    if heads < 1 or D % heads:
-        raise ValueError(f"masked_cross_attention: heads must divide the width {D}, got {heads}")
-    if mask_mode not in _MODES:
-        raise ValueError(f"masked_cross_attention: mask_mode must be one of {_MODES}, got {mask_mode!r}")
-    if mask is not None:
-        require_dtype("masked_cross_attention: mask (True = masked)", mask, (torch.bool,))
-        if mask.shape != (B, N):
-            raise ValueError(f"masked_cross_attention: mask must be ({B},{N}), got {tuple(mask.shape)}")
-    for shape, named in (((D,), vectors), ((D, D), matrices)):
-        for name, tensor in named.items():
-            if tensor is not None and tensor.shape != shape:
-                raise ValueError(f"masked_cross_attention: {name} must be {shape}, got {tuple(tensor.shape)}")
-    for name, tensor in {"class_token": class_token, "tokens": tokens, **vectors, **matrices}.items():
-        if tensor is not None:
-            require_dtype(f"masked_cross_attention: {name}", tensor, (*FEATURE_DTYPES, torch.float64))
-    require_same_device(class_token=class_token, tokens=tokens, mask=mask, **vectors, **matrices)
+# --- torch path, which autograd differentiates
 
 
 def _attend_torch(tokens, query, offset, mask, mask_mode, eps):
@@ -66,8 +38,15 @@ def _attend_torch(tokens, query, offset, mask, mask_mode, eps):
     return average, attention.detach()
 
 
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+# --- registration
+
+
 @torch.library.custom_op("fsr::absorbed_attention", mutates_args=())
-def absorbed_attention(
+def absorbed_attention_op(
     tokens: Tensor, query: Tensor, offset: Tensor | None, mask: Tensor | None, mask_mode: str, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Weigh the normalised tokens of each image by a masked softmax and average them.
@@ -87,25 +66,10 @@ def absorbed_attention(
 
     Source: Eq. 5-7.
     """
-    (B, N, D), heads = tokens.shape, query.shape[1]
-    tokens, query, blocks = tokens.contiguous(), query.contiguous(), block_sizes(D, heads, query.dtype)
-    mask = None if mask is None else mask.contiguous()
-    offset = offset.contiguous() if mask_mode == "multiply" and offset is not None else None
-    logits = tokens.new_empty((B, heads, N), dtype=torch.float32)
-    attention = torch.empty_like(logits)
-    statistics = logits.new_empty((2, B, N))
-    average = logits.new_empty((B, heads, D))
-    with device_guard(tokens):
-        logits_kernel[(triton.cdiv(N, blocks["BLOCK_N"]), B)](
-            tokens, query, offset, mask, logits, statistics, N, B, eps, D, heads, mask_mode, **blocks, num_warps=4
-        )
-        average_kernel[(triton.cdiv(D, blocks["BLOCK_D"]), B)](
-            tokens, statistics, logits, attention, average, N, B, D, heads, True, TRITON_DTYPES[query.dtype], **blocks
-        )
-    return average, attention, statistics
+    return launch_attention(tokens, query, offset, mask, mask_mode, eps)
 
 
-@absorbed_attention.register_fake
+@absorbed_attention_op.register_fake
 def _(tokens, query, offset, mask, mask_mode, eps):
     (B, N, D), heads = tokens.shape, query.shape[1]
     shapes = ((B, heads, D), (B, heads, N), (2, B, N))
@@ -113,7 +77,7 @@ def _(tokens, query, offset, mask, mask_mode, eps):
 
 
 @torch.library.custom_op("fsr::absorbed_attention_backward", mutates_args=())
-def absorbed_attention_backward(
+def absorbed_attention_backward_op(
     gradient: Tensor,
     tokens: Tensor,
     query: Tensor,
@@ -123,7 +87,7 @@ def absorbed_attention_backward(
     statistics: Tensor,
     mask_mode: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Differentiate :func:`absorbed_attention`.
+    """Differentiate :func:`absorbed_attention_op`.
 
     Args:
         gradient: (B,heads,D) fp32, of the average.
@@ -140,30 +104,18 @@ def absorbed_attention_backward(
 
     Source: Eq. 5-7.
     """
-    (B, N, D), heads = tokens.shape, query.shape[1]
-    tokens, query, blocks = tokens.contiguous(), query.contiguous(), block_sizes(D, heads, query.dtype)
-    mask = mask.contiguous() if mask_mode == "multiply" and mask is not None else None
-    token_gradient = torch.empty_like(tokens)
-    logit_gradient = torch.empty_like(attention)
-    query_gradient = torch.empty_like(query)
-    with device_guard(tokens):
-        token_gradient_kernel[(triton.cdiv(N, blocks["BLOCK_N"]), B)](
-            tokens, statistics, query, average, gradient.contiguous(), attention, mask, token_gradient, logit_gradient,
-            N, B, D, heads, mask_mode, **blocks, num_warps=4,
-        )  # fmt: skip
-        average_kernel[(triton.cdiv(D, blocks["BLOCK_D"]), B)](
-            tokens, statistics, logit_gradient, None, query_gradient, N, B, D, heads, False,
-            TRITON_DTYPES[query.dtype], **blocks,
-        )  # fmt: skip
-    return token_gradient, query_gradient, logit_gradient
+    return launch_attention_backward(gradient, tokens, query, mask, average, attention, statistics, mask_mode)
 
 
-@absorbed_attention_backward.register_fake
+@absorbed_attention_backward_op.register_fake
 def _(gradient, tokens, query, mask, average, attention, statistics, mask_mode):
     return tokens.new_empty(tokens.shape), query.new_empty(query.shape), attention.new_empty(attention.shape)
 
 
-def _setup(ctx, inputs, output):
+# --- autograd
+
+
+def _setup_context(ctx, inputs, output):
     tokens, query, offset, mask, ctx.mask_mode, _ = inputs
     ctx.save_for_backward(tokens, query, offset, mask, *output)
     ctx.mark_non_differentiable(*output[1:])
@@ -171,7 +123,7 @@ def _setup(ctx, inputs, output):
 
 def _backward(ctx, gradient, *_):
     tokens, query, offset, mask, *results = ctx.saved_tensors
-    token_gradient, query_gradient, logit_gradient = absorbed_attention_backward(
+    token_gradient, query_gradient, logit_gradient = absorbed_attention_backward_op(
         gradient.contiguous(), tokens, query, mask, *results, ctx.mask_mode
     )
     if offset is not None:
@@ -179,7 +131,10 @@ def _backward(ctx, gradient, *_):
     return token_gradient, query_gradient, offset, None, None, None
 
 
-absorbed_attention.register_autograd(_backward, setup_context=_setup)
+absorbed_attention_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+# --- public function
 
 
 def masked_cross_attention(
@@ -256,7 +211,7 @@ def masked_cross_attention(
     query = (absorbed * gain).to(dtype)
     if use_triton(tokens):
         require_dtype("masked_cross_attention: tokens", tokens, FEATURE_DTYPES)
-        average, attention, _ = absorbed_attention(tokens, query, offset, mask, mask_mode, eps)
+        average, attention, _ = absorbed_attention_op(tokens, query, offset, mask, mask_mode, eps)
     else:
         average, attention = _attend_torch(tokens, query, offset, mask, mask_mode, eps)
 
@@ -270,3 +225,30 @@ def masked_cross_attention(
         heads_out = heads_out.masked_fill(mask.all(dim=1, keepdim=True), 0.0)
     output = F.linear(heads_out.to(proj_weight.dtype), proj_weight, proj_bias)
     return (output, attention) if return_attention else output
+
+
+def _check(class_token, tokens, mask, vectors, matrices, heads, mask_mode) -> None:
+    if tokens.ndim != 3 or class_token.shape != (tokens.shape[0], tokens.shape[2]):
+        raise ValueError(
+            f"masked_cross_attention: class_token must be (B,D) and tokens (B,N,D), got {tuple(class_token.shape)} "
+            f"and {tuple(tokens.shape)}"
+        )
+    B, N, D = tokens.shape
+    if B == 0 or N == 0:
+        raise ValueError(f"masked_cross_attention: tokens {tuple(tokens.shape)} is empty; give at least one patch")
+    if heads < 1 or D % heads:
+        raise ValueError(f"masked_cross_attention: heads must divide the width {D}, got {heads}")
+    if mask_mode not in _MODES:
+        raise ValueError(f"masked_cross_attention: mask_mode must be one of {_MODES}, got {mask_mode!r}")
+    if mask is not None:
+        require_dtype("masked_cross_attention: mask (True = masked)", mask, (torch.bool,))
+        if mask.shape != (B, N):
+            raise ValueError(f"masked_cross_attention: mask must be ({B},{N}), got {tuple(mask.shape)}")
+    for shape, named in (((D,), vectors), ((D, D), matrices)):
+        for name, tensor in named.items():
+            if tensor is not None and tensor.shape != shape:
+                raise ValueError(f"masked_cross_attention: {name} must be {shape}, got {tuple(tensor.shape)}")
+    for name, tensor in {"class_token": class_token, "tokens": tokens, **vectors, **matrices}.items():
+        if tensor is not None:
+            require_dtype(f"masked_cross_attention: {name}", tensor, (*FEATURE_DTYPES, torch.float64))
+    require_same_device(class_token=class_token, tokens=tokens, mask=mask, **vectors, **matrices)

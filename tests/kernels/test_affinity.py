@@ -1,6 +1,5 @@
 """Affinity sums and loss equal the reference's, values and gradients, on both paths."""
 
-import importlib
 from typing import Any
 
 import pytest
@@ -8,8 +7,9 @@ import torch
 from torch import Tensor
 
 from fsr_fast import reference
-from fsr_fast.kernels import affinity_loss, affinity_sums
-from fsr_fast.kernels.affinity_loss import affinity_sums_backward_op, affinity_sums_op
+from fsr_fast.kernels import affinity, affinity_sums
+from fsr_fast.kernels.affinity import affinity_sums_backward_op, affinity_sums_op
+from fsr_fast.method.losses import affinity_loss
 from tests.kernels.helpers import assert_close, assert_low_precision, gradients, leaf, permuted
 
 SHAPES = [(2, 25, 40), (1, 150, 70), (3, 49, 300)]  # B, N, D: one tile; several, cut; several blocks of columns
@@ -64,7 +64,7 @@ def test_kernel_agrees_with_the_reference_at_full_size(dtype: torch.dtype) -> No
 def test_torch_path_agrees_with_the_reference(
     shape: tuple[int, int, int], dtype: torch.dtype, relative: float, torch_path: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(importlib.import_module("fsr_fast.kernels.affinity_loss"), "BAND", 16)  # several bands an image
+    monkeypatch.setattr(affinity, "BAND", 16)  # several bands an image
     check_sums(*case(*shape, dtype), torch.device("cpu"), relative)
 
 

@@ -7,11 +7,17 @@ over a few tiles with an online softmax of both. Backward: the tiles are compute
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
-from .dispatch import CompileCase, dot, next_power_of_2, tl, triton
+from .dispatch import CompileCase, device_guard, dot, next_power_of_2, tl, triton
 
 TILES_PER_PROGRAM = 4  # tiles of prototypes that one program of the forward pass walks over
 LAUNCH = {"num_warps": 8, "num_stages": 3}
+_WORKSPACE = 2**24  # gradients of logits held at a time on a GPU: 32 MiB in bf16, which stays in the L2 cache
+_TINY = 1e-30
+
+
+# --- kernels
 
 
 @triton.jit
@@ -124,6 +130,9 @@ def logit_gradient_kernel(
     tl.store(output + here, difference, mask=(m < M)[:, None] & (k < stop)[None, :])
 
 
+# --- launch
+
+
 def block_sizes(E: int, dtype: torch.dtype) -> dict[str, int]:
     """Choose the tiles, the same for every number of rows and prototypes.
 
@@ -137,6 +146,74 @@ def block_sizes(E: int, dtype: torch.dtype) -> dict[str, int]:
     full = dtype == torch.float32
     BLOCK_E = min(32 if full else 64, max(16, next_power_of_2(E)))
     return {"BLOCK_M": 64 if full else 128, "BLOCK_K": 64, "BLOCK_E": BLOCK_E}
+
+
+def launch_rows(
+    student: Tensor,
+    directions: Tensor,
+    teacher: Tensor,
+    teacher_directions: Tensor,
+    centre: Tensor,
+    teacher_temperature: Tensor,
+    student_temperature: float,
+) -> tuple[Tensor, Tensor]:
+    """Results of ``fsr::distillation_rows``."""
+    (M, E), K = student.shape, directions.shape[0]
+    blocks = block_sizes(E, student.dtype)
+    splits = triton.cdiv(K, TILES_PER_PROGRAM * blocks["BLOCK_K"])
+    parts = student.new_empty((3, splits, M), dtype=torch.float32)
+    tensors = [x.contiguous() for x in (student, directions, teacher, teacher_directions, centre)]
+    with device_guard(student):
+        forward_kernel[(triton.cdiv(M, blocks["BLOCK_M"]), splits)](
+            *tensors,
+            teacher_temperature,
+            parts,
+            1 / student_temperature,
+            M,
+            K,
+            splits,
+            E,
+            TILES_PER_PROGRAM,
+            **blocks,
+            **LAUNCH,
+        )
+    log_sums = parts[:2].logsumexp(dim=1)
+    cross = ((parts[1] - log_sums[1]).exp() * parts[2]).sum(dim=0)
+    return log_sums[0] - cross, log_sums
+
+
+def launch_rows_backward(
+    gradient: Tensor,
+    log_sums: Tensor,
+    student: Tensor,
+    directions: Tensor,
+    teacher: Tensor,
+    teacher_directions: Tensor,
+    centre: Tensor,
+    teacher_temperature: Tensor,
+    student_temperature: float,
+) -> tuple[Tensor, Tensor]:
+    """Results of ``fsr::distillation_rows_backward``."""
+    (M, E), K = student.shape, directions.shape[0]
+    blocks = block_sizes(E, student.dtype)
+    largest = gradient.abs().amax().clamp(min=_TINY)  # keeps the gradient of a logit inside the range of fp16
+    factor = gradient / largest
+    tensors = [x.contiguous() for x in (student, directions, teacher, teacher_directions, centre)]
+    student_gradient = student.new_zeros((M, E), dtype=torch.float32)
+    directions_gradient = directions.new_empty((K, E))
+    step = max(1, _WORKSPACE // (M * blocks["BLOCK_K"])) * blocks["BLOCK_K"]
+    for first in range(0, K, step):
+        stop = min(first + step, K)
+        logit_gradient = student.new_empty((M, stop - first))
+        with device_guard(student):
+            logit_gradient_kernel[(triton.cdiv(M, blocks["BLOCK_M"]), triton.cdiv(stop - first, blocks["BLOCK_K"]))](
+                *tensors, teacher_temperature, log_sums, factor, logit_gradient, 1 / student_temperature,
+                first, stop, M, E, **blocks, **LAUNCH,
+            )  # fmt: skip
+        student_gradient += logit_gradient @ tensors[1][first:stop]
+        torch.mm(logit_gradient.T, tensors[0], out=directions_gradient[first:stop])
+    scale = largest / student_temperature
+    return (student_gradient * scale).to(student.dtype), directions_gradient.mul_(scale)
 
 
 def compile_cases() -> Iterator[CompileCase]:

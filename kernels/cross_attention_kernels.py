@@ -8,10 +8,14 @@ the queries'. Every sum has a fixed order, so the results repeat exactly.
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
-from .dispatch import INTERPRETED, CompileCase, dot, next_power_of_2, tl, triton
+from .dispatch import INTERPRETED, CompileCase, device_guard, dot, next_power_of_2, tl, triton
 
 TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+# --- kernels
 
 
 @triton.jit
@@ -225,6 +229,9 @@ def token_gradient_kernel(
         )
 
 
+# --- launch
+
+
 def block_sizes(D: int, heads: int, dtype: torch.dtype) -> dict[str, int]:
     """Choose the tiles, the same for every number of tokens.
 
@@ -242,6 +249,57 @@ def block_sizes(D: int, heads: int, dtype: torch.dtype) -> dict[str, int]:
         "BLOCK_D": min(32 if full else 64, max(16, next_power_of_2(D))),
         "BLOCK_H": max(16, next_power_of_2(heads)),
     }
+
+
+def launch_attention(
+    tokens: Tensor, query: Tensor, offset: Tensor | None, mask: Tensor | None, mask_mode: str, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Results of ``fsr::absorbed_attention``."""
+    (B, N, D), heads = tokens.shape, query.shape[1]
+    tokens, query, blocks = tokens.contiguous(), query.contiguous(), block_sizes(D, heads, query.dtype)
+    mask = None if mask is None else mask.contiguous()
+    offset = offset.contiguous() if mask_mode == "multiply" and offset is not None else None
+    logits = tokens.new_empty((B, heads, N), dtype=torch.float32)
+    attention = torch.empty_like(logits)
+    statistics = logits.new_empty((2, B, N))
+    average = logits.new_empty((B, heads, D))
+    with device_guard(tokens):
+        logits_kernel[(triton.cdiv(N, blocks["BLOCK_N"]), B)](
+            tokens, query, offset, mask, logits, statistics, N, B, eps, D, heads, mask_mode, **blocks, num_warps=4
+        )
+        average_kernel[(triton.cdiv(D, blocks["BLOCK_D"]), B)](
+            tokens, statistics, logits, attention, average, N, B, D, heads, True, TRITON_DTYPES[query.dtype], **blocks
+        )
+    return average, attention, statistics
+
+
+def launch_attention_backward(
+    gradient: Tensor,
+    tokens: Tensor,
+    query: Tensor,
+    mask: Tensor | None,
+    average: Tensor,
+    attention: Tensor,
+    statistics: Tensor,
+    mask_mode: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Results of ``fsr::absorbed_attention_backward``."""
+    (B, N, D), heads = tokens.shape, query.shape[1]
+    tokens, query, blocks = tokens.contiguous(), query.contiguous(), block_sizes(D, heads, query.dtype)
+    mask = mask.contiguous() if mask_mode == "multiply" and mask is not None else None
+    token_gradient = torch.empty_like(tokens)
+    logit_gradient = torch.empty_like(attention)
+    query_gradient = torch.empty_like(query)
+    with device_guard(tokens):
+        token_gradient_kernel[(triton.cdiv(N, blocks["BLOCK_N"]), B)](
+            tokens, statistics, query, average, gradient.contiguous(), attention, mask, token_gradient, logit_gradient,
+            N, B, D, heads, mask_mode, **blocks, num_warps=4,
+        )  # fmt: skip
+        average_kernel[(triton.cdiv(D, blocks["BLOCK_D"]), B)](
+            tokens, statistics, logit_gradient, None, query_gradient, N, B, D, heads, False,
+            TRITON_DTYPES[query.dtype], **blocks,
+        )  # fmt: skip
+    return token_gradient, query_gradient, logit_gradient
 
 
 def compile_cases() -> Iterator[CompileCase]:

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from fsr_fast import reference
 from fsr_fast.kernels import PatchSelection, top_k_mask, uncertain_mask, uncertain_mask_from_cam
-from fsr_fast.kernels.patch_selection import top_k_mask_op
-from fsr_fast.kernels.uncertain_mask import uncertain_mask_from_cam_op, uncertain_mask_op
+from fsr_fast.kernels.patch_selection import top_k_mask_op, uncertain_mask_from_cam_op, uncertain_mask_op
 from tests.kernels.helpers import permuted
 
 SHAPES = [(2, 25, 40, 1, 10), (2, 61, 33, 80, 20), (1, 150, 72, 5, 60)]  # B, N, D, C, k
@@ -35,7 +34,7 @@ def features_case(B: int, N: int, D: int, C: int, dtype: torch.dtype = torch.flo
 
 
 def assert_same(actual: PatchSelection, expected: Any) -> None:
-    for name in ("mask", "masked", "kept"):
+    for name in ("mask", "masked"):
         ours, theirs = getattr(actual, name), getattr(expected, name)
         assert ours.dtype == theirs.dtype, name
         assert torch.equal(ours.cpu(), theirs), name
@@ -85,7 +84,6 @@ def test_none_or_all_patches_can_be_masked(k: int, triton_device: torch.device) 
     selection = uncertain_mask(*inputs, k=k)
     assert selection.mask.sum(1).tolist() == [k, k]
     assert selection.masked.shape == (2, k)
-    assert selection.kept.shape == (2, 25 - k)
 
 
 def test_image_without_a_class_is_masked_at_random(triton_device: torch.device) -> None:
@@ -149,7 +147,6 @@ def test_selection_is_exact_ordered_and_complete(values: list[int], share: float
     assert selection.mask.sum(1).tolist() == [k * block**2] * 2
     for b in range(2):
         assert selection.masked[b].tolist() == selection.mask[b].nonzero().flatten().tolist()
-        assert selection.kept[b].tolist() == (~selection.mask[b]).nonzero().flatten().tolist()
 
 
 def test_operators_pass_opcheck_on_permuted_layouts(triton_device: torch.device) -> None:

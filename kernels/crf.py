@@ -1,7 +1,7 @@
 """Mean field of the fully connected CRF with exact Gaussian kernels (Krähenbühl and Koltun; evaluation protocol).
 
 The spatial kernel is separable: two matrix products. The bilateral kernel runs over the tiles of
-:mod:`fsr_fast.kernels.gaussian_tiles`, which are made once and serve the normalisation and every iteration. Two
+:mod:`gaussian`, which are made once and serve the normalisation and every iteration. Two
 approximations, both far below 1e-3 in the marginals: pairs of tiles all of whose weights are below exp(-16) = 1e-7 are
 skipped, and a pixel sends what its belief in a class has changed by once that is above 1e-4. After a few iterations few
 beliefs change, which the CPU's filter makes use of.
@@ -11,11 +11,68 @@ import torch
 from torch import Tensor
 
 from .dispatch import require_dtype, require_same_device
-from .gaussian_tiles import TiledPixels, bilateral_features
+from .gaussian import TiledPixels, bilateral_features
 
 _CUTOFF = 16.0
 _NEGLIGIBLE = 1e-4
 _FLOOR = 1e-5  # of the unary probabilities, as in pydensecrf
+
+
+# --- both paths
+
+
+class _Appearance:
+    """The bilateral kernel of one image, symmetrically normalised."""
+
+    def __init__(self, image: Tensor, sigma_xy: float, sigma_rgb: float) -> None:
+        self.tiles = TiledPixels(bilateral_features(image[None], sigma_rgb=sigma_rgb, sigma_xy=sigma_xy), _CUTOFF)
+        self.scale = self.tiles.filter(image.new_ones(1, 1, image[0].numel())).rsqrt()
+
+    def __call__(self, sent: Tensor) -> Tensor:
+        return (self.tiles.filter(sent.flatten(1) * self.scale) * self.scale).view_as(sent)
+
+
+def _smoothing(like: Tensor, length: int, sigma: float) -> Tensor:
+    """The normalised spatial kernel along one axis, (length, length)."""
+    places = torch.arange(length, dtype=torch.float64, device=like.device) / sigma
+    kernel = torch.exp(-0.5 * (places[:, None] - places).square())
+    scale = kernel.sum(1).rsqrt()
+    return (scale[:, None] * kernel * scale).to(like.dtype)
+
+
+# --- registration
+
+
+@torch.library.custom_op("fsr::dense_crf", mutates_args=())
+def dense_crf_op(
+    probabilities: Tensor, images: Tensor, iterations: int, gaussian: list[float], bilateral: list[float]
+) -> Tensor:
+    """Runs the mean field on checked tensors; gaussian is (weight, sigma), bilateral (weight, sigma_xy, sigma_rgb)."""
+    _, _, H, W = probabilities.shape
+    smooth_rows, smooth_columns = (_smoothing(probabilities, length, gaussian[1]) for length in (H, W))
+    marginals = []
+    for unary, image in zip(probabilities.clamp(min=_FLOOR).log(), images, strict=True):
+        appearance = _Appearance(image.to(unary.dtype), *bilateral[1:]) if bilateral[0] else None
+        beliefs = unary.softmax(0)
+        sent, received = torch.zeros_like(beliefs), torch.zeros_like(beliefs)
+        for _ in range(iterations):
+            if appearance is not None:
+                change = beliefs - sent
+                change.masked_fill_(change.abs() <= _NEGLIGIBLE, 0)
+                changed = change.flatten(1).any(1).nonzero().flatten()
+                sent += change
+                received[changed] += bilateral[0] * appearance(change[changed])
+            beliefs = (unary + received + gaussian[0] * (smooth_rows @ beliefs @ smooth_columns)).softmax(0)
+        marginals.append(beliefs)
+    return torch.stack(marginals)
+
+
+@dense_crf_op.register_fake
+def _(probabilities, images, iterations, gaussian, bilateral):
+    return probabilities.new_empty(probabilities.shape)
+
+
+# --- public function
 
 
 def dense_crf(
@@ -73,51 +130,3 @@ def dense_crf(
         [gaussian_weight, gaussian_sigma],
         [bilateral_weight, bilateral_sigma_xy, bilateral_sigma_rgb],
     )
-
-
-@torch.library.custom_op("fsr::dense_crf", mutates_args=())
-def dense_crf_op(
-    probabilities: Tensor, images: Tensor, iterations: int, gaussian: list[float], bilateral: list[float]
-) -> Tensor:
-    """Runs the mean field on checked tensors; gaussian is (weight, sigma), bilateral (weight, sigma_xy, sigma_rgb)."""
-    _, _, H, W = probabilities.shape
-    smooth_rows, smooth_columns = (_smoothing(probabilities, length, gaussian[1]) for length in (H, W))
-    marginals = []
-    for unary, image in zip(probabilities.clamp(min=_FLOOR).log(), images, strict=True):
-        appearance = _Appearance(image.to(unary.dtype), *bilateral[1:]) if bilateral[0] else None
-        beliefs = unary.softmax(0)
-        sent, received = torch.zeros_like(beliefs), torch.zeros_like(beliefs)
-        for _ in range(iterations):
-            if appearance is not None:
-                change = beliefs - sent
-                change.masked_fill_(change.abs() <= _NEGLIGIBLE, 0)
-                changed = change.flatten(1).any(1).nonzero().flatten()
-                sent += change
-                received[changed] += bilateral[0] * appearance(change[changed])
-            beliefs = (unary + received + gaussian[0] * (smooth_rows @ beliefs @ smooth_columns)).softmax(0)
-        marginals.append(beliefs)
-    return torch.stack(marginals)
-
-
-@dense_crf_op.register_fake
-def _(probabilities, images, iterations, gaussian, bilateral):
-    return probabilities.new_empty(probabilities.shape)
-
-
-class _Appearance:
-    """The bilateral kernel of one image, symmetrically normalised."""
-
-    def __init__(self, image: Tensor, sigma_xy: float, sigma_rgb: float) -> None:
-        self.tiles = TiledPixels(bilateral_features(image[None], sigma_rgb=sigma_rgb, sigma_xy=sigma_xy), _CUTOFF)
-        self.scale = self.tiles.filter(image.new_ones(1, 1, image[0].numel())).rsqrt()
-
-    def __call__(self, sent: Tensor) -> Tensor:
-        return (self.tiles.filter(sent.flatten(1) * self.scale) * self.scale).view_as(sent)
-
-
-def _smoothing(like: Tensor, length: int, sigma: float) -> Tensor:
-    """The normalised spatial kernel along one axis, (length, length)."""
-    places = torch.arange(length, dtype=torch.float64, device=like.device) / sigma
-    kernel = torch.exp(-0.5 * (places[:, None] - places).square())
-    scale = kernel.sum(1).rsqrt()
-    return (scale[:, None] * kernel * scale).to(like.dtype)

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fsr_fast.kernels.masked_cross_attention import (
-    absorbed_attention,
-    absorbed_attention_backward,
+from fsr_fast.kernels.cross_attention import (
+    absorbed_attention_backward_op,
+    absorbed_attention_op,
     masked_cross_attention,
 )
 from fsr_fast.reference.attention import masked_cross_attention as reference
@@ -231,12 +231,12 @@ def test_operators_pass_opcheck_on_permuted_layouts(mode: str, triton_device: to
     query = permuted(torch.randn(2, 3, 24, generator=generator).to(triton_device)).requires_grad_()
     offset = torch.randn(2, 3, generator=generator).to(triton_device).requires_grad_()
     mask = permuted(torch.rand(2, 7, generator=generator) < 0.4).to(triton_device)
-    torch.library.opcheck(absorbed_attention, (tokens, query, offset, mask, mode, 1e-6))
+    torch.library.opcheck(absorbed_attention_op, (tokens, query, offset, mask, mode, 1e-6))
     with torch.no_grad():
-        results = absorbed_attention(tokens, query, offset, mask, mode, 1e-6)
+        results = absorbed_attention_op(tokens, query, offset, mask, mode, 1e-6)
         gradient = permuted(torch.ones_like(results[0]))
         inputs = (gradient, tokens.detach(), query.detach(), mask, *results, mode)
-    torch.library.opcheck(absorbed_attention_backward, inputs)
+    torch.library.opcheck(absorbed_attention_backward_op, inputs)
 
 
 def test_permuted_tokens_give_the_same_result(triton_device: torch.device) -> None:

@@ -1,6 +1,5 @@
 """Segmentation loss: both paths against the reference, which resizes the logits to the label map."""
 
-import importlib
 from typing import Any
 
 import pytest
@@ -9,12 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fsr_fast.kernels.segmentation_loss import segmentation_loss, segmentation_sums, segmentation_terms
+from fsr_fast.kernels import segmentation, segmentation_sums
+from fsr_fast.kernels.segmentation import segmentation_terms_op
+from fsr_fast.method.losses import segmentation_loss
 from fsr_fast.reference import segmentation_loss as reference_loss
 from fsr_fast.reference import segmentation_sums as reference_sums
 from tests.kernels.helpers import assert_close, assert_low_precision, gradients, leaf, permuted
 
-module = importlib.import_module("fsr_fast.kernels.segmentation_loss")  # the package has the function by that name
 IGNORE = 255
 SHAPES = (  # B, C + 1, h, w, H, W
     pytest.param((1, 3, 2, 2, 7, 1), id="one pixel wide"),
@@ -79,7 +79,7 @@ def test_torch_path_equals_reference(shape: tuple[int, ...], dtype: torch.dtype)
 def test_torch_path_equals_reference_at_any_size_and_band(shape: tuple[int, ...], band: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FSR_KERNELS", "torch")
-        patch.setattr(module, "BAND_ELEMENTS", band)
+        patch.setattr(segmentation, "BAND_ELEMENTS", band)
         check_against_reference(shape, torch.float64, torch.device("cpu"))
 
 
@@ -171,8 +171,8 @@ def test_host_never_waits() -> None:
 
 def test_operator_is_registered_rightly(triton_device: torch.device) -> None:
     logits, labels = arguments((1, 3, 2, 1, 2, 2), device=triton_device)
-    torch.library.opcheck(segmentation_terms, (permuted(logits), permuted(labels), IGNORE, True))
-    torch.library.opcheck(segmentation_terms, (logits.detach(), labels, IGNORE, False))
+    torch.library.opcheck(segmentation_terms_op, (permuted(logits), permuted(labels), IGNORE, True))
+    torch.library.opcheck(segmentation_terms_op, (logits.detach(), labels, IGNORE, False))
 
 
 @pytest.mark.parametrize("path", ["triton", "torch"])

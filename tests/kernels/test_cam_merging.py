@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fsr_fast.kernels.merge_cams import merge_cams, merge_cams_op
-from fsr_fast.kernels.present_classes import present_classes, present_classes_op
+from fsr_fast.kernels import merge_cams, present_classes
+from fsr_fast.kernels.cam_merging import merge_cams_op
+from fsr_fast.kernels.class_slots import present_classes_op
 from fsr_fast.reference import merge_cams as reference
 from fsr_fast.reference import present_classes as reference_classes
 from tests.kernels.helpers import assert_close, assert_low_precision, permuted
@@ -170,12 +171,18 @@ def test_resized_result_needs_no_full_resolution_map() -> None:
     assert torch.cuda.max_memory_allocated() - before < 4 * 4 * 448 * 448 * 4
 
 
-def test_operators_are_registered_rightly(triton_device: torch.device) -> None:
+@pytest.mark.parametrize("path", ["triton", "torch"])
+def test_operators_are_registered_rightly(
+    path: str, triton_device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FSR_KERNELS", path)
     (cams, flipped, labels), _ = arguments((1, 2, 2, ((2, 3), (1, 2)), (4, 5), None), device=triton_device)
-    torch.library.opcheck(present_classes_op, (permuted(labels), 3))
+    for slots in (1, 3):  # fewer and more than there are classes
+        torch.library.opcheck(present_classes_op, (permuted(labels), slots))
     classes, live = present_classes(labels, max_classes=2)
     opened = [permuted(cam) for cam in cams]
-    torch.library.opcheck(merge_cams_op, (opened, flipped, permuted(classes), live, [4, 5], [2, 3]))
+    for size in ([2, 3], [4, 5]):
+        torch.library.opcheck(merge_cams_op, (opened, flipped, permuted(classes), live, [4, 5], size))
 
 
 @pytest.mark.parametrize("path", ["triton", "torch"])

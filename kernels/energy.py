@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import FEATURE_DTYPES, require_dtype, require_same_device
-from .gaussian_tiles import bilateral_features, gaussian_filter
+from .gaussian import bilateral_features, gaussian_filter
 
 
 def dense_energy(

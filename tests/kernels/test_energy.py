@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from fsr_fast import reference
-from fsr_fast.kernels.dense_energy import dense_energy
+from fsr_fast.kernels import dense_energy
 from tests.kernels.helpers import assert_close, leaf, permuted
-from tests.kernels.test_gaussian_tiles import tolerance
+from tests.kernels.test_gaussian import tolerance
 
 SHAPES = [(2, 3, 6, 7), (1, 1, 1, 9), (1, 81, 11, 1), (1, 21, 12, 13)]
 KINDS = ["noise", "smooth", "constant"]

@@ -14,66 +14,7 @@ from torch import Tensor
 
 from .dispatch import FEATURE_DTYPES, CompileCase, device_guard, next_power_of_2, require_dtype, tl, triton
 
-
-def terms(logits: Tensor, labels: Tensor, ignore_index: int, with_gradient: bool) -> tuple[Tensor, Tensor]:
-    """Launches the kernels.
-
-    Args:
-        logits: (B, K, h, w), float32, bfloat16 or float16.
-        labels: (B, H, W), uint8 or int64.
-        ignore_index: label of the pixels in neither set.
-        with_gradient: whether the gradients are wanted.
-
-    Returns:
-        (4,) float32, background sum and pixels, foreground sum and pixels; (2, B, K, h, w) float32, the gradients of
-        the two sums, or an empty tensor.
-
-    Raises:
-        TypeError: if the logits are float64.
-    """
-    require_dtype("logits", logits, FEATURE_DTYPES)
-    B, K, h, w = logits.shape
-    H, W = labels.shape[1:]
-    sums = logits.new_empty((B * h * w, 4), dtype=torch.float32)
-    parts = logits.new_empty((B * h * w, 8, K) if with_gradient else 0, dtype=torch.float32)
-    gradient = logits.new_empty((2, *logits.shape) if with_gradient else 0, dtype=torch.float32)
-    with device_guard(logits):
-        _cell_kernel[(h * w, B)](
-            logits, labels, sums, parts, K, h, w, H, W, h / H, w / W, *logits.stride(), *labels.stride(),
-            ignore_index, WITH_GRADIENT=with_gradient, **_configuration(K),
-        )  # fmt: skip
-        if with_gradient:
-            _gather_kernel[(h * w, B)](parts, gradient, K, h, w, BLOCK_K=next_power_of_2(K), num_warps=1)
-    return sums.sum(0), gradient
-
-
-def _configuration(channels: int) -> dict[str, Any]:
-    """One warp a cell and 256 numbers a tile: channels are reduced within a warp, gradients stay in registers."""
-    block = max(16, next_power_of_2(channels))
-    return {"BLOCK_K": block, "BLOCK_X": max(1, 256 // block), "num_warps": 1, "num_stages": 1}
-
-
-def compile_cases() -> Iterator[CompileCase]:
-    """Lists the shipped configurations of the kernels, for the ahead-of-time compile test."""
-    for kind, label, channels, with_gradient in (
-        ("bf16", "u8", 21, True),
-        ("bf16", "u8", 81, True),
-        ("fp32", "i64", 21, True),
-        ("fp16", "u8", 21, True),
-        ("bf16", "u8", 21, False),
-    ):
-        configuration = _configuration(channels)
-        warps, stages = configuration.pop("num_warps"), configuration.pop("num_stages")
-        integers = ("K", "h", "w", "H", "W", "stride_b", "stride_k", "stride_h", "label_b", "label_h", "ignore_index")
-        signature = {"logits": f"*{kind}", "labels": f"*{label}", "sums": "*fp32", "parts": "*fp32"}
-        signature |= dict.fromkeys(integers, "i32") | {"ratio_h": "fp32", "ratio_w": "fp32"}
-        constants = configuration | {"stride_w": 1, "label_w": 1, "WITH_GRADIENT": with_gradient}
-        name = f"cells {kind} {label} K={channels}{'' if with_gradient else ' forward only'}"
-        yield CompileCase(
-            name, _cell_kernel, signature, constants, warps, stages, main=kind == "bf16" and with_gradient
-        )
-    signature = {"parts": "*fp32", "gradient": "*fp32", "K": "i32", "h": "i32", "w": "i32"}
-    yield CompileCase("gather K=21", _gather_kernel, signature, {"BLOCK_K": 32}, num_warps=1, main=True)
+# --- kernels
 
 
 @triton.jit
@@ -196,3 +137,67 @@ def _gather_kernel(parts, gradient, K, h, w, BLOCK_K: tl.constexpr):
                 total += tl.load(parts + row * K + k, mask=exists, other=0.0)
         plane = ((either * tl.num_programs(1) + b) * K + k) * h * w
         tl.store(gradient + plane + i * w + j, total, mask=k < K)
+
+
+# --- launch
+
+
+def launch_terms(logits: Tensor, labels: Tensor, ignore_index: int, with_gradient: bool) -> tuple[Tensor, Tensor]:
+    """Launches the kernels.
+
+    Args:
+        logits: (B, K, h, w), float32, bfloat16 or float16.
+        labels: (B, H, W), uint8 or int64.
+        ignore_index: label of the pixels in neither set.
+        with_gradient: whether the gradients are wanted.
+
+    Returns:
+        (4,) float32, background sum and pixels, foreground sum and pixels; (2, B, K, h, w) float32, the gradients of
+        the two sums, or an empty tensor.
+
+    Raises:
+        TypeError: if the logits are float64.
+    """
+    require_dtype("logits", logits, FEATURE_DTYPES)
+    B, K, h, w = logits.shape
+    H, W = labels.shape[1:]
+    sums = logits.new_empty((B * h * w, 4), dtype=torch.float32)
+    parts = logits.new_empty((B * h * w, 8, K) if with_gradient else 0, dtype=torch.float32)
+    gradient = logits.new_empty((2, *logits.shape) if with_gradient else 0, dtype=torch.float32)
+    with device_guard(logits):
+        _cell_kernel[(h * w, B)](
+            logits, labels, sums, parts, K, h, w, H, W, h / H, w / W, *logits.stride(), *labels.stride(),
+            ignore_index, WITH_GRADIENT=with_gradient, **_configuration(K),
+        )  # fmt: skip
+        if with_gradient:
+            _gather_kernel[(h * w, B)](parts, gradient, K, h, w, BLOCK_K=next_power_of_2(K), num_warps=1)
+    return sums.sum(0), gradient
+
+
+def _configuration(channels: int) -> dict[str, Any]:
+    """One warp a cell and 256 numbers a tile: channels are reduced within a warp, gradients stay in registers."""
+    block = max(16, next_power_of_2(channels))
+    return {"BLOCK_K": block, "BLOCK_X": max(1, 256 // block), "num_warps": 1, "num_stages": 1}
+
+
+def compile_cases() -> Iterator[CompileCase]:
+    """Lists the shipped configurations of the kernels, for the ahead-of-time compile test."""
+    for kind, label, channels, with_gradient in (
+        ("bf16", "u8", 21, True),
+        ("bf16", "u8", 81, True),
+        ("fp32", "i64", 21, True),
+        ("fp16", "u8", 21, True),
+        ("bf16", "u8", 21, False),
+    ):
+        configuration = _configuration(channels)
+        warps, stages = configuration.pop("num_warps"), configuration.pop("num_stages")
+        integers = ("K", "h", "w", "H", "W", "stride_b", "stride_k", "stride_h", "label_b", "label_h", "ignore_index")
+        signature = {"logits": f"*{kind}", "labels": f"*{label}", "sums": "*fp32", "parts": "*fp32"}
+        signature |= dict.fromkeys(integers, "i32") | {"ratio_h": "fp32", "ratio_w": "fp32"}
+        constants = configuration | {"stride_w": 1, "label_w": 1, "WITH_GRADIENT": with_gradient}
+        name = f"cells {kind} {label} K={channels}{'' if with_gradient else ' forward only'}"
+        yield CompileCase(
+            name, _cell_kernel, signature, constants, warps, stages, main=kind == "bf16" and with_gradient
+        )
+    signature = {"parts": "*fp32", "gradient": "*fp32", "K": "i32", "h": "i32", "w": "i32"}
+    yield CompileCase("gather K=21", _gather_kernel, signature, {"BLOCK_K": 32}, num_warps=1, main=True)

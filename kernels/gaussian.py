@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import FEATURE_DTYPES, require_dtype, require_same_device, use_triton
-from .gaussian_kernels import QUERIES, NearTiles, filter_near, list_near
+from .gaussian_kernels import QUERIES, NearTiles, launch_filter, prepare_near
 
 _CUTOFF = {torch.float32: 24.0, torch.float64: 50.0}  # pairs of weights below exp(-cutoff) may be skipped
 _KEY_BITS = 30  # of the Z-order key, an int32
@@ -24,71 +24,7 @@ _CPU_SINGLE = 640  # pixels up to which one tile of everything is the faster way
 _CPU_COLUMNS = 16  # tiles that one matrix product takes: 128 x 2048 weights stay in the cache
 
 
-def bilateral_features(images: Tensor, *, sigma_rgb: float, sigma_xy: float) -> Tensor:
-    """Describes every pixel by place and colour, in standard deviations, for :func:`gaussian_filter`.
-
-    Args:
-        images: (B, 3, h, w) floating, RGB.
-        sigma_rgb: standard deviation in colour, in the images' unit, above 0.
-        sigma_xy: standard deviation in place, in pixels, above 0.
-
-    Returns:
-        (B, 5, h * w) float32 (float64 for float64 images): red, green, blue, row, column.
-
-    Raises:
-        ValueError: the shape does not fit or a deviation is not above 0.
-        TypeError: the dtype is not floating.
-    """
-    if images.dim() != 4 or images.shape[1] != 3 or 0 in images.shape:
-        raise ValueError(f"images has shape {tuple(images.shape)}; expected (B, 3, h, w) with B, h, w >= 1")
-    if not (sigma_rgb > 0 and sigma_xy > 0):
-        raise ValueError(f"sigma_rgb is {sigma_rgb}, sigma_xy is {sigma_xy}; both must be above 0")
-    require_dtype("images", images, (*FEATURE_DTYPES, torch.float64))
-    B, _, h, w = images.shape
-    colours = images.to(torch.promote_types(images.dtype, torch.float32)) / sigma_rgb
-    rows = (torch.arange(h, dtype=colours.dtype, device=images.device) / sigma_xy)[:, None].expand(B, 1, h, w)
-    columns = (torch.arange(w, dtype=colours.dtype, device=images.device) / sigma_xy).expand(B, 1, h, w)
-    return torch.cat([colours, rows, columns], dim=1).flatten(2)
-
-
-def gaussian_filter(features: Tensor, values: Tensor) -> Tensor:
-    """Sums the values of all pixels, weighing each by its nearness: Σ_j exp(-½ |f_i - f_j|²) v_j, pair i = j included.
-
-    The sum is not normalised: filter a channel of ones to normalise. No gradient. Distances are float32; the Triton
-    kernels multiply weights and values on the matrix units in TF32, whose result is within 2⁻¹⁰ of the exact sum for
-    values of one sign.
-
-    Args:
-        features: (B, F, P) float32 or float64, in standard deviations; F is 2 or 5 in the Triton kernels.
-        values: (B, V, P), same dtype.
-
-    Returns:
-        (B, V, P), same dtype.
-
-    Raises:
-        ValueError: a shape does not fit, or devices differ.
-        TypeError: a dtype does not fit.
-    """
-    if features.dim() != 3 or 0 in features.shape:
-        raise ValueError(f"features has shape {tuple(features.shape)}; expected (B, F, P), none of them 0")
-    B, _, P = features.shape
-    if values.dim() != 3 or values.shape[0] != B or values.shape[2] != P:
-        raise ValueError(f"values has shape {tuple(values.shape)}; expected (B, V, P) = ({B}, V, {P})")
-    require_dtype("features", features, (torch.float32, torch.float64))
-    require_dtype("values", values, (features.dtype,))
-    require_same_device(features=features, values=values)
-    return gaussian_filter_op(features.detach(), values.detach())
-
-
-@torch.library.custom_op("fsr::gaussian_filter", mutates_args=())
-def gaussian_filter_op(features: Tensor, values: Tensor) -> Tensor:
-    """Filters checked tensors; arguments as in :func:`gaussian_filter`."""
-    return TiledPixels(features, _CUTOFF[features.dtype]).filter(values)
-
-
-@gaussian_filter_op.register_fake
-def _(features, values):
-    return values.new_empty(values.shape)
+# --- both paths: pixels in tiles
 
 
 class TiledPixels:
@@ -106,13 +42,13 @@ class TiledPixels:
         tile = QUERIES if on_gpu else P if P <= _CPU_SINGLE else _CPU_TILE
         self._order = _tile_order(features, tile)
         self._tiles = _take(features, self._order).unflatten(2, (-1, tile))
-        self._near: NearTiles | None = list_near(self._tiles, cutoff) if on_gpu else None
+        self._near: NearTiles | None = prepare_near(self._tiles, cutoff) if on_gpu else None
 
     def filter(self, values: Tensor) -> Tensor:
         """Sum the values (B, V, P) of all pixels, as :func:`gaussian_filter` does."""
         P = values.shape[2]
         if self._near is not None:
-            return filter_near(self._near, _take(values, self._order), self._order, P)
+            return launch_filter(self._near, _take(values, self._order), self._order, P)
         sorted_values = _take(values, self._order)
         sorted_values[:, :, P:] = 0
         filtered = torch.zeros_like(sorted_values)
@@ -137,6 +73,9 @@ def _tile_order(features: Tensor, tile: int) -> Tensor:
 
 def _take(channels: Tensor, order: Tensor) -> Tensor:
     return channels.gather(2, order[:, None].expand(-1, channels.shape[1], -1))
+
+
+# --- torch path
 
 
 def _filter_tiles(features: Tensor, values: Tensor, filtered: Tensor, *, cutoff: float) -> None:
@@ -202,3 +141,76 @@ class _Weights:
     def __call__(self, tile: int, others: Tensor | slice) -> Tensor:
         exponents = self.left[tile] @ self.right[:, others].flatten(1)
         return exponents.to(self.dtype).clamp_(min=self.lowest).exp_()  # (n, n * others)
+
+
+# --- registration
+
+
+@torch.library.custom_op("fsr::gaussian_filter", mutates_args=())
+def gaussian_filter_op(features: Tensor, values: Tensor) -> Tensor:
+    """Filters checked tensors; arguments as in :func:`gaussian_filter`."""
+    return TiledPixels(features, _CUTOFF[features.dtype]).filter(values)
+
+
+@gaussian_filter_op.register_fake
+def _(features, values):
+    return values.new_empty(values.shape)
+
+
+# --- public functions
+
+
+def bilateral_features(images: Tensor, *, sigma_rgb: float, sigma_xy: float) -> Tensor:
+    """Describes every pixel by place and colour, in standard deviations, for :func:`gaussian_filter`.
+
+    Args:
+        images: (B, 3, h, w) floating, RGB.
+        sigma_rgb: standard deviation in colour, in the images' unit, above 0.
+        sigma_xy: standard deviation in place, in pixels, above 0.
+
+    Returns:
+        (B, 5, h * w) float32 (float64 for float64 images): red, green, blue, row, column.
+
+    Raises:
+        ValueError: the shape does not fit or a deviation is not above 0.
+        TypeError: the dtype is not floating.
+    """
+    if images.dim() != 4 or images.shape[1] != 3 or 0 in images.shape:
+        raise ValueError(f"images has shape {tuple(images.shape)}; expected (B, 3, h, w) with B, h, w >= 1")
+    if not (sigma_rgb > 0 and sigma_xy > 0):
+        raise ValueError(f"sigma_rgb is {sigma_rgb}, sigma_xy is {sigma_xy}; both must be above 0")
+    require_dtype("images", images, (*FEATURE_DTYPES, torch.float64))
+    B, _, h, w = images.shape
+    colours = images.to(torch.promote_types(images.dtype, torch.float32)) / sigma_rgb
+    rows = (torch.arange(h, dtype=colours.dtype, device=images.device) / sigma_xy)[:, None].expand(B, 1, h, w)
+    columns = (torch.arange(w, dtype=colours.dtype, device=images.device) / sigma_xy).expand(B, 1, h, w)
+    return torch.cat([colours, rows, columns], dim=1).flatten(2)
+
+
+def gaussian_filter(features: Tensor, values: Tensor) -> Tensor:
+    """Sums the values of all pixels, weighing each by its nearness: Σ_j exp(-½ |f_i - f_j|²) v_j, pair i = j included.
+
+    The sum is not normalised: filter a channel of ones to normalise. No gradient. Distances are float32; the Triton
+    kernels multiply weights and values on the matrix units in TF32, whose result is within 2⁻¹⁰ of the exact sum for
+    values of one sign.
+
+    Args:
+        features: (B, F, P) float32 or float64, in standard deviations; F is 2 or 5 in the Triton kernels.
+        values: (B, V, P), same dtype.
+
+    Returns:
+        (B, V, P), same dtype.
+
+    Raises:
+        ValueError: a shape does not fit, or devices differ.
+        TypeError: a dtype does not fit.
+    """
+    if features.dim() != 3 or 0 in features.shape:
+        raise ValueError(f"features has shape {tuple(features.shape)}; expected (B, F, P), none of them 0")
+    B, _, P = features.shape
+    if values.dim() != 3 or values.shape[0] != B or values.shape[2] != P:
+        raise ValueError(f"values has shape {tuple(values.shape)}; expected (B, V, P) = ({B}, V, {P})")
+    require_dtype("features", features, (torch.float32, torch.float64))
+    require_dtype("values", values, (features.dtype,))
+    require_same_device(features=features, values=values)
+    return gaussian_filter_op(features.detach(), values.detach())

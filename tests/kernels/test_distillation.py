@@ -1,6 +1,5 @@
 """Distillation loss: both paths against the reference, whose logits are all written out."""
 
-import importlib
 from typing import Any
 
 import pytest
@@ -8,11 +7,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fsr_fast.kernels.distillation_loss import distillation_loss, distillation_rows, distillation_rows_backward
+from fsr_fast.kernels import distillation, distillation_kernels, distillation_loss
+from fsr_fast.kernels.distillation import (
+    distillation_blocks_op,
+    distillation_rows_backward_op,
+    distillation_rows_op,
+)
 from fsr_fast.reference.losses import distillation_loss as reference
 from tests.kernels.helpers import assert_close, assert_low_precision, gradients, leaf, permuted
 
-module = importlib.import_module("fsr_fast.kernels.distillation_loss")  # the package has the function by that name
 SHAPES = ((5, 7, 11), (70, 20, 300), (3, 40, 65))  # M, E, K: several tiles of rows, of prototypes, of the width
 LABELS = ("loss", "student", "student_head", "weight")
 
@@ -79,14 +82,14 @@ def test_torch_path_equals_reference(dtype: torch.dtype) -> None:
 
 @pytest.mark.usefixtures("torch_path")
 def test_torch_path_in_blocks_of_rows_equals_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_BLOCK", 900)  # 3 rows at a time
+    monkeypatch.setattr(distillation, "_BLOCK", 900)  # 3 rows at a time
     check_against_reference(SHAPES[1], torch.float64, torch.device("cpu"))
 
 
 def test_kernels_with_a_small_workspace_equal_reference(
     triton_device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_WORKSPACE", 70 * 64 * 2)  # 128 prototypes at a time: 128, 128 and 44
+    monkeypatch.setattr(distillation_kernels, "_WORKSPACE", 70 * 64 * 2)  # 128 prototypes at a time: 128, 128 and 44
     check_against_reference(SHAPES[1], torch.float32, triton_device)
 
 
@@ -196,12 +199,23 @@ def test_operators_pass_opcheck_on_permuted_layouts(triton_device: torch.device)
     tensors, _ = arguments(5, 7, 11, device=triton_device)
     given = [permuted(tensors[name]) for name in ("student", "student_head", "teacher", "teacher_head")]
     given += [tensors["centre"], torch.tensor(0.04, device=triton_device)]
-    torch.library.opcheck(distillation_rows, (*given, 0.1))
+    torch.library.opcheck(distillation_rows_op, (*given, 0.1))
     with torch.no_grad():
-        _, log_sums = distillation_rows(*given, 0.1)
+        _, log_sums = distillation_rows_op(*given, 0.1)
     gradient = torch.ones(5, device=triton_device)
     detached = [tensor.detach() for tensor in given]
-    torch.library.opcheck(distillation_rows_backward, (gradient, log_sums, *detached, 0.1))
+    torch.library.opcheck(distillation_rows_backward_op, (gradient, log_sums, *detached, 0.1))
+
+
+@pytest.mark.parametrize("with_gradient", [True, False])
+def test_torch_path_passes_opcheck_on_permuted_layouts(with_gradient: bool) -> None:
+    tensors, weight = arguments(5, 7, 11)
+    student, head, teacher, teacher_head = (
+        permuted(tensors[name]) for name in ("student", "student_head", "teacher", "teacher_head")
+    )
+    given = student, head, weight, teacher, teacher_head, tensors["centre"], torch.tensor(0.04)
+    given = given if with_gradient else tuple(tensor.detach() for tensor in given)
+    torch.library.opcheck(distillation_blocks_op, (*given, 0.1, with_gradient))
 
 
 def check_compiles(device: torch.device, backend: str) -> None:

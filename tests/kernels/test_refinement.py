@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fsr_fast import reference
-from fsr_fast.kernels.pixel_adaptive_refinement import (
+from fsr_fast.kernels.refinement import (
     pixel_adaptive_refinement,
     pixel_adaptive_refinement_op,
     refine_pseudo_labels,
     refine_pseudo_labels_op,
 )
-from fsr_fast.kernels.pixel_affinity import compute_affinity, place_weights
+from fsr_fast.kernels.refinement_kernels import launch_affinity, place_weights
 from tests.kernels.helpers import assert_close, permuted
 
 SHAPES = [(2, 3, 20, 17), (1, 1, 1, 9), (1, 80, 9, 1), (3, 2, 30, 31)]
@@ -85,7 +85,7 @@ def test_low_precision_inputs_are_refined_in_float32(triton_device, dtype) -> No
 
 
 def test_affinities_of_a_pixel_sum_to_1_01(triton_device) -> None:
-    affinity = compute_affinity(draw_images("smooth", 1, 6, 7).to(triton_device), DEFAULT_DILATIONS)
+    affinity = launch_affinity(draw_images("smooth", 1, 6, 7).to(triton_device), DEFAULT_DILATIONS)
     assert_close(affinity.sum(dim=1).cpu(), torch.full((1, 42), 1.01))
     assert sum(place_weights(DEFAULT_DILATIONS)) == pytest.approx(0.01, rel=1e-12)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fsr_fast.kernels.gaussian_tiles import _Weights, bilateral_features, gaussian_filter, gaussian_filter_op
+from fsr_fast.kernels.gaussian import _Weights, bilateral_features, gaussian_filter, gaussian_filter_op
 from tests.kernels.helpers import assert_close, permuted
 
 TF32 = 2.0**-10  # both factors of a product lose at most 2⁻¹¹, and nothing cancels

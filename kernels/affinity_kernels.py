@@ -1,4 +1,4 @@
-"""Tiles of pairs of patches: the kernels of the affinity loss (paper, L_aff of Eq. 10).
+"""Tiles of pairs of patches: the the Triton kernels of the affinity sums (paper, L_aff of Eq. 10).
 
 With unit vectors u_i = f_i / max(|f_i|, 1e-8) and s_ij = u_i . u_j, |s_ij| is summed over ordered known pairs.
 Forward computes tiles of F Fᵀ, i-tile <= j-tile only, scales them by both norms and reduces each at once. Backward
@@ -13,13 +13,17 @@ Legend: B batch, N patches, D width.
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
-from .dispatch import CompileCase, dot, tl, triton
+from .dispatch import FEATURE_DTYPES, CompileCase, device_guard, dot, next_power_of_2, require_dtype, tl, triton
 
 EPS = 1e-8  # least norm that a vector is divided by
 NO_NORM = -1.0  # stands for 1 / norm of a patch of unknown label
 NORM_EPS, UNKNOWN = tl.constexpr(EPS), tl.constexpr(NO_NORM)  # as the kernels read them
 PREPARE_ROWS, PREPARE_COLUMNS = 16, 256  # patches of one program of the first launch, and labels it compares at once
+
+
+# --- kernels
 
 
 @triton.jit
@@ -159,6 +163,9 @@ def backward_kernel(
     tl.store(out, value.to(result.dtype.element_ty), mask=(i[:, None] < N) & inside)
 
 
+# --- launch
+
+
 def configuration(dtype: torch.dtype) -> dict[str, int]:
     """Tile of pairs in the forward pass; fp32 multiplies in three passes and takes half the tile."""
     return {"ROWS": 64, "WIDTH": 32} if dtype == torch.float32 else {"ROWS": 128, "WIDTH": 64}
@@ -169,6 +176,43 @@ def backward_configuration(dtype: torch.dtype) -> dict[str, int]:
     if dtype == torch.float32:
         return {"ROWS": 64, "COLUMNS": 32, "WIDTH": 32, "OUT": 128}
     return {"ROWS": 64, "COLUMNS": 64, "WIDTH": 64, "OUT": 256}
+
+
+def launch_sums(features: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Results of ``fsr::affinity_sums`` for features (B, N, D) and labels (B, N) of any strides."""
+    require_dtype("features (Triton)", features, FEATURE_DTYPES)
+    features, labels = features.contiguous(), labels.contiguous()
+    B, N, D = features.shape
+    order = labels.new_empty(B, N, dtype=torch.int32)
+    inverse = features.new_empty(B, N, dtype=torch.float32)
+    constants = configuration(features.dtype)
+    tiles = triton.cdiv(N, constants["ROWS"])
+    groups = triton.cdiv(N, PREPARE_ROWS)
+    partial = features.new_empty(B * (tiles * tiles + groups), 4, dtype=torch.float32)
+    with device_guard(features):
+        prepare_kernel[(groups, B)](
+            features, labels, order, inverse, partial[B * tiles * tiles :], N, D, ignore_index,
+            ROWS=PREPARE_ROWS, COLUMNS=PREPARE_COLUMNS, WIDTH=next_power_of_2(D), num_warps=8,
+        )  # fmt: skip
+        sums_kernel[(tiles, tiles, B)](
+            features, labels, order, inverse, partial, N, D, **constants, num_warps=8, num_stages=3
+        )
+    return partial.sum(0), order, inverse
+
+
+def launch_backward(gradient: Tensor, features: Tensor, labels: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    """Gradient of the features (B, N, D) from that of the four sums, (4,) fp32."""
+    features, labels = features.contiguous(), labels.contiguous()
+    B, N, D = features.shape
+    result = features.new_empty(B, N, D)
+    constants = backward_configuration(features.dtype)
+    grid = (triton.cdiv(N, constants["ROWS"]), triton.cdiv(D, constants["OUT"]), B)
+    with device_guard(features):
+        backward_kernel[grid](
+            gradient.contiguous(), features, labels, order, inverse, result, N, D,
+            **constants, num_warps=8, num_stages=3,
+        )  # fmt: skip
+    return result
 
 
 def compile_cases() -> Iterator[CompileCase]:
