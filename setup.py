@@ -51,6 +51,7 @@ setup(
         "matplotlib>=3.9",
         "plotly>=6.0",
         "scipy>=1.14",
+        "kornia>=0.8",
         "pycocotools>=2.0.8",
         "webdataset>=1.0",
         "fsspec>=2024.10",

@@ -223,11 +223,18 @@ class MaskConfig(Section):
     """Side of the masked blocks, in patches (official code: 4)."""
     random_fraction: Probability = 0.0
     """Share of the training, from its start, that masks at random (official code: 0.2)."""
+    edge_sigma: float = Field(1.4, gt=0.0, le=8.0)
+    """Smoothing of Canny's detector for `edge_strict`, in pixels; the paper gives none."""
+    edge_low: float = Field(40.0, ge=0.0, le=255.0)
+    """Gradient, by Sobel's operator in grey levels, above which a pixel goes on with an edge; the paper gives none."""
+    edge_high: float = Field(100.0, ge=0.0, le=255.0)
+    """Gradient above which a pixel starts an edge; the paper gives none."""
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
-        if not self.low < self.high:
-            raise ValueError(f"low: {self.low} is not below high: {self.high}; lower it")
+        for low, high in (("low", "high"), ("edge_low", "edge_high")):
+            if not getattr(self, low) < getattr(self, high):
+                raise ValueError(f"{low}: {getattr(self, low)} is not below {high}: {getattr(self, high)}; lower it")
         return self
 
 

@@ -138,7 +138,7 @@ class _Passed(NamedTuple):
         part = slice(index, index + 1)
 
         def cut(features: Features) -> Features:
-            return Features(features.tokens[part], features.aux[part], features.grid)
+            return features._replace(tokens=features.tokens[part], aux=features.aux[part])
 
         cams = [ScalePass(cut(plain), cut(mirrored)) for plain, mirrored in self.cams]
         return _Passed(cams, [logits[part] for logits in self.logits])
@@ -171,7 +171,7 @@ def _run_trunk(network: Network, views: Sequence[Tensor]) -> list[Features]:
         return network.encoder.forward_packed(views)
     found = [[network.encoder(image[None]) for image in view] for view in views]
     return [
-        Features(torch.cat([one.tokens for one in each]), torch.cat([one.aux for one in each]), each[0].grid)
+        each[0]._replace(tokens=torch.cat([one.tokens for one in each]), aux=torch.cat([one.aux for one in each]))
         for each in found
     ]
 
@@ -208,11 +208,8 @@ def segment_batch(network: Network, images: Sequence[Image.Image]) -> list[Predi
         network: as `load_network` gives it.
         images: pictures, at least one.
     """
-    device = network.top_classifier.weight.device
     pixels = torch.stack([image_functions.pil_to_tensor(image.convert("RGB")) for image in images])
-    scaled = image_functions.to_dtype(pixels, torch.float32, scale=True)
-    normalised = image_functions.normalize(scaled, list(network.mean), list(network.std)).to(device)
-    result = infer(network, normalised)
+    result = infer(network, network.normalise(pixels))
     cams = dense_cams(result.cams, len(network.classes)).cpu().numpy()
     masks = result.seg_logits.argmax(1).to(torch.uint8).cpu().numpy()
     probabilities = result.seg_logits.softmax(1).cpu().numpy()

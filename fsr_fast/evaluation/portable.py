@@ -29,10 +29,6 @@ class PortableNetwork(nn.Module):
     def __init__(self, network: Network) -> None:
         super().__init__()
         self.network = network
-        self.register_buffer("mean", torch.tensor(network.mean).view(3, 1, 1))
-        self.register_buffer("std", torch.tensor(network.std).view(3, 1, 1))
-        self.mean: Tensor
-        self.std: Tensor
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Segment pictures of one size.
@@ -47,8 +43,8 @@ class PortableNetwork(nn.Module):
         network, patch = self.network, self.network.encoder.patch_size
         height, width = images.shape[-2:]
         whole = ((height + patch // 2) // patch * patch, (width + patch // 2) // patch * patch)
-        fitted = F.interpolate((images - self.mean) / self.std, size=whole, mode="bilinear", align_corners=False)
-        tokens, _, grid = network.encoder(fitted)
+        fitted = F.interpolate(network.normalise(255 * images), size=whole, mode="bilinear", align_corners=False)
+        tokens, _, grid, _ = network.encoder(fitted)
         top = network.encoder.norm(tokens)
         segmentation = network.decoder(to_map(top, grid))
         activations = activate(top, network.top_classifier, grid)

@@ -9,7 +9,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from fsr_fast.config import Config
 from fsr_fast.evaluation.crf import CrfPool
@@ -131,20 +130,13 @@ class _Stream:
         scales, cam_scales = self.config.evaluate.scales, self.config.cam.scales
         return infer_like(
             self.network,
-            [self._normalise(sample.image) for sample in batch],
+            [self.network.normalise(torch.tensor(sample.image).permute(2, 0, 1)) for sample in batch],
             labels,
             cam_scales=cam_scales if "pseudo" in self.kinds else cam_scales[:1],  # no pass that nothing is read of
             scales=cam_scales[:1] if list(self.kinds) == ["pseudo"] else scales,
             flip=self.config.evaluate.flip,
             amp=self.config.run.amp,
         )
-
-    def _normalise(self, image: np.ndarray) -> Tensor:
-        pixels = torch.tensor(image, device=self.device).permute(2, 0, 1).float()
-        mean, std = (
-            torch.tensor(values, device=self.device).view(3, 1, 1) for values in (self.network.mean, self.network.std)
-        )
-        return pixels.mul_(1 / (255 * std)).sub_(mean / std)
 
     def _read(self, sample: Sample, result: Inference) -> Inferred:
         maps: dict[Kind, Labels] = {}

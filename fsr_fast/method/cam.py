@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fsr_fast.kernels import MergedCams, merge_cams, present_classes
+from fsr_fast.kernels import MergedCams, merge_cams
 from fsr_fast.models.encoder import Encoder, Features
 from fsr_fast.models.network import Network, activate
 
@@ -80,8 +80,8 @@ def pair_mirrored(features: Sequence[Features], first: Features | None = None) -
 
 def split_batch(features: Features) -> tuple[Features, Features]:
     """Split the features of 2B images into those of the first and of the second B."""
-    tokens, aux = features.tokens.chunk(2), features.aux.chunk(2)
-    return Features(tokens[0], aux[0], features.grid), Features(tokens[1], aux[1], features.grid)
+    first, second = zip(features.tokens.chunk(2), features.aux.chunk(2), strict=True)
+    return features._replace(tokens=first[0], aux=first[1]), features._replace(tokens=second[0], aux=second[1])
 
 
 def merge_passes(
@@ -117,36 +117,6 @@ def merge_passes(
     plain = [activations(scale_pass.plain) for scale_pass in passes]
     mirrored = [activations(scale_pass.mirrored) for scale_pass in passes]
     return merge_cams(plain, mirrored, labels, max_classes=max_classes, size=size, output_size=output_size)
-
-
-@torch.no_grad()
-def multi_scale_cam(
-    network: Network,
-    images: Tensor,
-    scales: Sequence[float] = (1.0, 0.5, 1.5),
-    *,
-    classifier: Literal["top", "aux"] = "top",
-) -> Tensor:
-    """Normalised multi-scale CAMs of all classes, present or not.
-
-    Args:
-        network: the network.
-        images: (B, 3, H, W), normalised.
-        scales: the first is 1.0; each is run with its mirror image.
-        classifier: which of the two classifiers, on which of the two feature maps.
-
-    Returns:
-        (B, C, H, W), float32 in 0…1. Source: paper, CAM; official code for the merging.
-    """
-    classes = len(network.classes)
-    return merge_passes(
-        network,
-        multi_scale_passes(network.encoder, images, scales, aux_only=classifier == "aux"),
-        images.new_ones(len(images), classes),
-        classifier=classifier,
-        max_classes=classes,
-        size=(images.shape[-2], images.shape[-1]),
-    ).values
 
 
 def normalise_cam(activation: Tensor) -> Tensor:
@@ -217,18 +187,3 @@ def dense_cams(cams: MergedCams, classes: int) -> Tensor:
     dense = cams.values.new_zeros(batch, classes, height, width)
     index = cams.classes.view(batch, -1, 1, 1).expand_as(cams.values)
     return dense.scatter_add(1, index, cams.values)
-
-
-def present_cams(cam: Tensor, labels: Tensor) -> MergedCams:
-    """Take the CAMs of the present classes; the way back from `dense_cams`.
-
-    Args:
-        cam: (B, C, H, W), normalised.
-        labels: (B, C), 0 or 1.
-
-    Returns:
-        Values (B, M, H, W), M the largest number of classes that an image has; 0 in the slots that it leaves over.
-    """
-    classes, live = present_classes(labels, max_classes=max(1, int(labels.sum(1).max())))
-    index = classes[..., None, None].expand(-1, -1, *cam.shape[-2:])
-    return MergedCams(cam.gather(1, index) * live[..., None, None], classes, live)

@@ -1,7 +1,7 @@
 """Selection of the patches of view 2 that are masked (paper, Section 3.2, Eq. 2-4 and Table 3)."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -12,12 +12,10 @@ from fsr_fast.errors import UserError
 from fsr_fast.kernels import PatchSelection, top_k_mask, uncertain_mask, uncertain_mask_from_cam
 from fsr_fast.method.cam import dense_cams, merge_passes, multi_scale_passes, normalise_cam
 from fsr_fast.method.draws import Draws
-from fsr_fast.method.edges import canny_edges
-from fsr_fast.method.pseudo_labels import denormalise
 from fsr_fast.models import Network
 from fsr_fast.models.encoder import Features
 from fsr_fast.models.network import activate
-from fsr_fast.runtime.precision import autocast
+from fsr_fast.models.work import TrunkPass
 
 
 @dataclass(frozen=True)
@@ -29,7 +27,9 @@ class MaskedPatches:
     index: Tensor
     """(B, k), int64, patches to compare; k is the same for all images."""
     weight: Tensor | None
-    """(B, k), float32, weight of each of them in the batch mean; none: all alike."""
+    """(B, k), float32, weight of each of them in the batch mean; None: all alike."""
+    passes: tuple[TrunkPass, ...] = ()
+    """Of the trunk, made to choose them."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class MaskSelector:
 
     Args:
         student: the network whose CAM guides.
-        config: strategy and source, scales of the CAM, precision of the passes.
+        config: strategy and source, scales and precision of the CAM.
         max_classes: largest number of classes that an image has.
 
     Raises:
@@ -93,41 +93,37 @@ class MaskSelector:
         if random or mask.strategy == "random":
             return mask_randomly(draws.uniform, shape, mask)
         if mask.strategy == "edge_strict":
-            mean, std = (torch.tensor(value, dtype=torch.float64) for value in (student.mean, student.std))
-            return mask_edges(denormalise(view2, mean.to(view2.device), std.to(view2.device)), shape)
+            return mask_edges(find_edges(student.denormalise(view2), mask), shape)
         if mask.multi_scale:
-            return mask_from_cam(
-                self._multi_scale_cam(view2, unmasked, labels, draws), labels, draws.uniform, shape, mask
-            )
+            return self._by_all_scales(view2, unmasked, labels, draws)
         top = mask.source == "top"
         classifier = student.top_classifier if top else student.aux_classifier
         drop_path = None if draws.mask_cam is None else draws.mask_cam[0][..., : len(view2)]
-        with autocast(view2.device, self.config.run.amp):
-            tokens, aux, grid = unmasked or student.encoder(view2, drop_path=drop_path, aux_only=not top)
-            guide = student.encoder.norm(tokens) if top else aux  # (B, N, D)
-            if mask.strategy == "uncertain" and mask.block == 1:
-                return mask_from_features(guide, classifier.weight.flatten(1), labels, draws.uniform, shape, mask)
-            cam = normalise_cam(activate(guide, classifier, grid))  # (B, C, h, w)
-        return mask_from_cam(cam, labels, draws.uniform, shape, mask)
+        features = unmasked or student.encoder(view2, drop_path=drop_path, aux_only=not top)
+        guide = student.encoder.norm(features.tokens) if top else features.aux  # (B, N, D)
+        if mask.strategy == "uncertain" and mask.block == 1:
+            masked = mask_from_features(guide, classifier.weight.flatten(1), labels, draws.uniform, shape, mask)
+        else:
+            cam = normalise_cam(activate(guide, classifier, features.grid))  # (B, C, h, w)
+            masked = mask_from_cam(cam, labels, draws.uniform, shape, mask)
+        return replace(masked, passes=(features.source,))
 
-    def _multi_scale_cam(self, view2: Tensor, unmasked: Features | None, labels: Tensor, draws: Draws) -> Tensor:
-        """Return the CAM (B, C, H, W) of all scales and mirror images."""
+    def _by_all_scales(self, view2: Tensor, unmasked: Features | None, labels: Tensor, draws: Draws) -> MaskedPatches:
         source, cam = self.config.mask.source, self.config.cam
-        with autocast(view2.device, self.config.run.amp):
-            passes = multi_scale_passes(
-                self.student.encoder,
-                view2,
-                cam.scales,
-                first=unmasked,
-                drop_path=draws.mask_cam,
-                aux_only=source == "aux" and unmasked is None,
-                float8=cam.fp8,
-            )
-            size = (view2.shape[-2], view2.shape[-1])
-            cams = merge_passes(
-                self.student, passes, labels, classifier=source, max_classes=self.max_classes, size=size
-            )
-        return dense_cams(cams, labels.shape[1])
+        passes = multi_scale_passes(
+            self.student.encoder,
+            view2,
+            cam.scales,
+            first=unmasked,
+            drop_path=draws.mask_cam,
+            aux_only=source == "aux" and unmasked is None,
+            float8=cam.fp8,
+        )
+        size = (view2.shape[-2], view2.shape[-1])
+        cams = merge_passes(self.student, passes, labels, classifier=source, max_classes=self.max_classes, size=size)
+        dense = dense_cams(cams, labels.shape[1])  # (B, C, H, W)
+        masked = mask_from_cam(dense, labels, draws.uniform, self.shape, self.config.mask)
+        return replace(masked, passes=tuple(one.source for pair in passes for one in pair))
 
 
 def mask_randomly(uniform: Tensor, shape: MaskShape, config: MaskConfig) -> MaskedPatches:
@@ -185,15 +181,33 @@ def mask_from_cam(cam: Tensor, labels: Tensor, uniform: Tensor, shape: MaskShape
     return _compare_masked(selection)
 
 
-def mask_edges(images: Tensor, shape: MaskShape) -> MaskedPatches:
+def find_edges(images: Tensor, config: MaskConfig) -> Tensor:
+    """Find edges by Canny's detector.
+
+    Args:
+        images: (B, 3, H, W), grey levels 0…255.
+        config: smoothing and thresholds.
+
+    Returns:
+        (B, H, W), bool. The paper names the detector alone; smoothing and thresholds are this project's.
+    """
+    from kornia.filters import canny  # slow to import
+
+    low, high = config.edge_low / 255, config.edge_high / 255
+    sigma = config.edge_sigma
+    grey = images.float().mean(1, keepdim=True) / 255
+    _, edges = canny(grey, low, high, kernel_size=2 * math.ceil(2 * sigma) + 1, sigma=(sigma, sigma))
+    return edges[:, 0] > 0
+
+
+def mask_edges(edges: Tensor, shape: MaskShape) -> MaskedPatches:
     """Mask exactly the patches that hold an edge (`edge_strict`).
 
     Args:
-        images: (B, 3, H, W), 0…255.
+        edges: (B, H, W), bool, as `find_edges` gives them.
         shape: as `mask_shape` gives it.
     """
-    edges = F.adaptive_max_pool2d(canny_edges(images).float()[:, None], shape.grid)
-    return _compare_exactly(edges.flatten(1) > 0)
+    return _compare_exactly(F.adaptive_max_pool2d(edges.float()[:, None], shape.grid).flatten(1) > 0)
 
 
 def _compare_masked(selection: PatchSelection) -> MaskedPatches:

@@ -8,42 +8,11 @@ from fsr_fast.kernels import MergedCams, pixel_adaptive_refinement, refine_pseud
 from fsr_fast.method.cam import resize_images
 
 __all__ = [
-    "denormalise",
     "generate_pseudo_labels",
     "half_size",
     "pixel_adaptive_refinement",
     "refine_pseudo_labels",
 ]
-
-
-def grey_levels(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Undo the normalisation.
-
-    Args:
-        images: (B, 3, H, W), normalised.
-        mean: (3,), float64, of images in 0…1.
-        std: (3,), likewise.
-
-    Returns:
-        (B, 3, H, W), float32, grey levels of 0…255, not rounded. Source: official code, dense energy.
-    """
-    # The last bit of factor and shift decides where a grey level is rounded to: take their nearest float32.
-    factor, shift = ((255 * value.double().view(3, 1, 1)).float() for value in (std, mean))
-    return images * factor + shift
-
-
-def denormalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Undo the normalisation, with 8-bit steps.
-
-    Args:
-        images: (B, 3, H, W), normalised.
-        mean: (3,), float64, of images in 0…1.
-        std: (3,), likewise.
-
-    Returns:
-        (B, 3, H, W), float32 in 0…255, whole numbers, rounded down.
-    """
-    return grey_levels(images, mean, std).clamp(0, 255).floor()
 
 
 def half_size(size: tuple[int, int]) -> tuple[int, int]:
@@ -55,7 +24,7 @@ def generate_pseudo_labels(images: Tensor, cams: MergedCams, config: PseudoLabel
     """Refine CAMs at half resolution and label every pixel that is certain.
 
     Args:
-        images: (B, 3, H, W), as `denormalise` gives them.
+        images: (B, 3, H, W), grey levels 0…255.
         cams: normalised CAMs of the present classes at half resolution, values (B, M, H/2, W/2).
         config: thresholds, iterations, dilations.
 

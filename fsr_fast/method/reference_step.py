@@ -11,6 +11,7 @@ from fsr_fast.config import Config
 from fsr_fast.errors import UserError
 from fsr_fast.kernels import MergedCams
 from fsr_fast.method.draws import Draws
+from fsr_fast.method.masking import find_edges
 from fsr_fast.method.pseudo_labels import half_size
 from fsr_fast.method.schedules import Schedule
 from fsr_fast.method.step import FSRStep, StepOutput
@@ -59,7 +60,7 @@ class ReferenceStep(FSRStep):
             reference.Centres(*centres),
             views,
             labels,
-            reference.Draws(*draws),
+            reference.Draws(*draws, edges=self.edges(views[1])),
             self.settings,
             weights=_translate(schedule.weights, reference.Loss),
             temperature=schedule.teacher_temperature,
@@ -70,6 +71,11 @@ class ReferenceStep(FSRStep):
         losses = {name: loss.detach() for name, loss in output.losses.items()}
         cams = None if output.cam is None else self._present(output.cam, labels)
         return StepOutput(output.total, losses, cams, output.pseudo_labels, output.mask)
+
+    def edges(self, view2: Tensor) -> Tensor | None:
+        """Return the edges (B, H, W) of view 2 where the strategy masks them, else None."""
+        mask = self.config.mask
+        return find_edges(self.student.denormalise(view2), mask) if mask.strategy == "edge_strict" else None
 
     def _present(self, cam: Tensor, labels: Tensor) -> MergedCams:
         size = half_size((cam.shape[2], cam.shape[3]))

@@ -115,7 +115,7 @@ def restore_folder(folder: Path) -> Network:
     """
     description, weights = read_folder(folder)
     network = build_network(without_start(description.model), description.classes, description.image_size)
-    network.mean, network.std = description.mean, description.std
+    network.set_normalisation(description.mean, description.std)
     try:
         network.load_state_dict(weights)
     except RuntimeError as error:

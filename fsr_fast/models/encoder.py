@@ -28,6 +28,8 @@ class Features(NamedTuple):
     """(B, N, D), output of the auxiliary block."""
     grid: tuple[int, int]
     """Rows h and columns w of patches, N = h·w."""
+    source: TrunkPass
+    """The pass that gave them, together with those of the images that it was packed with."""
 
 
 class Encoder(nn.Module):
@@ -74,7 +76,6 @@ class Encoder(nn.Module):
         self.norm = vit.norm
         self.attention: Backend = "sdpa"
         self.checkpointing = False
-        self.passes: list[TrunkPass] | None = None
         self._run_block: Callable[..., Tensor] = run_block
         self.drop_rates: list[float] = torch.linspace(0, config.stochastic_depth, self.depth).tolist()  # for the host
 
@@ -163,8 +164,7 @@ class Encoder(nn.Module):
         alike = itertools.groupby(shapes, key=lambda shape: shape[1])
         groups = tuple((sum(images for images, _ in group), tokens) for tokens, group in alike)
         depth = self.aux_block + 1 if aux_only else self.depth
-        if self.passes is not None:
-            self.passes.append(TrunkPass(groups, depth, torch.is_grad_enabled()))
+        source = TrunkPass(groups, depth, torch.is_grad_enabled())
         tokens = torch.cat([one.flatten(0, 1) for one, _ in embedded])
         factors = None if drop_path is None else _spread(drop_path.to(tokens.dtype), groups)
         packing = describe_packing(groups, self.attention, tokens.device)
@@ -182,7 +182,7 @@ class Encoder(nn.Module):
                 aux = tokens
         sizes = [images * count for images, count in shapes]
         return [
-            Features(top.unflatten(0, (images, -1)), low.unflatten(0, (images, -1)), grid)
+            Features(top.unflatten(0, (images, -1)), low.unflatten(0, (images, -1)), grid, source)
             for top, low, (images, _), (_, grid) in zip(
                 tokens.split(sizes), aux.split(sizes), shapes, embedded, strict=True
             )

@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -56,8 +57,7 @@ class Network(nn.Module):
         super().__init__()
         self.classes = classes
         self.image_size = image_size
-        self.mean = mean
-        self.std = std
+        self.set_normalisation(mean, std)
         self.encoder = Encoder(vit, config, image_size)
         width = self.encoder.width
         self.decoder = Decoder(width, config.decoder_width, len(classes) + 1)
@@ -65,13 +65,43 @@ class Network(nn.Module):
         self.top_classifier = nn.Conv2d(width, len(classes), 1, bias=False)
         self.aux_classifier = nn.Conv2d(width, len(classes), 1, bias=False)
 
+    def set_normalisation(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        """Set mean and standard deviation of the input's three channels, for images in 0…1."""
+        self.mean, self.std = mean, std
+        for name, values in (("exact_mean", mean), ("exact_std", std)):
+            self.register_buffer(name, torch.tensor(values, dtype=torch.float64).view(3, 1, 1), persistent=False)
+        self.exact_mean: Tensor
+        self.exact_std: Tensor
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """Bring grey levels (…, 3, H, W) of 0…255, of any dtype, to the network's device and range: float32."""
+        mean, std = self.exact_mean.float(), self.exact_std.float()
+        return pixels.to(mean.device).float() * (1 / (255 * std)) - mean / std
+
+    def grey_levels(self, images: Tensor) -> Tensor:
+        """Undo the normalisation.
+
+        Args:
+            images: (B, 3, H, W), normalised.
+
+        Returns:
+            (B, 3, H, W), float32, grey levels of 0…255, not rounded. Source: official code, dense energy.
+        """
+        # The last bit of factor and shift decides where a grey level is rounded to: take their nearest float32.
+        factor, shift = ((255 * value.double()).float() for value in (self.exact_std, self.exact_mean))
+        return images.to(factor.device) * factor + shift
+
+    def denormalise(self, images: Tensor) -> Tensor:
+        """Undo the normalisation, with 8-bit steps: as `grey_levels`, rounded down to whole numbers of 0…255."""
+        return self.grey_levels(images).clamp(0, 255).floor()
+
     def forward(self, images: Tensor) -> NetworkOutput:
         """Run every part once, without masks.
 
         Args:
             images: (B, 3, H, W), normalised; H and W multiples of the patch size.
         """
-        tokens, aux, grid = self.encoder(images)
+        tokens, aux, grid, _ = self.encoder(images)
         top = self.encoder.norm(tokens)
         return NetworkOutput(
             class_logits=classify(top, self.top_classifier),

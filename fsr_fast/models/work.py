@@ -43,7 +43,8 @@ class TrunkShape(NamedTuple):
     """N, patches of an image at scale 1.0."""
 
     def work(self, passes: Sequence[TrunkPass], *, images: int) -> Work:
-        """Add up the passes of a step on `images` images."""
+        """Add up the passes of a step on `images` images; one that is named twice was made once."""
+        passes = list({id(one): one for one in passes}.values())
         unit = TrunkPass(((images, self.tokens),), self.depth, gradient=False)
         flops = self.flops(passes)
         return Work(tuple(passes), flops, flops / self.flops([unit]))

@@ -129,6 +129,30 @@ def exactly_uncertain_mask(
     return (value > low) & (value < high)
 
 
+@torch.no_grad()
+def edge_mask(edges: Tensor, patch_size: int) -> Tensor:
+    """Masks exactly the patches that hold a pixel of an edge, however it was found.
+
+    Args:
+        edges: (B, H, W) bool; H and W are whole patches.
+        patch_size: side of a patch, in pixels.
+
+    Returns:
+        (B, N) bool, True = masked.
+
+    Raises:
+        ValueError: if a shape does not fit.
+
+    Source: paper, Table 3 (edge strict).
+    """
+    require_shape("edges", edges, "B", "H", "W")
+    B, H, W = edges.shape
+    mask = torch.zeros(B, H // patch_size, W // patch_size, dtype=torch.bool, device=edges.device)
+    for b, y, x in torch.nonzero(edges).tolist():
+        mask[b, y // patch_size, x // patch_size] = True
+    return mask.flatten(1)
+
+
 def sample_activation(cam: Tensor, labels: Tensor, size: tuple[int, int]) -> Tensor:
     """Takes the largest activation of the present classes and samples its nearest pixel for every patch or block.
 

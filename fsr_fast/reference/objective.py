@@ -14,17 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .cam import cam_to_labels, merge_scales, normalise_cam
-from .edges import edge_mask
 from .encoder import State
 from .losses import affinity_loss, classification_loss, distillation_loss, energy_loss, segmentation_loss
-from .masking import block_grid, count_masked, exactly_uncertain_mask, top_k_mask, uncertain_mask_from_cam
+from .masking import block_grid, count_masked, edge_mask, exactly_uncertain_mask, top_k_mask, uncertain_mask_from_cam
 from .network import NetworkOutput, forward_network, multi_scale_cams, project, prototype_logits
-from .pseudo_labels import denormalise_images, generate_pseudo_labels, grey_levels
+from .pseudo_labels import generate_pseudo_labels, grey_levels
 from .settings import Loss, Settings
 
 
 class Draws(NamedTuple):
-    """All that is random in a step; stochastic depth as in forward_trunk."""
+    """All that a step is given beside its views: what is random; stochastic depth as in forward_trunk."""
 
     uniform: Tensor
     """(B, blocks) in [0, 1), u of Eq. 3."""
@@ -36,6 +35,8 @@ class Draws(NamedTuple):
     """(depth, 2, 2B) a scale, of the maps of view 2, then of its mirror image."""
     cam: Sequence[Tensor] | None = None
     """(depth, 2, 2B) a scale, of the maps of view 1, then of its mirror image."""
+    edges: Tensor | None = None
+    """(B, H, W) bool, edges of view 2, for the strategy "edge_strict" alone; the paper does not define them."""
 
 
 class Centres(NamedTuple):
@@ -195,7 +196,9 @@ def select_mask(
     if random_mask or mask.strategy == "random":
         return top_k_mask(draws.uniform, k=k, grid=grid, block=mask.block).mask
     if mask.strategy == "edge_strict":
-        return edge_mask(denormalise_images(view, settings.mean, settings.std), settings.patch_size)
+        if draws.edges is None:
+            raise ValueError("draws.edges is None, but edge_strict masks where edges are; find them in view 2")
+        return edge_mask(draws.edges, settings.patch_size)
     if mask.multi_scale:
         cam = normalised_cam(student, view, None, draws.mask_cam, settings, mask.source)
     else:

@@ -59,7 +59,7 @@ def class_attention(network: Network, images: Tensor, mask: Tensor | None = None
         raise UserError(
             f"model.aggregation: {encoder.aggregation!r} pools the patches; expected a network with aggregator ('mca')"
         )
-    tokens, _, grid = encoder(images, mask)
+    tokens, _, grid, _ = encoder(images, mask)
     class_token = encoder.cls_token[:, 0].expand(len(tokens), -1)
     weights = []
     for block in encoder.cls_blocks:

@@ -102,7 +102,7 @@ def look(
         for sample, result in _infer_all(network, dataset, config, device, limit, set(chosen))
     ]
     side = network.image_size
-    pictures = [resize_images(_normalised(network, entry.image, device), (side, side)) for entry in entries]
+    pictures = [resize_images(_normalised(network, entry.image), (side, side)) for entry in entries]
     entropies = [attention_entropy(network, picture).cpu() for picture in pictures]
     return Gallery(
         matrix,
@@ -174,24 +174,22 @@ def _entry(
         pseudo=merged_labels(result.cams, high=threshold, low=threshold)[0].cpu().numpy().astype(np.uint8),
         seg=probabilities.argmax(0).astype(np.uint8),
         crf=dense_crf(image, probabilities).argmax(0).astype(np.uint8),
-        attention=_attention(network, image, result.seg_logits.device),
+        attention=_attention(network, image),
     )
 
 
-def _attention(network: Network, image: np.ndarray, device: torch.device) -> list[np.ndarray]:
+def _attention(network: Network, image: np.ndarray) -> list[np.ndarray]:
     if network.encoder.aggregation != "mca":
         return []
     patch = network.encoder.patch_size
     size = tuple(max(1, round(side / patch)) * patch for side in image.shape[:2])
-    weights = class_attention(network, resize_images(_normalised(network, image, device), (size[0], size[1])))[0]
+    weights = class_attention(network, resize_images(_normalised(network, image), (size[0], size[1])))[0]
     means = weights.mean(1).cpu()
     return [((block - block.min()) / (block.max() - block.min()).clamp(min=1e-12)).numpy() for block in means]
 
 
-def _normalised(network: Network, image: np.ndarray, device: torch.device) -> Tensor:
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (network.mean, network.std))
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
-    return ((pixels - mean) / std)[None].to(device)
+def _normalised(network: Network, image: np.ndarray) -> Tensor:
+    return network.normalise(torch.from_numpy(np.array(image)).permute(2, 0, 1))[None]
 
 
 def _truth(sample: EvaluationSample) -> np.ndarray:

@@ -36,7 +36,7 @@ def training_grid(step: FSRStep, views: Sequence[Tensor], output: StepOutput, co
     assert output.cams is not None
     assert output.pseudo_labels is not None
     size = views[0].shape[-2:]
-    pictures = _pixels(step.denormalise(views[0][:count]))
+    pictures = _pixels(step.student.denormalise(views[0][:count]))
     cams = F.interpolate(output.cams.values[:count].amax(1, keepdim=True), size=size, mode="bilinear")[:, 0]
     uncertain = ((cams > step.config.mask.low) & (cams < step.config.mask.high)).cpu().numpy()
     titles = ["view 1", "CAM", "uncertain", "pseudo label"]
@@ -48,7 +48,7 @@ def training_grid(step: FSRStep, views: Sequence[Tensor], output: StepOutput, co
     ]
     if output.mask is not None:
         masked = output.mask[:count].float().unflatten(1, step.student.encoder.grid)[:, None]
-        shown = step.denormalise(views[1][:count]) * (F.interpolate(masked, size=size, mode="nearest") == 0)
+        shown = step.student.denormalise(views[1][:count]) * (F.interpolate(masked, size=size, mode="nearest") == 0)
         titles.append("view 2, masked")
         columns.append(list(_pixels(shown)))
     return picture_grid([list(row) for row in zip(*columns, strict=True)], titles, step.student.classes)

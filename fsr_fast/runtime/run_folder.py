@@ -63,7 +63,8 @@ def claim_run_folder(config: Config) -> Path | None:
         raise UserError(
             f"run.output: {folder} is not empty and is no run (it has no {CONFIG_FILE}); give another folder"
         )
-    key = _first_difference(read_yaml(folder / CONFIG_FILE), config.model_dump(mode="json"))
+    recorded, defaults = read_yaml(folder / CONFIG_FILE), Config.model_construct().model_dump(mode="json")
+    key = _first_difference(recorded, config.model_dump(mode="json"), defaults)
     if key is not None:
         raise UserError(
             f"run.output: {folder} holds another run: {key} differs; give another --run.output, "
@@ -136,12 +137,15 @@ def _let_go() -> None:
 os.register_at_fork(after_in_child=_let_go)
 
 
-def _first_difference(recorded: Any, present: Any, path: str = "") -> str | None:
+def _first_difference(recorded: Any, present: Any, defaults: Any, path: str = "") -> str | None:
+    """Name the first difference; a key that is not recorded, as one newer than the run, had its default."""
     if path in _MAY_DIFFER:
         return None
     if isinstance(recorded, dict) and isinstance(present, dict):
         for key in {**recorded, **present}:
-            found = _first_difference(recorded.get(key), present.get(key), f"{path}.{key}".removeprefix("."))
+            default = defaults.get(key) if isinstance(defaults, dict) else None
+            names = f"{path}.{key}".removeprefix(".")
+            found = _first_difference(recorded.get(key, default), present.get(key), default, names)
             if found:
                 return found
         return None

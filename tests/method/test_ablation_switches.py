@@ -15,7 +15,7 @@ from torch import Tensor
 from fsr_fast import reference, train
 from fsr_fast.commands.ablate import TABLES, Changes, row_config
 from fsr_fast.config import Config, build_config, dump_config
-from fsr_fast.method.masking import mask_edges
+from fsr_fast.method.masking import find_edges, mask_edges
 from fsr_fast.method.step import FSRStep, StepOutput
 from fsr_fast.runtime.checkpoint import read_checkpoint
 from tests import helpers
@@ -71,7 +71,8 @@ def _train(config: Config, file: Path) -> Trained:
     def spy(step, views, labels, draws, schedule):
         with torch.no_grad():
             cam = reference.normalise_cam(step.student(views[1]).cam) * labels[..., None, None]
-            edges = mask_edges(step.denormalise(views[1]), step.selector.shape).mask
+            edges = find_edges(step.student.denormalise(views[1]), step.config.mask)
+            edges = mask_edges(edges, step.selector.shape).mask
         output = forward(step, views, labels, draws, schedule)
         seen.append(Seen(views, output, cam.amax(1).flatten(1), edges))
         return output

@@ -5,12 +5,14 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from fsr_fast import reference
 from fsr_fast.config import PseudoLabelConfig
 from fsr_fast.kernels import MergedCams
-from fsr_fast.method.pseudo_labels import denormalise, generate_pseudo_labels, half_size
+from fsr_fast.method.pseudo_labels import generate_pseudo_labels, half_size
 from tests import helpers
 
 MEAN, DEVIATION = (
     torch.tensor(values, dtype=torch.float64) for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 )
+
+NETWORK = helpers.network(helpers.config({"model": {"normalisation": "imagenet"}}))
 
 
 def normalise(grey: torch.Tensor) -> torch.Tensor:
@@ -19,21 +21,27 @@ def normalise(grey: torch.Tensor) -> torch.Tensor:
 
 def test_denormalised_images_have_whole_grey_levels_rounded_down():
     grey = torch.tensor([0.4, 17.6, 99.99, 254.9]).expand(1, 3, 1, 4)
-    actual = denormalise(normalise(grey), MEAN, DEVIATION)
+    actual = NETWORK.denormalise(normalise(grey))
     assert actual.tolist() == [[[[0.0, 17.0, 99.0, 254.0]]] * 3]
 
 
 def test_denormalised_images_stay_within_0_and_255():
     images = torch.tensor([-9.0, 9.0]).expand(1, 3, 1, 2)
-    assert denormalise(images, MEAN, DEVIATION).tolist() == [[[[0.0, 255.0]]] * 3]
+    assert NETWORK.denormalise(images).tolist() == [[[[0.0, 255.0]]] * 3]
 
 
 def test_denormalising_is_that_of_the_reference_at_every_grey_level():
     images = normalise(torch.arange(256.0).expand(1, 3, 1, 256))
     expected = reference.denormalise_images(images, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
-    actual = denormalise(images, MEAN, DEVIATION)
+    actual = NETWORK.denormalise(images)
     assert torch.equal(actual, expected)
     assert (actual - torch.arange(256.0)).abs().max() <= 1
+
+
+def test_normalising_8_bit_pixels_is_undone_exactly_but_for_the_rounding_down():
+    pixels = torch.arange(256, dtype=torch.uint8).expand(1, 3, 1, 256)
+    torch.testing.assert_close(NETWORK.normalise(pixels), normalise(pixels))
+    assert torch.equal(NETWORK.grey_levels(NETWORK.normalise(pixels)).round(), pixels.float())
 
 
 @pytest.mark.parametrize(("size", "half"), [((448, 448), (224, 224)), ((33, 47), (16, 23)), ((1, 2), (1, 1))])
@@ -54,9 +62,7 @@ def test_pseudo_labels_are_those_of_the_reference_from_start_to_end():
     classes, live = reference.present_classes(labels, max_classes=2)
     halved = torch.nn.functional.interpolate(cam, size=half, mode="bilinear", align_corners=False)
     values = halved.gather(1, classes[:, :, None, None].expand(-1, -1, *half)) * live[:, :, None, None]
-    actual = generate_pseudo_labels(
-        denormalise(images, MEAN, DEVIATION), MergedCams(values, classes, live), PseudoLabelConfig()
-    )
+    actual = generate_pseudo_labels(NETWORK.denormalise(images), MergedCams(values, classes, live), PseudoLabelConfig())
     assert actual.dtype == torch.uint8
     assert torch.equal(actual, expected)
     assert set(actual[0].unique().tolist()) == {0, 1, 255}

@@ -91,16 +91,6 @@ def test_the_official_step_takes_the_least_work():
     assert units(made) == pytest.approx(22.2, abs=0.06)
 
 
-@pytest.mark.parametrize("preset", [{}, OFFICIAL], ids=["paper", "official"])
-def test_passes_outside_of_a_step_are_not_noted(preset):
-    step = helpers.step(helpers.config(preset))
-    before = run(step).work
-    step.student(helpers.views(B)[0])
-    networks = [network for network in (step.student, step.teacher.network) if network is not None]
-    assert all(network.encoder.passes is None for network in networks)
-    assert len(run(step).work.passes) == len(before.passes)
-
-
 def test_random_masks_need_no_cam_of_view_2():
     made = passes(helpers.step(helpers.config(OFFICIAL, {"optim": {"iterations": 20}})))
     assert not any(one.aux_only for one in made)

@@ -14,8 +14,7 @@ from fsr_fast.commands import evaluate, predict
 from fsr_fast.config import build_config
 from fsr_fast.dataloading.class_names import COCO_CLASSES, VOC_CLASSES
 from fsr_fast.errors import UserError
-from fsr_fast.method import losses, pseudo_labels
-from fsr_fast.method.cam import dense_cams, merged_labels, multi_scale_cam, present_cams
+from fsr_fast.method.cam import merge_passes, multi_scale_passes
 from fsr_fast.models import build_network
 from fsr_fast.models.official import IMAGENET, Normalisation, count_heads, official_state_dict, renormalise
 from tests import helpers, official
@@ -289,48 +288,14 @@ def test_pictures_are_segmented_by_an_official_checkpoint(file, tmp_path):
 @pytest.mark.parametrize("classifier", ["top", "aux"])
 def test_multi_scale_maps_of_all_classes_are_those_of_the_reference(file, classifier):
     images = torch.randn(2, 3, 32, 48, generator=helpers.generator())
-    actual = multi_scale_cam(load_network(file), images, (1.0, 0.5, 1.5), classifier=classifier)
+    network = load_network(file)
+    with torch.no_grad():
+        passes = multi_scale_passes(network.encoder, images, (1.0, 0.5, 1.5))
+        every_class = torch.ones(2, 3)
+        actual = merge_passes(network, passes, every_class, classifier=classifier, max_classes=3, size=(32, 48)).values
     maps = reference.multi_scale_cams(official.official_weights(), images, heads=1, patch_size=8)
     scales = (maps.cams, maps.flipped) if classifier == "top" else (maps.aux_cams, maps.aux_flipped)
     expected = reference.merge_cams(*scales, torch.ones(2, 3), max_classes=3, size=(32, 48)).values
     assert actual.shape == (2, 3, 32, 48)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
     assert expected.amax() > 0.99
-
-
-def test_labels_of_dense_maps_are_those_of_the_reference():
-    cam, labels = torch.rand(2, 3, 16, 24, generator=helpers.generator()), helpers.labels()
-    cams = present_cams(cam, labels)
-    assert torch.equal(dense_cams(cams, 3), cam * labels[..., None, None])
-    actual = merged_labels(cams, high=0.7, low=0.25)
-    assert torch.equal(actual, reference.cam_to_labels(cam, labels, high=0.7, low=0.25))
-
-
-def test_losses_take_plain_tensors():
-    generator = helpers.generator()
-
-    def draw(*shape):
-        return torch.rand(shape, generator=generator)
-
-    labels = torch.tensor([[[0, 1, 255, 3]]]).repeat(2, 8, 2)
-    affinity = (draw(2, 16, 8) - 0.5, labels.flatten(1)[:, :16])
-    segmentation = (draw(2, 4, 4, 4), labels)
-    distillation = (draw(6, 5) - 0.5, draw(6, 5) - 0.5, draw(7, 5) - 0.5, draw(7, 5) - 0.5, draw(7))
-    energy = (draw(2, 4, 8, 8).softmax(1), 255 * draw(2, 3, 8, 8), labels.to(torch.uint8))
-    for name, arguments in {
-        "affinity_loss": affinity,
-        "segmentation_loss": segmentation,
-        "distillation_loss": distillation,
-        "dense_energy": energy,
-        "classification_loss": (draw(2, 3), draw(2, 3), helpers.labels()),
-    }.items():
-        actual, expected = getattr(losses, name)(*arguments), getattr(reference, name)(*arguments)
-        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6, msg=name)
-        assert expected.abs() > 1e-3
-
-
-def test_pixel_adaptive_refinement_takes_plain_tensors():
-    images, maps = torch.rand(1, 3, 16, 16), torch.rand(1, 2, 16, 16)
-    options = {"iterations": 3, "dilations": (1, 2)}
-    actual = pseudo_labels.pixel_adaptive_refinement(images, maps, **options)
-    torch.testing.assert_close(actual, reference.pixel_adaptive_refinement(images, maps, **options))

@@ -13,7 +13,7 @@ from fsr_fast import reference
 from fsr_fast.config import CONFIG_FOLDER, Config, build_config, read_yaml
 from fsr_fast.dataloading.batch import Batch
 from fsr_fast.engine import build_step
-from fsr_fast.method.masking import mask_shape
+from fsr_fast.method.masking import find_edges, mask_shape
 from fsr_fast.method.optim import build_optimiser
 from fsr_fast.method.reference_step import reference_settings
 from fsr_fast.method.step import FSRStep, StepOutput
@@ -152,8 +152,10 @@ def compare_steps(
     for iteration in range(steps):
         pair = views(iteration) if views else draw_views(size, len(labels), seed=iteration)
         draws = trainer.step.draw(len(labels), stream(config.run.seed, "step", 0, iteration))
+        edges = find_edges(trainer.network.denormalise(pair[1]), config.mask)
+        given = reference.Draws(*draws, edges=edges)
         fast = iterate(trainer, pair, labels)
-        state, record = reference.training_step(state, pair, labels, reference.Draws(*draws), settings)
+        state, record = reference.training_step(state, pair, labels, given, settings)
         comparisons.append(Comparison(fast, record, _differences(trainer, fast, state, record)))
     return comparisons
 

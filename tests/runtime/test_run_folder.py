@@ -108,9 +108,10 @@ def test_a_damaged_configuration_of_the_folder_is_refused(tmp_path, text):
     refusal(folder)
 
 
-def test_a_configuration_that_lacks_a_key_is_of_another_run(tmp_path):
-    folder = run_in(tmp_path / "run", 4)
+def test_a_key_that_a_recorded_configuration_lacks_had_its_default(tmp_path):
+    folder = run_in(tmp_path / "run", 4)  # as version 0.1.0 recorded it, which had fewer keys
     recorded = yaml.safe_load((folder / "config.yaml").read_text())
     del recorded["mask"]["ratio"]
     (folder / "config.yaml").write_text(yaml.safe_dump(recorded))
-    assert "mask.ratio (None there, 0.4 now)" in refusal(folder)
+    assert claim_run_folder(config(folder)) is not None
+    assert "mask.ratio (0.4 there, 0.3 now)" in refusal(folder, {"mask": {"ratio": 0.3}})
