@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 Weight = Annotated[float, Field(ge=0.0, le=1000.0)]
@@ -18,6 +18,14 @@ Count = Annotated[int, Field(ge=1)]
 Iterations = Annotated[int, Field(ge=0)]
 Scales = Annotated[tuple[Annotated[float, Field(ge=0.1, le=4.0)], ...], Field(min_length=1)]
 Dilations = Annotated[tuple[Annotated[int, Field(ge=1, le=512)], ...], Field(min_length=1)]
+
+
+def _name_stochastic_depth(value: object) -> object:
+    """Version 0.1.0 said false for `shared` and true for `always`."""
+    return {"false": "shared", "true": "always"}.get(str(value).lower(), value)
+
+
+StochasticDepth = Annotated[Literal["never", "shared", "always"], BeforeValidator(_name_stochastic_depth)]
 
 
 class Section(BaseModel):
@@ -271,11 +279,15 @@ class LossConfig(Section):
     class_token: Weight = 0.1
     """L_c, Eq. 9."""
     energy: Weight = 0.0
-    """Dense-energy regularisation (official code: 0.05); multiplied by 1e-7."""
+    """Dense-energy regularisation by exact Gaussians; multiplied by 1e-7. The official code's weight is 0.05, but its
+    lattice sums to about 0.6 of them: 0.03 has the same gradient."""
     affinity_start: Iterations = 0
     """Iterations before L_aff counts (COCO: 12,000)."""
     segmentation_start: Iterations = 2000
     """Iterations before L_seg and the energy count (COCO: 8,000)."""
+    normalise: Literal["global", "process"] = "global"
+    """Patches and pixels over whose number L_aff and L_seg are averaged: those of all processes, or of each process by
+    itself (official code, where each has two images)."""
 
 
 class TeacherConfig(Section):
@@ -285,8 +297,9 @@ class TeacherConfig(Section):
     """Momentum of encoder and aggregator, → 1 by a cosine unless 0. At 0 the teacher's encoder is the student's."""
     projector_momentum: Probability = 0.996
     """Momentum of the projector, → 1 by a cosine."""
-    stochastic_depth: bool = False
-    """Draw stochastic depth in the passes without gradient, too (teacher and CAMs; official code)."""
+    stochastic_depth: StochasticDepth = "never"
+    """Stochastic depth in the teacher and the CAMs: `never` (paper); `always`, drawn for each pass (official code); or
+    `shared`: drawn for the student alone, whose pass of view 1 also serves CAM and class token, one pass less."""
     student_temperature: Positive = 0.1
     """Temperature of the student's softmax."""
     temperature: tuple[Positive, Positive] = (0.04, 0.07)
@@ -335,6 +348,9 @@ class EvaluateConfig(Section):
     """Add the mirror image at every scale."""
     threshold: Probability = 0.5
     """Background score of the pseudo labels (COCO: 0.45)."""
+    protocol: Literal["own", "official"] = "own"
+    """`own`: every picture at its own size, scales rounded to whole patches. `official`: as the official scripts score,
+    pseudo labels on squares of data.image_size, what is left over of a patch cut off."""
     crf: bool = False
     """Also report the decoder's result after the dense CRF."""
     crf_backend: Literal["pydensecrf", "exact"] = "pydensecrf"

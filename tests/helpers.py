@@ -22,8 +22,8 @@ OFFICIAL: dict[str, Any] = {
     "run": {"seed_per_rank": False},
     "model": {"mask_mode": "none"},
     "mask": {"source": "aux", "multi_scale": True, "block": 2, "random_fraction": 0.2},
-    "teacher": {"encoder_momentum": 0.9995, "projector_momentum": 0.9995, "stochastic_depth": True},
-    "loss": {"energy": 0.05},
+    "teacher": {"encoder_momentum": 0.9995, "projector_momentum": 0.9995, "stochastic_depth": "always"},
+    "loss": {"energy": 0.03, "normalise": "process"},
 }
 """What `configs/voc_official.yaml` changes, with blocks that fit the tiny grid."""
 

@@ -7,6 +7,7 @@ from pydantic import BaseModel
 from fsr_fast.config import CONFIG_FOLDER, Config, build_config, dump_config, load_config, read_yaml
 from fsr_fast.errors import UserError
 from fsr_fast.train import main
+from tests import helpers
 
 RECIPES = sorted(CONFIG_FOLDER.glob("*.yaml"))
 
@@ -82,8 +83,9 @@ DIFFERENCES = {
     ("model", "normalisation"): ("checkpoint", "imagenet"),
     ("teacher", "encoder_momentum"): (0.0, 0.9995),
     ("teacher", "projector_momentum"): (0.996, 0.9995),
-    ("teacher", "stochastic_depth"): (False, True),
-    ("loss", "energy"): (0.0, 0.05),
+    ("teacher", "stochastic_depth"): ("never", "always"),
+    ("loss", "energy"): (0.0, 0.03),
+    ("loss", "normalise"): ("global", "process"),
     ("run", "seed_per_rank"): (True, False),
     ("run", "amp"): ("auto", "off"),
     ("run", "output"): (Path("runs/voc_vit_b"), Path("runs/voc_official")),
@@ -107,6 +109,14 @@ def test_coco_s_recipes_are_those_of_voc_with_coco_s_data_and_lengths(kind):
     assert (coco.mask, coco.teacher, coco.model) == (voc.mask, voc.teacher, voc.model)
     assert coco.loss == voc.loss.model_copy(update={"affinity_start": 12_000, "segmentation_start": 8_000})
     assert (coco.optim.iterations, coco.evaluate.threshold, coco.data.dataset) == (80_000, 0.45, "coco")
+    assert (voc.pseudo_label.high, coco.pseudo_label.high) == (0.7, 0.65)
+
+
+@pytest.mark.parametrize(("old", "new"), [(False, "shared"), (True, "always"), ("never", "never")])
+def test_stochastic_depth_as_version_0_1_0_wrote_it_means_what_it_meant(tmp_path, old, new):
+    path = helpers.write_config(tmp_path / "recipe.yaml", helpers.values({"teacher": {"stochastic_depth": old}}))
+    assert load("--config", str(path)).teacher.stochastic_depth == new
+    assert load("--config", str(path), "--teacher.stochastic_depth", str(old)).teacher.stochastic_depth == new
 
 
 # --- layers

@@ -31,9 +31,11 @@ ROOT = Path(__file__).parent.parent
 BATCH, LATE = 4, 3
 RECIPES = {
     "paper": ({}, LATE),
-    "official": (helpers.OFFICIAL, LATE),
+    "official": (helpers.OFFICIAL | {"loss": {"energy": 0.03}}, LATE),
     "without labels": ({"loss": {"segmentation_start": 100, "uncertain": 0.0}}, 0),  # the decoder gets no gradient
 }
+BY_PROCESS = {"by process": (helpers.OFFICIAL, LATE)}
+"""Normalised by process: two of them are not one with the whole batch, but the mean of two."""
 
 
 # --- one step
@@ -56,7 +58,7 @@ def share_of(draws: Draws, rows: slice) -> Draws:
 
 def take_step(name: str, rank: int, size: int) -> dict[str, torch.Tensor]:
     """One iteration on this process's share of the batch: losses, gradients, centres and weights after it."""
-    changes, iteration = RECIPES[name]
+    changes, iteration = (RECIPES | BY_PROCESS)[name]
     config = helpers.config(changes)
     step = helpers.step(config)
     rows = slice(rank * BATCH // size, (rank + 1) * BATCH // size)
@@ -119,7 +121,7 @@ def take_three_steps(name: str, content: str, rank: int, size: int) -> dict[str,
 def work(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    found = {name: take_step(name, rank, 2) for name in RECIPES}
+    found = {name: take_step(name, rank, 2) for name in RECIPES | BY_PROCESS}
     found |= {f"{name}, {key}": take_three_steps(name, key, rank, 2) for name in RECIPES for key in CONTENTS}
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
@@ -143,6 +145,18 @@ def test_two_processes_with_half_the_batch_each_step_like_one_with_all(shares, n
         if not key.startswith(("weight", "teacher")):  # AdamW's first step is the sign of gradients that may round to 0
             scale = expected.abs().max().item()
             assert torch.allclose(part[key], expected, rtol=1e-4, atol=1e-5 * scale + 1e-8), key
+
+
+@pytest.mark.ddp
+def test_normalised_by_process_a_step_is_the_mean_of_what_each_half_gives_alone(shares):
+    whole, *halves = (take_step("by process", *place) for place in ((0, 1), (0, 2), (1, 2)))
+    part, differs = shares[0]["by process"], 0.0
+    for key in (key for key in whole if key.startswith(("loss", "gradient"))):
+        expected = (halves[0][key] + halves[1][key]) / 2
+        scale = expected.abs().max().item()
+        assert torch.allclose(part[key], expected, rtol=1e-4, atol=1e-5 * scale + 1e-8), key
+        differs = max(differs, (whole[key] - expected).abs().max().item() / (scale + 1e-8))
+    assert differs > 1e-2, "the halves hold the same classes"
 
 
 @pytest.mark.ddp

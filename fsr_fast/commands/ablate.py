@@ -11,10 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from fsr_fast.cli import run_command
-from fsr_fast.config import CONFIG_FOLDER, Config, build_config, dump_config, load_config
+from fsr_fast.config import CONFIG_FOLDER, Config, build_config, dump_config, load_config, read_yaml
 from fsr_fast.errors import UserError, nearest
 from fsr_fast.options import Parser
 from fsr_fast.runtime.distributed import Process, start_process, stop_process
@@ -49,6 +47,11 @@ def _augment(**changes: Any) -> Changes:
     return {"augment": {"blur": 0.0, "solarise": 0.0, "policy": "none"} | changes}
 
 
+def _mask(strategy: str, **changes: Any) -> Changes:
+    """Return a row of Table 3, which the paper trains without L_c."""
+    return {"mask": {"strategy": strategy, **changes}, "loss": {"class_token": 0.0}}
+
+
 def _losses(aggregation: str, *off: str) -> Changes:
     changes: Changes = {"model": {"aggregation": aggregation}}
     return changes | ({"loss": dict.fromkeys(off, 0.0)} if off else {})
@@ -67,17 +70,18 @@ def _paper_ratios(strategy: str, pseudo: Sequence[float], seg: Sequence[float]) 
 
 TABLES = {
     3: PaperTable(
-        "which patches are masked",
+        "which patches are masked, trained without L_c; full: uncertain_0.4 with it",
         {
-            "edge_strict": {"mask": {"strategy": "edge_strict"}},
-            "cam_strict": {"mask": {"strategy": "cam_strict"}},
+            "edge_strict": _mask("edge_strict"),
+            "cam_strict": _mask("cam_strict"),
             **{
-                f"{strategy}_{ratio}": {"mask": {"strategy": strategy, "ratio": ratio}}
+                f"{strategy}_{ratio}": _mask(strategy, ratio=ratio)
                 for strategy in ("random", "uncertain")
                 for ratio in RATIOS
             },
+            "full": {"mask": {"strategy": "uncertain", "ratio": 0.4}},
         },
-        "uncertain_0.4",
+        "full",
         {
             "edge_strict": _paper(73.3, 71.6),
             "cam_strict": _paper(74.0, 71.8),
@@ -106,13 +110,15 @@ TABLES = {
         },
     ),
     5: PaperTable(
-        "further augmentation (randaugment: the official code's, with random erasing)",
+        "further augmentation; a learned policy takes the place of colour jitter, but for the rows named jitter",
         {
             "none": _augment(),
             "blur": _augment(blur=0.1),
             "solarise": _augment(solarise=0.2),
-            "autoaugment": _augment(policy="autoaugment"),
-            "randaugment": _augment(policy="randaugment"),
+            "autoaugment": _augment(policy="autoaugment", jitter=0.0),
+            "autoaugment_jitter": _augment(policy="autoaugment"),
+            "randaugment": _augment(policy="randaugment", jitter=0.0, crop_scale=(0.08, 1.0)),  # the official code's
+            "randaugment_jitter": _augment(policy="randaugment"),
         },
         "none",
         {
@@ -196,8 +202,8 @@ def read_finished(config: Config) -> dict[str, Any] | None:
     claim_run_folder(config)
     if not (folder / CONFIG_FILE).is_file():
         return None
-    recorded = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    if recorded.get("evaluate") != config.model_dump(mode="json")["evaluate"]:
+    recorded = build_config(read_yaml(folder / CONFIG_FILE), str(folder / CONFIG_FILE))
+    if recorded.evaluate != config.evaluate:
         raise UserError(
             f"{folder} was last started with other values of evaluate: a table compares like with like; give another "
             "--output, delete the folder, or repeat the values that made it"

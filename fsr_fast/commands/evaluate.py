@@ -41,6 +41,7 @@ def main(arguments: Sequence[str]) -> None:
     process = start_process(config.run.device)
     try:
         settings = {"checkpoint": str(options.checkpoint), "iteration": iteration, "list": config.data.val_list}
+        settings["protocol"] = config.evaluate.protocol
         journal = Journal(folder, process.rank, _header(network, config))
         began = time.perf_counter()
         evaluation = evaluate_network(
@@ -130,6 +131,11 @@ def build_parser() -> Parser:
         choices=("pydensecrf", "exact"),
         help="also report the segmentation after the dense CRF; exact is for a GPU (pydensecrf unless given)",
     )
+    parser.add_argument(
+        "--protocol",
+        choices=("own", "official"),
+        help="sizes of the pictures: their own, or those of the official scripts (own unless given)",
+    )
     parser.add_argument("--limit", type=int, help="evaluate only the first images")
     parser.add_argument("--device", help="auto, cpu or cuda")
     parser.add_argument(
@@ -148,6 +154,7 @@ def _with_options(config: dict[str, Any], options: argparse.Namespace) -> dict[s
             "threshold": options.threshold,
             "crf": True if options.crf else None,
             "crf_backend": options.crf,
+            "protocol": options.protocol,
             "limit": options.limit,
         },
     }

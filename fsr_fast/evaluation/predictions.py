@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ import torch
 from fsr_fast.config import Config
 from fsr_fast.evaluation.crf import CrfPool
 from fsr_fast.evaluation.inference import Inference, infer_like, patch_sizes
+from fsr_fast.evaluation.official_protocol import infer_officially
 from fsr_fast.evaluation.samples import Failure, Images, Sample, batches_of_like_size, read_samples
 from fsr_fast.method.cam import merged_labels
 from fsr_fast.models import Network
@@ -127,16 +128,17 @@ class _Stream:
 
     def _results(self, batch: list[Sample]) -> Iterator[Inference]:
         labels = [torch.from_numpy(sample.labels).to(self.device) if self.labelled else None for sample in batch]
-        scales, cam_scales = self.config.evaluate.scales, self.config.cam.scales
-        return infer_like(
-            self.network,
-            [self.network.normalise(torch.tensor(sample.image).permute(2, 0, 1)) for sample in batch],
-            labels,
-            cam_scales=cam_scales if "pseudo" in self.kinds else cam_scales[:1],  # no pass that nothing is read of
-            scales=cam_scales[:1] if list(self.kinds) == ["pseudo"] else scales,
-            flip=self.config.evaluate.flip,
-            amp=self.config.run.amp,
-        )
+        images = [self.network.normalise(torch.tensor(sample.image).permute(2, 0, 1)) for sample in batch]
+        evaluate, cam_scales = self.config.evaluate, self.config.cam.scales
+        options: dict[str, Any] = {
+            "cam_scales": cam_scales if "pseudo" in self.kinds else cam_scales[:1],  # no pass that nothing is read of
+            "scales": cam_scales[:1] if list(self.kinds) == ["pseudo"] else evaluate.scales,
+            "flip": evaluate.flip,
+            "amp": self.config.run.amp,
+        }
+        if evaluate.protocol == "own":
+            return infer_like(self.network, images, labels, **options)
+        return (infer_officially(self.network, *pair, **options) for pair in zip(images, labels, strict=True))
 
     def _read(self, sample: Sample, result: Inference) -> Inferred:
         maps: dict[Kind, Labels] = {}

@@ -1,5 +1,7 @@
 """The losses of Eq. 8-10 on plain tensors; sums and counts run over all processes."""
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,6 +11,7 @@ from fsr_fast.method.cam import resize_images
 from fsr_fast.method.pseudo_labels import half_size
 from fsr_fast.runtime.distributed import sum_over_ranks, world_size
 
+Normalise = Literal["global", "process"]
 ENERGY_SCALE = 1e-7
 """Factor on the dense energy. Source: official code."""
 
@@ -28,31 +31,35 @@ def classification_loss(class_logits: Tensor, aux_class_logits: Tensor, labels: 
     return top + F.multilabel_soft_margin_loss(aux_class_logits.float(), labels)
 
 
-def affinity_loss(features: Tensor, labels: Tensor) -> Tensor:
+def affinity_loss(features: Tensor, labels: Tensor, normalise: Normalise = "global") -> Tensor:
     """Patch-token contrast over the batch of all processes.
 
     Args:
         features: (B, N, D), top features of this process's images.
         labels: (B, N), int64: 0 background, class + 1, 255 ignored.
+        normalise: as `loss.normalise` says.
 
     Returns:
-        Scalar, float32. Its mean over the processes is L_aff of the whole batch.
+        Scalar, float32. Its mean over the processes is L_aff: of the whole batch, or the mean of theirs.
     """
-    same, same_count, different, different_count = _share_counts(affinity_sums(features, labels))
+    same, same_count, different, different_count = _share_counts(affinity_sums(features, labels), normalise)
     return 0.5 * (1 - same / (same_count + 1)) + 0.5 * different / (different_count + 1)
 
 
-def segmentation_loss(logits: Tensor, labels: Tensor) -> Tensor:
+def segmentation_loss(logits: Tensor, labels: Tensor, normalise: Normalise = "global") -> Tensor:
     """Half the cross-entropy over background pixels plus half of that over foreground pixels.
 
     Args:
         logits: (B, C+1, h, w), decoder.
         labels: (B, H, W), uint8; 255 ignored. A set without pixels counts 0.
+        normalise: as `loss.normalise` says.
 
     Returns:
-        Scalar, float32. Its mean over the processes is L_seg of the whole batch.
+        Scalar, float32. Its mean over the processes is L_seg: of the whole batch, or the mean of theirs.
     """
-    background, background_count, foreground, foreground_count = _share_counts(segmentation_sums(logits, labels))
+    background, background_count, foreground, foreground_count = _share_counts(
+        segmentation_sums(logits, labels), normalise
+    )
     return 0.5 * (background / background_count.clamp(min=1) + foreground / foreground_count.clamp(min=1))
 
 
@@ -76,9 +83,11 @@ def energy_loss(logits: Tensor, images: Tensor, labels: Tensor) -> Tensor:
     return ENERGY_SCALE * dense_energy(probabilities, halved_images, halved_labels)
 
 
-def _share_counts(sums: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _share_counts(sums: Tensor, normalise: Normalise) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    first, first_count, second, second_count = sums.unbind()
+    if normalise == "process":
+        return first, first_count, second, second_count
     # DDP averages gradients over the processes: sums are multiplied by their number, counts are those of all.
     # The whole batch then weighs every pair and pixel alike, however the classes fall to the processes.
-    first, first_count, second, second_count = sums.unbind()
     counts = sum_over_ranks(torch.stack([first_count, second_count]).detach())
     return first * world_size(), counts[0], second * world_size(), counts[1]

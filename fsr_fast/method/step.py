@@ -1,13 +1,15 @@
 """One training step: views → CAMs → mask → student → teacher → losses (paper, Figure 2 and Eq. 10).
 
 Each pass through the trunk is run once and serves all its readers. Where the teacher's encoder is the student's
-(momentum 0) and no stochastic depth is drawn without gradient, view 1's student pass also gives the teacher's
-class token and the scale-1.0 CAM, and view 2's unmasked pass gives its CAM, the mask and the teacher's patches.
+(momentum 0) and no stochastic depth is drawn for it, view 2's unmasked pass gives the mask and the teacher's patches,
+and view 1's the scale-1.0 CAM and the teacher's class token; `shared` takes the student's own pass of view 1 for it.
 
 Shapes: B images, N = h·w patches, D width, E bottleneck, C classes, M ≤ C classes of one image, k masked patches.
 """
 
-from typing import Literal, NamedTuple
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -79,7 +81,10 @@ class FSRStep(nn.Module):
         self.teacher = Teacher(student, config.teacher)
         self.config = config
         self.max_classes = max_classes
-        self.shares_passes = self.teacher.network is None and not config.teacher.stochastic_depth
+        depth = config.teacher.stochastic_depth
+        self.shares_passes = self.teacher.network is None and depth != "always"
+        # without stochastic depth the student's pass of view 1 is the one without it
+        self.reuses_student = self.shares_passes and (depth == "shared" or not config.model.stochastic_depth)
         self.selector = MaskSelector(student, config, max_classes)
         self.distillation = Distillation(config.teacher, config.model.prototypes)
 
@@ -90,7 +95,7 @@ class FSRStep(nn.Module):
 
     def draw(self, batch: int, generator: torch.Generator) -> Draws:
         """Draw all that is random in a step on `batch` images."""
-        passes = len(self.config.cam.scales) if self.config.teacher.stochastic_depth else 0
+        passes = len(self.config.cam.scales) if self.config.teacher.stochastic_depth == "always" else 0
         blocks = self.selector.shape.blocks
         return draw_step(self.student.encoder, batch, blocks, generator, self.device, passes=passes)
 
@@ -110,10 +115,9 @@ class FSRStep(nn.Module):
 
         # An autocast region holds passes either all with gradient or all without: see `autocast`.
         with torch.no_grad(), self._autocast():
-            seen = view1 if labels_pixels or weights.affinity > 0 else None
-            unmasked, scaled = self._pass_unmasked(seen, view2 if distils else None, draws)
+            unmasked1, unmasked2, scaled = self._pass_unmasked(view1, view2, draws, weights)
             random = schedule.random_mask
-            masked = self.selector.select(view2, unmasked, labels, draws, random=random) if distils else None
+            masked = self.selector.select(view2, unmasked2, labels, draws, random=random) if distils else None
         with self._autocast():
             features, masked_features = self._pass_student(view1, view2, masked, draws.student)
             top = student.encoder.norm(features.tokens)  # (B, N, D)
@@ -121,14 +125,15 @@ class FSRStep(nn.Module):
             aux_class_logits = classify(features.aux, student.aux_classifier)  # (B, C)
             seg_logits = student.decoder(to_map(top, features.grid)) if labels_pixels else None  # (B, C+1, h, w)
         with torch.no_grad(), self._autocast():
-            cams = self._merge_cams(features, scaled, labels, view1, weights)
-            targets, taught = self._pass_teacher(views, (features, unmasked), draws, weights)
+            unmasked1 = features if self.reuses_student else unmasked1
+            cams = self._merge_cams(unmasked1, scaled, labels, view1, weights)
+            targets, taught = self._pass_teacher(views, (unmasked1, unmasked2), draws, weights)
 
         losses = {"classification": classification_loss(class_logits, aux_class_logits, labels)}
         if cams.aux is not None:
             thresholds = self.config.pseudo_label
             patch_labels = merged_labels(cams.aux, high=thresholds.high, low=thresholds.low)  # (B, h, w)
-            losses["affinity"] = affinity_loss(top, patch_labels.flatten(1))
+            losses["affinity"] = affinity_loss(top, patch_labels.flatten(1), weights.normalise)
         pseudo_labels = None
         if cams.top is not None and seg_logits is not None:
             pseudo_labels = generate_pseudo_labels(  # (B, H, W)
@@ -140,25 +145,32 @@ class FSRStep(nn.Module):
 
         total = torch.stack([getattr(weights, name) * loss for name, loss in losses.items()]).sum()
         detached = {name: loss.detach() for name, loss in losses.items()}
-        sources = [one.source for one in (features, unmasked, *scaled, *taught) if one is not None]
+        sources = [one.source for one in (features, unmasked1, unmasked2, *scaled, *taught) if one]
         work = student.encoder.shape.work([*sources, *(masked.passes if masked else ())], images=len(labels))
         return StepOutput(total, detached, cams.top, pseudo_labels, masked.mask if masked else None, work)
 
     # --- passes through the trunk
 
     def _pass_unmasked(
-        self, view1: Tensor | None, view2: Tensor | None, draws: Draws
-    ) -> tuple[Features | None, list[Features]]:
-        """Return view 2's features, where the teacher shares them, and those of view 1's scaled and mirrored images."""
-        encoder, shared, cam = self.student.encoder, self.shares_passes, self.config.cam
-        alone = [view2] if view2 is not None and shared else []
-        scaled = [] if view1 is None else scaled_views(view1, cam.scales, encoder.patch_size, known=shared)
+        self, view1: Tensor, view2: Tensor, draws: Draws, weights: LossConfig
+    ) -> tuple[Features | None, Features | None, list[Features]]:
+        """Return views 1 and 2's features, where teacher and maps share them, and those of view 1's scaled images."""
+        encoder, cam = self.student.encoder, self.config.cam
+        maps = weights.affinity > 0 or weights.segmentation > 0 or weights.energy > 0
+        alone = {}
+        if self.shares_passes and not self.reuses_student and (maps or weights.class_token > 0):
+            alone[1] = view1
+        if self.shares_passes and (weights.uncertain > 0 or weights.class_token > 0):
+            alone[2] = view2
+        scaled = scaled_views(view1, cam.scales, encoder.patch_size, known=self.shares_passes) if maps else []
         drop_path = torch.cat(draws.cam, dim=-1) if draws.cam else None  # (depth, 2, ΣB)
-        if cam.fp8:  # but view 2's features are the teacher's, too
-            features = encoder.forward_packed(alone) + encoder.forward_packed(scaled, drop_path, float8=True)
+        if cam.fp8:  # but not in passes that the teacher shares
+            features = encoder.forward_packed([*alone.values()])
+            features += encoder.forward_packed(scaled, drop_path, float8=True)
         else:
-            features = encoder.forward_packed(alone + scaled, drop_path)
-        return features[0] if alone else None, features[len(alone) :]
+            features = encoder.forward_packed([*alone.values(), *scaled], drop_path)
+        found = dict(zip(alone, features, strict=False))
+        return found.get(1), found.get(2), features[len(alone) :]
 
     def _pass_student(
         self, view1: Tensor, view2: Tensor, masked: MaskedPatches | None, drop_path: Tensor
@@ -170,7 +182,7 @@ class FSRStep(nn.Module):
         return split_batch(self.student.encoder(torch.cat([view1, view2]), mask, drop_path))
 
     def _pass_teacher(
-        self, views: tuple[Tensor, Tensor], known: tuple[Features, Features | None], draws: Draws, weights: LossConfig
+        self, views: tuple[Tensor, Tensor], known: Sequence[Features | None], draws: Draws, weights: LossConfig
     ) -> tuple[Targets, list[Features]]:
         """Return what the losses read of view 1's class token and of view 2's patches, and the passes made for it."""
         encoder, projector = (self.teacher.network or self.student).encoder, self.teacher.projector
@@ -190,28 +202,17 @@ class FSRStep(nn.Module):
         ), made
 
     def _merge_cams(
-        self, features: Features, scaled: list[Features], labels: Tensor, view1: Tensor, weights: LossConfig
+        self, unmasked1: Features | None, scaled: list[Features], labels: Tensor, view1: Tensor, weights: LossConfig
     ) -> Cams:
         if not scaled:
             return Cams(None, None)
-        passes = pair_mirrored(scaled, features if self.shares_passes else None)
+        passes = pair_mirrored(scaled, unmasked1)
         size = (view1.shape[-2], view1.shape[-1])
-
-        def merge(source: Literal["top", "aux"], output_size: tuple[int, int]) -> MergedCams:
-            return merge_passes(
-                self.student,
-                passes,
-                labels,
-                classifier=source,
-                max_classes=self.max_classes,
-                size=size,
-                output_size=output_size,
-            )
-
+        merge = partial(merge_passes, self.student, passes, labels, max_classes=self.max_classes, size=size)
         labels_pixels = weights.segmentation > 0 or weights.energy > 0
         return Cams(
-            aux=merge("aux", features.grid) if weights.affinity > 0 else None,
-            top=merge("top", half_size(size)) if labels_pixels else None,
+            aux=merge(classifier="aux", output_size=passes[0].plain.grid) if weights.affinity > 0 else None,
+            top=merge(classifier="top", output_size=half_size(size)) if labels_pixels else None,
         )
 
     # --- losses
@@ -219,7 +220,7 @@ class FSRStep(nn.Module):
     def _segment(self, logits: Tensor, view1: Tensor, pseudo_labels: Tensor, weights: LossConfig) -> dict[str, Tensor]:
         losses = {}
         if weights.segmentation > 0:
-            losses["segmentation"] = segmentation_loss(logits, pseudo_labels)
+            losses["segmentation"] = segmentation_loss(logits, pseudo_labels, weights.normalise)
         if weights.energy > 0:
             losses["energy"] = energy_loss(logits, self.student.grey_levels(view1), pseudo_labels)
         return losses

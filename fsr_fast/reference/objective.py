@@ -1,8 +1,8 @@
 """The loss of one training step, pass by pass: views, maps, mask, student, teacher (paper, Figure 2 and Eq. 10).
 
 Two things belong to the definition and are no economy. Where the teacher's encoder is the student's (momentum 0) and
-the passes without gradient draw no stochastic depth, what the teacher and the maps of scale 1.0 see of view 1 is the
-student's own pass of it, with the stochastic depth that was drawn there. And a loss whose weight is 0 is not
+stochastic depth is "shared", what the teacher and the maps of scale 1.0 see of view 1 is the student's own pass of it,
+with the stochastic depth that was drawn there. And a loss whose weight is 0 is not
 computed: the parameters that it alone would reach get a zero gradient, and its centre stays where it is.
 """
 

@@ -82,8 +82,9 @@ class Teacher(NamedTuple):
     """Of encoder and aggregator; it rises to 1, unless it is 0 and stays so."""
     projector_momentum: float = 0.996
     """Of the projector; it rises to 1."""
-    stochastic_depth: bool = False
-    """Whether the passes without gradient, the teacher's and those of the maps, draw stochastic depth."""
+    stochastic_depth: str = "never"
+    """In the teacher and the maps: "never", "always" (drawn anew), or "shared": they see the student's pass of view 1,
+    where the teacher's encoder is the student's (momentum 0)."""
     student_temperature: float = 0.1
     """Of the student's softmax."""
     temperature: tuple[float, float] = (0.04, 0.07)
@@ -137,7 +138,7 @@ class Settings(NamedTuple):
     @property
     def teacher_is_student(self) -> bool:
         """Whether the teacher's encoder is the student's and sees what the student's own pass of view 1 saw."""
-        return self.teacher.encoder_momentum == 0 and not self.teacher.stochastic_depth
+        return self.teacher.encoder_momentum == 0 and self.teacher.stochastic_depth == "shared"
 
     @property
     def network(self) -> dict[str, Any]:
@@ -158,7 +159,7 @@ OFFICIAL = Settings(
     std=IMAGENET_STD,
     model=Model(mask_mode="none"),
     mask=Mask(source="aux", multi_scale=True, block=4, random_fraction=0.2),
-    loss=Loss(energy=0.05),
-    teacher=Teacher(encoder_momentum=0.9995, projector_momentum=0.9995, stochastic_depth=True),
+    loss=Loss(energy=0.03),
+    teacher=Teacher(encoder_momentum=0.9995, projector_momentum=0.9995, stochastic_depth="always"),
 )
 """The official code's recipe for PASCAL VOC, where it differs from the paper."""

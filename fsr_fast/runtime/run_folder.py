@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fsr_fast.config import Config, dump_config, read_yaml
+from fsr_fast.config import Config, build_config, dump_config, read_yaml
 from fsr_fast.errors import UserError
 from fsr_fast.runtime.checkpoint import FOLDER, list_checkpoints
 from fsr_fast.runtime.files import write_text
@@ -63,8 +63,8 @@ def claim_run_folder(config: Config) -> Path | None:
         raise UserError(
             f"run.output: {folder} is not empty and is no run (it has no {CONFIG_FILE}); give another folder"
         )
-    recorded, defaults = read_yaml(folder / CONFIG_FILE), Config.model_construct().model_dump(mode="json")
-    key = _first_difference(recorded, config.model_dump(mode="json"), defaults)
+    recorded = build_config(read_yaml(folder / CONFIG_FILE), str(folder / CONFIG_FILE))
+    key = _first_difference(recorded.model_dump(mode="json"), config.model_dump(mode="json"))
     if key is not None:
         raise UserError(
             f"run.output: {folder} holds another run: {key} differs; give another --run.output, "
@@ -137,15 +137,12 @@ def _let_go() -> None:
 os.register_at_fork(after_in_child=_let_go)
 
 
-def _first_difference(recorded: Any, present: Any, defaults: Any, path: str = "") -> str | None:
-    """Name the first difference; a key that is not recorded, as one newer than the run, had its default."""
+def _first_difference(recorded: Any, present: Any, path: str = "") -> str | None:
     if path in _MAY_DIFFER:
         return None
     if isinstance(recorded, dict) and isinstance(present, dict):
         for key in {**recorded, **present}:
-            default = defaults.get(key) if isinstance(defaults, dict) else None
-            names = f"{path}.{key}".removeprefix(".")
-            found = _first_difference(recorded.get(key, default), present.get(key), default, names)
+            found = _first_difference(recorded.get(key), present.get(key), f"{path}.{key}".removeprefix("."))
             if found:
                 return found
         return None

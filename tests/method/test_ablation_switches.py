@@ -97,9 +97,10 @@ CASES: dict[str, Changes] = {
     "multi_scale_guide": {"mask": {"multi_scale": True}},
     "random_start": {"mask": {"random_fraction": 0.5}},
     "energy": {"loss": {"energy": 1000.0}},
-    "stochastic_teacher": {"teacher": {"stochastic_depth": True}},
+    "stochastic_teacher": {"teacher": {"stochastic_depth": "always"}},
+    "stochastic_maps": {"teacher": {"stochastic_depth": "shared"}},
 }
-SAME = ("table_3_uncertain_0.4", "table_4_both", "table_5_none")
+SAME = ("table_3_full", "table_4_both", "table_5_none")
 """Rows that are the full method, whose switches all stand as in the recipe."""
 
 

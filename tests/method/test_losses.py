@@ -83,6 +83,15 @@ def test_averaged_over_two_processes_the_global_loss_is_that_of_the_whole_batch(
     assert torch.allclose(torch.cat([leaf.grad for leaf in leaves]), whole.grad, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_normalised_by_process_the_loss_is_that_of_the_process_alone(name, monkeypatch):
+    loss, literal, values, labels = CASES[name]
+    monkeypatch.setattr(losses, "world_size", lambda: 2)
+    monkeypatch.setattr(losses, "sum_over_ranks", lambda local: local + 100)
+    assert loss(values, labels, "process").item() == pytest.approx(literal(values, labels).item(), rel=1e-5)
+    assert loss(values, labels, "global").item() != pytest.approx(literal(values, labels).item(), rel=1e-2)
+
+
 def test_a_batch_without_certain_pixels_counts_0():
     logits = LOGITS.clone().requires_grad_()
     loss = segmentation_loss(logits, torch.full((4, 12, 12), 255))

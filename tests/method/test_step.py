@@ -56,22 +56,38 @@ def test_the_paper_s_step_takes_the_least_work():
     made = passes(helpers.step(helpers.config()))
     assert sorted(made) == sorted(
         [
-            # unmasked view 2: CAM, mask and the teacher's patches; mirrored view 1: the plain one is the student's
-            Pass(2 * B, 1.0, False, False),
+            # view 1 for CAM and class token, its mirror image, and view 2 for its CAM, mask and the teacher's patches
+            Pass(3 * B, 1.0, False, False),
             Pass(2 * B, 1.0, True, False),  # student: view 1 and masked view 2
             Pass(2 * B, 0.5, False, False),
             Pass(2 * B, 1.5, False, False),
         ]
     )
+    assert units(made) == pytest.approx(14.8, abs=0.06)
+
+
+@pytest.mark.parametrize("change", [{"teacher": {"stochastic_depth": "shared"}}, {"model": {"stochastic_depth": 0.0}}])
+def test_the_student_s_pass_of_view_1_serves_the_maps_where_it_may(change):
+    made = passes(helpers.step(helpers.config(change)))
+    assert Pass(2 * B, 1.0, False, False) in made
     assert units(made) == pytest.approx(13.8, abs=0.06)
+
+
+def test_neither_maps_nor_teacher_see_the_student_s_stochastic_depth_unless_shared():
+    cams, shared = {}, {"teacher": {"stochastic_depth": "shared"}}
+    for name, change in (("never", {}), ("shared", shared)):
+        step = helpers.step(helpers.config({"model": {"stochastic_depth": 0.9}}, change))
+        cams[name] = [run(step, seed=seed).cams.values for seed in (0, 1)]
+    assert torch.equal(*cams["never"])
+    assert not torch.equal(*cams["shared"])
 
 
 def test_the_counter_counts_what_the_formula_says():
     output = run(helpers.step(helpers.config()))
     width, block = helpers.WIDTH, 0
-    for images, tokens, times in ((2 * B, N, 3), (2 * B, N, 1), (2 * B, N // 4, 1), (2 * B, 9 * N // 4, 1)):
+    for images, tokens, times in ((2 * B, N, 3), (3 * B, N, 1), (2 * B, N // 4, 1), (2 * B, 9 * N // 4, 1)):
         block += images * times * (24 * tokens * width**2 + 4 * tokens**2 * width)
-    patches = 2 * (2 * B * N * (3 + 1) + 2 * B * (N // 4 + 9 * N // 4)) * 3 * helpers.PATCH**2 * width
+    patches = 2 * (B * N * (2 * 3 + 3) + 2 * B * (N // 4 + 9 * N // 4)) * 3 * helpers.PATCH**2 * width
     assert output.work.flops == DEPTH * block + patches
     one = DEPTH * (24 * N * width**2 + 4 * N**2 * width) + 2 * N * 3 * helpers.PATCH**2 * width
     assert output.work.units == pytest.approx(output.work.flops / one / B)
@@ -105,11 +121,11 @@ OFF = {"affinity": 0.0, "segmentation": 0.0, "uncertain": 0.0, "class_token": 0.
     ("weights", "paper", "official"),
     [
         ({}, 3.0, 3.0),  # classification alone: view 1 with gradient
-        ({"affinity": 0.2}, 3 + 6.76, 3 + 7.76),
-        ({"segmentation": 0.1}, 3 + 6.76, 3 + 7.76),
-        ({"energy": 0.05}, 3 + 6.76, 3 + 7.76),
+        ({"affinity": 0.2}, 3 + 7.76, 3 + 7.76),
+        ({"segmentation": 0.1}, 3 + 7.76, 3 + 7.76),
+        ({"energy": 0.05}, 3 + 7.76, 3 + 7.76),
         ({"uncertain": 0.1}, 7.0, 6 + 1 + 6.47),
-        ({"class_token": 0.1}, 7.0, 6 + 1 + 6.47),
+        ({"class_token": 0.1}, 8.0, 6 + 1 + 6.47),
     ],
     ids=lambda value: "+".join(value) or "classification" if isinstance(value, dict) else "",
 )
