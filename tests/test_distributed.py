@@ -64,7 +64,7 @@ def take_step(name: str, rank: int, size: int) -> dict[str, torch.Tensor]:
     rows = slice(rank * BATCH // size, (rank + 1) * BATCH // size)
     draws = share_of(step.draw(BATCH, helpers.generator()), rows)
     first, second = helpers.views(BATCH)
-    process = Process(rank, size, torch.device("cpu"))
+    process = Process(rank, size if dist.is_initialized() else 1, torch.device("cpu"))
     forward = distribute(step, process)
     labels = helpers.labels(BATCH)[[0, 2, 1, 3]]  # one class an image in the first half, two in the second
     output = forward((first[rows], second[rows]), labels[rows], draws, schedule_at(config, iteration))

@@ -54,7 +54,11 @@ def run(tmp_path_factory):
     """A function that trains by changes to the recipe, each case once."""
     folder = tmp_path_factory.mktemp("switches")
     root = helpers.write_dataset(folder / "data")
-    short = {"optim": {"iterations": 2, "warmup": 0, "batch_size": BATCH}, "evaluate": {"limit": 1}}
+    short = {
+        "optim": {"iterations": 2, "warmup": 0, "batch_size": BATCH},
+        "evaluate": {"limit": 1},
+        "mask": {"edge_low": 10.0, "edge_high": 30.0},  # the squares are pale in grey
+    }
 
     @functools.cache
     def cached(case: str) -> Trained:
