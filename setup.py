@@ -54,7 +54,7 @@ setup(
         "kornia>=0.8",
         "pycocotools>=2.0.8",
         "webdataset>=1.0",
-        "fsspec>=2024.10",
+        "fsspec>=2026.6",
     ],
     entry_points={"console_scripts": ["fsr-fast = fsr_fast.cli:main"]},
     extras_require={

@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any, NamedTuple, Self
 
-import fsspec
 import numpy as np
 from PIL import Image
 from webdataset import TarWriter
@@ -27,6 +26,7 @@ from webdataset import TarWriter
 from fsr_fast.dataloading.datasets import check_size
 from fsr_fast.dataloading.images import read_image
 from fsr_fast.dataloading.layout import Split, check_names, no_mask
+from fsr_fast.dataloading.stores import open_store
 from fsr_fast.dataloading.threads import map_ahead
 from fsr_fast.errors import UserError
 
@@ -61,7 +61,7 @@ def pack(
 
     Args:
         split: the list; every image needs a label, unless it comes with a mask.
-        output: folder, or URL of one that fsspec knows.
+        output: folder, or URL, as `open_store` takes it.
         name: of the list; begins the names of all files.
         with_masks: pack the masks, too; then every image needs one.
         shard_bytes: size at which a shard is closed, ≥ 1.
@@ -75,7 +75,7 @@ def pack(
         UserError: the list is packed there already, or an image, label or mask is damaged.
     """
     check_names(split.ids, split.origin, "data")
-    filesystem, folder = fsspec.core.url_to_fs(output)
+    filesystem, folder = open_store(output)
     filesystem.makedirs(folder, exist_ok=True)
     here = {str(path).rpartition("/")[2] for path in filesystem.ls(folder, detail=False)}
     old = sorted(file for file in here if re.match(rf"{re.escape(name)}(-\d{{6}})?\.(tar|idx|json)", file))

@@ -1,4 +1,4 @@
-"""Training and evaluation from shards, as `pack.py` writes them: tar files in a folder, or behind any fsspec URL.
+"""Training and evaluation from shards, as `pack.py` writes them: tar files in a folder, or in a store behind a URL.
 
 The index files say where each part of each sample stands, so a sample is one read of a range of bytes, and the stream
 is exact, as it is with single files: every sample once an epoch over all ranks, order and augmentation functions of
@@ -21,7 +21,6 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Annotated, Any, Generic, NamedTuple, TypeVar
 
-import fsspec
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
@@ -30,6 +29,7 @@ from pydantic import BaseModel, Field, ValidationError
 from fsr_fast.config import DataConfig
 from fsr_fast.dataloading.batch import EncodedImage
 from fsr_fast.dataloading.images import DamagedFileError, read_image, read_mask
+from fsr_fast.dataloading.stores import open_store
 from fsr_fast.errors import UserError, nearest
 
 VERSION = 1  # of the format
@@ -79,7 +79,7 @@ class ShardDataset:
     """The samples of one list of shards; the same use as `SegmentationDataset`.
 
     Args:
-        root: folder, or URL that fsspec knows.
+        root: folder, or URL, as `open_store` takes it.
         name: of the list.
         empty: be the list without its samples.
 
@@ -248,7 +248,7 @@ class ShardDataset:
     def _open_root(self) -> Any:
         """Open the file system, one per process: connections do not survive a fork."""
         if self._process != os.getpid():
-            self._filesystem, self._folder = fsspec.core.url_to_fs(self._root)
+            self._filesystem, self._folder = open_store(self._root)
             self._process = os.getpid()
         return self._filesystem
 

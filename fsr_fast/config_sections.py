@@ -98,7 +98,7 @@ class DataConfig(Section):
     its own annotations or in VOC layout; `own` is a folder of pictures with a table of labels (docs/custom_data.md);
     `shards` is what `fsr-fast data pack` writes."""
     root: Path | str | None = None
-    """Folder of the data set; for `shards` also a URL that fsspec knows (`s3://…`). `synthetic` needs none."""
+    """Folder of the data set; for `shards` also a URL of a store (`s3://…`). `synthetic` needs none."""
     train_list: str = "train_aug"
     """Name of the training list, without ending (VOC layout: in ImageSets/Segmentation), or the path of a list file."""
     val_list: str | None = "val"

@@ -104,6 +104,8 @@ def load_evaluation(options: argparse.Namespace) -> tuple[Network, Config, int |
         if options.config is not None:
             raise UserError(f"--config: {origin} carries the configuration of its run; leave the option out")
         config = build_config(_with_options(checkpoint["config"], options), origin)
+        if options.root is None:
+            check_origin(config, origin)
         return restore_network(checkpoint, origin), config, checkpoint["iteration"]
     if options.config is None:
         raise UserError(
@@ -114,12 +116,29 @@ def load_evaluation(options: argparse.Namespace) -> tuple[Network, Config, int |
     return restore_official(weights, origin), config, None
 
 
+def check_origin(config: Config, origin: str) -> None:
+    """Refuse to open an address that nobody has given but the checkpoint, which may be a stranger's.
+
+    Args:
+        config: of the checkpoint.
+        origin: its file, for messages.
+
+    Raises:
+        UserError: the data are behind an address.
+    """
+    if isinstance(config.data.root, str):
+        raise UserError(
+            f"{origin}: names the address {config.data.root!r} for its data; checkpoints open no addresses by "
+            "themselves: give it, or a folder, by --root"
+        )
+
+
 def build_parser() -> Parser:
     """Build the parser of this verb."""
     parser = Parser("evaluate", description=__doc__)
     parser.add_argument("--checkpoint", type=Path, required=True, help="run folder, checkpoint, official student.pth")
     parser.add_argument("--config", type=Path, help="recipe, for an official checkpoint: its data and evaluation")
-    parser.add_argument("--root", type=Path, help="folder of the data set, if not that of the training")
+    parser.add_argument("--root", help="folder or address of the data set, if not the folder of the training")
     parser.add_argument("--list", help="name of the list, if not the validation list of the training")
     parser.add_argument("--scales", type=float, nargs="+", help="scales of the segmentation")
     parser.add_argument("--no-flip", action="store_true", help="leave the mirror images of the segmentation out")

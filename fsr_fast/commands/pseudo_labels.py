@@ -129,7 +129,7 @@ def build_parser() -> Parser:
     parser.add_argument("--output", type=Path, required=True, help="folder for the results")
     parser.add_argument("--kind", choices=("pseudo", "seg", "seg+crf"), default="pseudo", help="what is written")
     parser.add_argument("--config", type=Path, help="recipe, for an official checkpoint: its data and evaluation")
-    parser.add_argument("--root", type=Path, help="folder of the data set, if not that of the training")
+    parser.add_argument("--root", help="folder or address of the data set, if not the folder of the training")
     parser.add_argument("--list", dest="list_name", help="name of the list, if not the training list")
     parser.set_defaults(list=None)  # the validation list stays what it was
     parser.add_argument("--unlabelled", action="store_true", help="the list has no image labels, as VOC's test list")

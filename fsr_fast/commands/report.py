@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fsr_fast.cli import run_command
-from fsr_fast.config import Config, build_config
+from fsr_fast.commands.evaluate import check_origin
+from fsr_fast.config import Config, DataConfig, build_config
 from fsr_fast.dataloading.datasets import build_datasets
 from fsr_fast.errors import UserError
 from fsr_fast.models.build import restore_network
@@ -45,11 +46,14 @@ def main(arguments: Sequence[str]) -> None:
     print(f"report: {output}")
 
 
-def _look_at(run: RunRecord, limit: int, rows: int, device: str, root: Path | None) -> tuple[Gallery, tuple[str, ...]]:
+def _look_at(run: RunRecord, limit: int, rows: int, device: str, root: str | None) -> tuple[Gallery, tuple[str, ...]]:
     checkpoint = read_checkpoint(run.folder)
     config: Config = build_config(checkpoint["config"], str(run.folder))
-    if root is not None:
-        config = config.model_copy(update={"data": config.data.model_copy(update={"root": root})})
+    if root is None:
+        check_origin(config, str(run.folder))
+    else:
+        data = DataConfig.model_validate({**config.data.model_dump(), "root": root})
+        config = config.model_copy(update={"data": data})
     _, dataset = build_datasets(config.data)
     network = restore_network(checkpoint, str(run.folder))
     if dataset.classes != network.classes:
@@ -65,7 +69,7 @@ def build_parser() -> Parser:
     parser.add_argument("--output", type=Path, help="page to write; by default report.html in the first run's folder")
     parser.add_argument("--limit", type=int, default=200, help="pictures of the validation list to look at")
     parser.add_argument("--rows", type=int, default=6, help="best, worst and random pictures to show of each")
-    parser.add_argument("--root", type=Path, help="folder of the data set, if not that of the training")
+    parser.add_argument("--root", help="folder or address of the data set, if not the folder of the training")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     return parser
 

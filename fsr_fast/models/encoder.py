@@ -1,5 +1,6 @@
 """Encoder F: the patch tokens of a plain vision transformer, with the aggregator's class token."""
 
+import inspect
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -221,6 +222,12 @@ def create_vit(config: ModelConfig) -> Any:
             f"model.backbone: {config.backbone!r} is no vision transformer of timm{nearest(config.backbone, names)}"
         )
     options: dict[str, Any] = dict(config.backbone_options)
+    known = inspect.signature(VisionTransformer).parameters
+    for name in options:
+        if name not in known:  # create_model takes more than sizes, `pretrained` among them
+            raise UserError(
+                f"model.backbone_options: {name!r} is no argument of VisionTransformer{nearest(name, known)}"
+            )
     try:
         vit: Any = timm.create_model(config.backbone, num_classes=0, global_pool="token", **options)
     except Exception as error:  # timm and torch raise many kinds
