@@ -5,6 +5,7 @@ from pathlib import Path
 from setuptools import setup
 
 EXPORT = ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"]
+EXCEL = ["openpyxl>=3.1"]
 DOCS = ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.27"]
 
 setup(
@@ -58,9 +59,11 @@ setup(
     ],
     entry_points={"console_scripts": ["fsr-fast = fsr_fast.cli:main"]},
     extras_require={
+        "excel": EXCEL,
         "export": EXPORT,
         "docs": DOCS,
         "dev": [
+            *EXCEL,
             *EXPORT,
             *DOCS,
             "build>=1.2",
@@ -74,6 +77,7 @@ setup(
             "ruff>=0.8",
             "mypy>=1.13",
             "types-PyYAML",
+            "types-openpyxl",
         ],
     },
 )

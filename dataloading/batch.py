@@ -131,25 +131,6 @@ class Batch:
         )
 
 
-@dataclass(frozen=True, eq=False)
-class EvaluationSample:
-    """One image to evaluate, at its own resolution.
-
-    Args:
-        index: its number in the data set.
-        image: (3, H, W) float32, normalised.
-        labels: (C,) float32, 1 where the image shows the class, else 0.
-        mask: (H, W) uint8: 0 background, 1…C the classes, 255 ignored; none where there is no mask.
-        name: its id.
-    """
-
-    index: int
-    image: Tensor
-    labels: Tensor
-    mask: Tensor | None
-    name: str
-
-
 class TrainLoader(Protocol):
     """An endless stream of training batches.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,8 @@ from fsr_fast.config import DataConfig
 from fsr_fast.dataloading.datasets import check_size, open_split
 from fsr_fast.dataloading.images import DamagedFileError, OutsideError, check_name, read_image
 from fsr_fast.dataloading.labels import shown_classes, write_csv, write_new
-from fsr_fast.dataloading.layout import IMAGE_ENDINGS, Split, no_mask
+from fsr_fast.dataloading.layout import Split, check_one_file_each, has_ending, no_mask
+from fsr_fast.dataloading.negatives import balance_warnings, keeps_negatives
 from fsr_fast.dataloading.threads import map_ahead
 from fsr_fast.errors import UserError
 
@@ -27,7 +29,8 @@ KINDS = {
     "missing-image": "listed pictures without a file",
     "damaged-image": "pictures that cannot be decoded, or are too large",
     "bad-label": "pictures without a row of labels, or with one that cannot be read",
-    "no-label": "training pictures that show no class",
+    "no-label": "training pictures whose label is empty, where that may be forgotten",
+    "two-files": "names without an ending that fit several pictures",
     "unlisted": "pictures of an own data set that no table names",
     "missing-mask": "validation pictures without a mask",
     "damaged-mask": "masks that cannot be decoded, are of another kind, or hold an unknown value",
@@ -62,6 +65,8 @@ class ListReport:
     """Each name once, in the order of the list."""
     masks: int = 0
     """How many pictures have a mask that can be read."""
+    negatives: int = 0
+    """How many pictures show no class."""
     digests: dict[bytes, str] = field(default_factory=dict)
     """Name by the digest of the pixels."""
 
@@ -73,6 +78,19 @@ class Report:
     config: DataConfig
     lists: dict[str, ListReport]
     findings: list[Finding]
+
+    @property
+    def notes(self) -> list[str]:
+        """What was inferred in reading the lists, each remark once."""
+        return list(dict.fromkeys(note for checked in self.lists.values() for note in checked.split.notes))
+
+    @property
+    def warnings(self) -> list[str]:
+        """What is wrong with the balance of the training pictures."""
+        checked = self.lists.get("train")
+        if checked is None:
+            return []
+        return balance_warnings(checked.split.classes, checked.labelled, len(checked.names))
 
     def clean(self, part: str) -> list[str]:
         """Return the names of a list, `train` or `val`, of which nothing bad is known, each once."""
@@ -109,7 +127,12 @@ def check_dataset(config: DataConfig, parts: Iterable[str], accepted: Iterable[s
     lists = {}
     for part, split in splits.items():
         report = lists[part] = ListReport(split, np.zeros(len(split.classes), np.int64))
-        examined = map_ahead(partial(_examine, split, training=part == "train"), _each_once(split, part, findings))
+        findings += [Finding("two-files", part, name, problem) for name, problem in check_one_file_each(split)]
+        refused = part == "train" and keeps_negatives(config) is None
+        examine = partial(
+            _examine, split, training=part == "train", negatives=not refused, max_pixels=config.max_pixels
+        )
+        examined = map_ahead(examine, _each_once(split, part, findings))
         for item in track(examined, f"checking {part}", len(split.ids)):
             _enter(item, part, report, findings)
     if "train" in lists and "val" in lists:
@@ -146,14 +169,21 @@ def write_clean_lists(report: Report, folder: Path) -> list[Path]:
     for part, path in paths.items():
         split, names = report.lists[part].split, report.clean(part)
         if tables:
-            write_csv(path, ((name, [split.classes[number] for number in split.labels(name)]) for name in names))
+            rows = ((name, [split.classes[number] for number in split.labels(name)]) for name in names)
+            write_csv(path, ((_name_on_disk(report, split, name), shown) for name, shown in rows))
         else:
             write_new(path, "".join(f"{name}\n" for name in names))
     return list(paths.values())
 
 
-def _examine(split: Split, name: str, *, training: bool) -> _Examined:
-    """Read everything that belongs to a name."""
+def _name_on_disk(report: Report, split: Split, name: str) -> str:
+    """Return the name of a picture with an ending as its file is called, in its capitals."""
+    folder = Path(report.config.root or "") / "images"
+    return split.files.image_path(name).relative_to(folder).as_posix() if has_ending(name) else name
+
+
+def _examine(split: Split, name: str, *, training: bool, negatives: bool, max_pixels: int) -> _Examined:
+    """Read everything that belongs to a name. Pictures that show no class are a fault unless they are expected."""
     faults: list[tuple[str, str]] = []
     try:
         check_name(name)
@@ -163,7 +193,7 @@ def _examine(split: Split, name: str, *, training: bool) -> _Examined:
     try:
         path = split.files.image_path(name)
         try:
-            image = read_image(path)
+            image = read_image(path, max_pixels=max_pixels)
         except DamagedFileError as error:
             faults.append(("damaged-image", str(error)))
     except OutsideError as error:
@@ -172,8 +202,10 @@ def _examine(split: Split, name: str, *, training: bool) -> _Examined:
         faults.append(("missing-image", str(error)))
     try:
         labels = split.labels(name)
-        if training and not labels:
-            faults.append(("no-label", "shows no class; label it, or take it off the list"))
+        if not negatives and not labels:
+            faults.append(
+                ("no-label", "shows no class; label it, take it off the list, or give --data.negatives true or false")
+            )
     except UserError as error:
         faults.append(("bad-label", str(error)))
     mask = None
@@ -232,6 +264,7 @@ def _each_once(split: Split, part: str, findings: list[Finding]) -> Iterator[str
 def _enter(item: _Examined, part: str, report: ListReport, findings: list[Finding]) -> None:
     report.names.append(item.name)
     report.masks += item.has_mask
+    report.negatives += item.labels == []
     for number in set(item.labels or ()):
         report.labelled[number] += 1
     findings += [Finding(kind, part, item.name, message) for kind, message in item.faults]
@@ -246,11 +279,11 @@ def _unlisted(folder: Path, splits: Iterable[Split]) -> Iterator[Finding]:
     listed = set()
     for split in splits:
         for name in split.ids:
-            bare = Path(name).suffix.lower() not in IMAGE_ENDINGS
-            listed |= {name + ending for ending in IMAGE_ENDINGS} if bare else {name}
+            with suppress(DamagedFileError):
+                listed.add(split.files.image_path(name))
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if path.suffix.lower() in IMAGE_ENDINGS and name not in listed:
+        if has_ending(name) and path not in listed:
             yield Finding("unlisted", "", name, f"{path}: no table names it; add a row with its labels")
 
 

@@ -3,7 +3,8 @@
     ROOT/annotations/instances_train2014.json, instances_val2014.json
     ROOT/train2014/*.jpg, ROOT/val2014/*.jpg      also below ROOT/images or ROOT/JPEGImages
 
-The list `train` is that of all images with an object: 82,081 of the official file, 40,137 for `val`. An image shows the
+The list `train` is that of all images with an object: 82,081 of the official file, 40,137 for `val`; with
+`data.negatives` all other images of the file are trained on, too, as images that show no class. An image shows the
 classes of its objects, crowds included. Category ids have gaps (1 to 90); classes go by their names and take the mask
 values 1 to 80. In a mask, small objects cover large ones. Source: official code's lists; coco2voc for the order.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import json
 import marshal
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +23,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fsr_fast.dataloading.images import MAX_PIXELS, DamagedFileError
-from fsr_fast.dataloading.layout import FolderFiles, Split, find_list, read_list
+from fsr_fast.dataloading.layout import FolderFiles, Split, bare_name, find_list, read_list
 from fsr_fast.dataloading.names import Names
+from fsr_fast.dataloading.notes import Notes
 from fsr_fast.errors import UserError, nearest
 
 FORM = "expected MS COCO's instances file with images, annotations and categories"
@@ -35,17 +38,19 @@ class Instances:
         path: the JSON file.
         classes: names of the foreground classes, in the order of the mask values 1, 2, ….
         with_masks: keep the outlines, too.
+        max_pixels: of the largest mask that is drawn.
 
     Raises:
         UserError: the file is no instances file, or a category is not among the classes.
     """
 
-    def __init__(self, path: Path, classes: Sequence[str], *, with_masks: bool) -> None:
-        self.path = path
+    def __init__(self, path: Path, classes: Sequence[str], *, with_masks: bool, max_pixels: int = MAX_PIXELS) -> None:
+        self.path, self._max_pixels = path, max_pixels
         try:
             images, objects, categories = _parse(path, with_masks)
             numbers = _class_numbers(path, categories, classes)
             images = sorted(images, key=lambda image: image[1])
+            self._files = Names(str(image[1]).replace("\\", "/") for image in images)
             rows = {image[0]: row for row, image in enumerate(images)}
             objects = sorted(
                 objects, key=lambda item: (rows[item[0]], -item[2])
@@ -53,18 +58,23 @@ class Instances:
             self._image = np.array([rows[item[0]] for item in objects], np.int64)
             self._class = np.array([numbers[item[1]] for item in objects], np.int64)
             self._sizes = np.array([image[2:] for image in images], np.int64).reshape(-1, 2)
-            self._rows = {Path(image[1]).with_suffix("").as_posix(): row for row, image in enumerate(images)}
+            self._rows = _name_rows(self._files)
         except (KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
             raise UserError(f"{path}: {type(error).__name__}: {error}; {FORM}") from None
         self._outlines = [item[3] for item in objects] if with_masks else None
+        self.notes = Notes()
         if len(self._rows) < len(images):
             raise UserError(f"{path}: two images have one name; expected a name each")
 
-    def listed(self) -> list[str]:
-        """Return the names of all images with an object, in the order of their names."""
-        shown = np.zeros(len(self._rows), bool)
+    def listed(self, *, negatives: bool = False) -> list[str]:
+        """Return the names of all images with an object, in the order of their names; or, with negatives, of all."""
+        shown = np.full(len(self._rows), negatives)
         shown[self._image] = True
         return [name for name, row in self._rows.items() if shown[row]]
+
+    def file_name(self, name: str) -> str:
+        """Return the file of an image as it is written in the instances file."""
+        return self._files[self._row(name)]
 
     def labels(self, name: str) -> list[int]:
         """Return the classes of an image, as numbers from 0."""
@@ -77,27 +87,38 @@ class Instances:
         if self._outlines is None:
             raise ValueError("the outlines were not kept")
         height, width = (int(side) for side in self._sizes[self._row(name)])
-        if not 0 < height * width <= MAX_PIXELS:
+        if not 0 < height * width <= self._max_pixels:
             raise DamagedFileError(
-                f"{self.path}: {name!r} has {width} x {height} pixels; at most {MAX_PIXELS:,} are drawn"
+                f"{self.path}: {name!r} has {width} x {height} pixels; at most {self._max_pixels:,} are drawn, unless "
+                "--data.max_pixels is raised"
             )
         drawn = np.zeros((height, width), np.uint8)
         for item in range(*self._objects(name).indices(len(self._image))):
             outline = marshal.loads(self._outlines[item])
+            where = f"{self.path}: an outline of {name!r}"
             try:
-                if isinstance(outline, list):
-                    outline = outlines.merge(outlines.frPyObjects(outline, height, width))
-                elif isinstance(outline["counts"], list):
-                    outline = outlines.frPyObjects(outline, height, width)
-                drawn[outlines.decode(outline).astype(bool)] = self._class[item] + 1
-            except Exception as error:  # pycocotools raises all kinds of errors on other forms
-                raise DamagedFileError(f"{self.path}: an outline of {name!r} cannot be drawn: {error}") from None
+                shape = _check_outline(outline, height, width)
+                if shape is None:
+                    self.notes.add(
+                        f"{self.path.name}: outlines without an area (none, or fewer than three points) are left out",
+                        name,
+                    )
+                    continue
+                parts = shape if isinstance(shape, list) else [shape]
+                if not isinstance(shape, dict) or isinstance(shape["counts"], list):
+                    parts = outlines.frPyObjects(parts, height, width)
+                drawn[outlines.decode(outlines.merge(parts)).astype(bool)] = self._class[item] + 1
+            except Exception as error:  # numbers of other forms, and whatever pycocotools raises
+                raise DamagedFileError(
+                    f"{where} cannot be drawn: {error}; correct it, or take the image off the list"
+                ) from None
         return drawn
 
     def _row(self, name: str) -> int:
-        if name not in self._rows:
+        row = self._rows.get(name, self._rows.get(bare_name(name)))
+        if row is None:
             raise UserError(f"{self.path}: no image {name!r}; take it off the list")
-        return self._rows[name]
+        return row
 
     def _objects(self, name: str) -> slice:
         first, last = np.searchsorted(self._image, [self._row(name), self._row(name) + 1])
@@ -110,27 +131,29 @@ class CocoFiles:
 
     Args:
         images: gives the images.
-        instances: gives the masks; none: there are no masks.
+        instances: gives the names of the files, and the masks.
+        with_masks: there are masks.
     """
 
     images: FolderFiles
-    instances: Instances | None
+    instances: Instances
+    with_masks: bool
 
     def image_path(self, name: str) -> Path:
         """Return the file of an image."""
-        return self.images.image_path(name)
+        return self.images.image_path(self.instances.file_name(name))
 
     def mask(self, name: str) -> NDArray[np.uint8] | None:
         """Draw a mask."""
-        return self.instances.mask(name) if self.instances else None
+        return self.instances.mask(name) if self.with_masks else None
 
     def has_mask(self, name: str) -> bool:
         """Return whether masks can be drawn."""
-        return self.instances is not None
+        return self.with_masks
 
     def mask_place(self, name: str) -> str:
         """Describe where the mask comes from."""
-        return f"{self.instances.path if self.instances else 'annotations'}: {name}"
+        return f"{self.instances.path}: {name}"
 
 
 def has_instances(root: Path) -> bool:
@@ -138,7 +161,17 @@ def has_instances(root: Path) -> bool:
     return any(root.glob("annotations/instances_*.json"))
 
 
-def open_coco(root: Path, list_name: str, key: str, classes: Sequence[str], *, with_masks: bool) -> Split:
+def open_coco(
+    root: Path,
+    list_name: str,
+    key: str,
+    classes: Sequence[str],
+    *,
+    with_masks: bool,
+    negatives: bool = False,
+    links: tuple[Path, ...] = (),
+    max_pixels: int = MAX_PIXELS,
+) -> Split:
     """Open a list of MS COCO.
 
     Args:
@@ -147,6 +180,9 @@ def open_coco(root: Path, list_name: str, key: str, classes: Sequence[str], *, w
         key: of the configuration, for messages.
         classes: names of the foreground classes.
         with_masks: masks are wanted.
+        negatives: list the images without an object, too.
+        links: roots below which symbolic links may lead.
+        max_pixels: of the largest mask that is drawn.
 
     Raises:
         UserError: there is no such list, or the annotations cannot be read.
@@ -159,8 +195,8 @@ def open_coco(root: Path, list_name: str, key: str, classes: Sequence[str], *, w
         known = [file.stem.removeprefix("instances_") for file in folder.glob("instances_*.json")]
         hint = nearest(stem, [*known, *(part.removesuffix("2014") for part in known)])
         raise UserError(f"{key}: {folder} holds no {' or '.join(candidates)}.json{hint}")
-    instances = Instances(path, classes, with_masks=with_masks)
-    origin, ids = path, instances.listed()
+    instances = Instances(path, classes, with_masks=with_masks, max_pixels=max_pixels)
+    origin, ids = path, instances.listed(negatives=negatives)
     if list_name.endswith(".txt"):
         origin = find_list(root, list_name, key, (".txt",))
         ids = read_list(origin, key)
@@ -169,8 +205,59 @@ def open_coco(root: Path, list_name: str, key: str, classes: Sequence[str], *, w
     folders = [place for place in places if place.is_dir()]
     if not folders:
         raise UserError(f"data.root: {root} has no folder {part}; put the images of {path.name} there")
-    files = CocoFiles(FolderFiles(tuple(folders), (), len(classes)), instances if with_masks else None)
-    return Split(origin, Names(ids), tuple(classes), files, instances.labels)
+    images = FolderFiles(tuple(folders), (), len(classes), links, notes=instances.notes)
+    files = CocoFiles(images, instances, with_masks)
+    return Split(origin, Names(ids), tuple(classes), files, instances.labels, instances.notes)
+
+
+def _name_rows(files: Names) -> dict[str, int]:
+    """Name the images by their files without the endings, but where two files differ in the ending alone."""
+    bare = Counter(map(bare_name, files))
+    return {bare_name(file) if bare[bare_name(file)] == 1 else file: row for row, file in enumerate(files)}
+
+
+def _check_outline(outline: Any, height: int, width: int) -> Any:
+    """Return an outline that pycocotools can draw: polygons with an area, or a run-length code; None: no area.
+
+    pycocotools trusts its input: coordinates far away, or runs beyond the picture, end in a crash.
+
+    Raises:
+        ValueError: it does not belong to a picture of this size, or has another form.
+    """
+    if isinstance(outline, list):
+        polygons = [np.asarray(polygon, np.float64) for polygon in outline]
+        polygons = [polygon for polygon in polygons if polygon.size >= 6]
+        side = max(height, width)
+        for polygon in polygons:
+            if polygon.ndim != 1 or polygon.size % 2:
+                raise ValueError("a polygon of another form than [x1, y1, x2, y2, …]")
+            if not (np.isfinite(polygon).all() and (polygon >= -side).all() and (polygon <= 2 * side).all()):
+                raise ValueError(f"its points lie far outside of the picture of {width} x {height} pixels")
+        return [polygon.tolist() for polygon in polygons] or None
+    if list(outline["size"]) != [height, width]:
+        raise ValueError(f"its size is {outline['size']}, but the picture has [{height}, {width}]")
+    counts = outline["counts"]
+    runs = counts if isinstance(counts, list) else _run_lengths(counts.encode() if isinstance(counts, str) else counts)
+    if min(runs, default=0) < 0 or sum(runs) != height * width:
+        raise ValueError(f"its runs are {sum(runs)} pixels long, the picture is {height * width}")
+    return outline
+
+
+def _run_lengths(code: bytes) -> list[int]:
+    """Read MS COCO's compressed run-length code: five bits a byte, the lengths from the third on as differences."""
+    runs: list[int] = []
+    value = shift = 0
+    for byte in code:
+        bits = byte - 48
+        value |= (bits & 31) << shift
+        shift += 5
+        if bits & 32:
+            continue
+        if bits & 16:
+            value -= 1 << shift
+        runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+        value = shift = 0
+    return runs
 
 
 def _parse(path: Path, with_masks: bool) -> tuple[list[Any], list[Any], list[Any]]:

@@ -55,8 +55,6 @@ def build_graph(
     mean: Sequence[float],
     std: Sequence[float],
     policy: bool,
-    half: bool = False,
-    channels_last: bool = False,
 ) -> Pipeline:
     """Build the pipeline; its outputs are the views.
 
@@ -70,8 +68,6 @@ def build_graph(
         mean: of the normalisation, three values in the range 0 to 1.
         std: of the normalisation, three values > 0.
         policy: whether AutoAugment is applied.
-        half: give float16 in place of float32.
-        channels_last: give (B, H, W, 3) in place of (B, 3, H, W).
     """
     names = ["encoded", *(name for view in range(views) for name in parameter_names(view, policy=policy))]
 
@@ -90,8 +86,8 @@ def build_graph(
             outputs.append(
                 fn.crop_mirror_normalize(
                     picture,
-                    dtype=types.FLOAT16 if half else types.FLOAT,
-                    output_layout="HWC" if channels_last else "CHW",
+                    dtype=types.FLOAT,
+                    output_layout="CHW",
                     mean=[255 * value for value in mean],
                     std=[255 * value for value in std],
                 )

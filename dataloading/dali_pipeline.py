@@ -56,8 +56,6 @@ class DaliLoader(StreamLoader):
         mean: of the normalisation, three values in the range 0 to 1.
         std: of the normalisation, three values > 0.
         device: where the views are made, and lie.
-        half: give views in float16 in place of float32.
-        channels_last: let the memory of the views run over the channels first.
         options: see `StreamLoader`.
     """
 
@@ -70,14 +68,11 @@ class DaliLoader(StreamLoader):
         std: Sequence[float],
         *,
         device: torch.device,
-        half: bool = False,
-        channels_last: bool = False,
         **options: Any,
     ) -> None:
         super().__init__(dataset, **options)
         self._data, self._augment = data, augment
         self._policy = augment.policy == "autoaugment"
-        self._channels_last = channels_last
         self._graph: dict[str, Any] = {
             "views": VIEWS,
             "size": data.image_size,
@@ -87,8 +82,6 @@ class DaliLoader(StreamLoader):
             "mean": mean,
             "std": std,
             "policy": self._policy,
-            "half": half,
-            "channels_last": channels_last,
         }
         self._device = device
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -113,7 +106,7 @@ class DaliLoader(StreamLoader):
 
     def _run(self, positions: Positions, under_way: deque[_Encoded]) -> Iterator[Batch | UserError]:
         stream = Stream(self._dataset, self._seed, self._bad)
-        host = _Host(stream, self._augment, self._data.image_size, self._strange)
+        host = _Host(stream, self._augment, self._data, self._strange)
         reader = read_ahead(host, self._data.workers, batch_sampler=positions)
 
         def feed() -> Sequence[Any]:
@@ -136,12 +129,11 @@ class DaliLoader(StreamLoader):
             view = torch.from_dlpack(output)
         else:  # on a stream of its own: waiting for this copy does not wait for the training
             with torch.cuda.stream(self._copies):
-                half = self._graph["half"]
-                view = torch.empty(output.shape(), dtype=torch.half if half else torch.float, device=self._device)
+                view = torch.empty(output.shape(), dtype=torch.float, device=self._device)
                 feed_ndarray(output, view, cuda_stream=self._copies)
             self._copies.synchronize()  # the copy has only begun, and DALI takes its memory back
             view.record_stream(torch.cuda.current_stream(self._device))
-        return view.permute(0, 3, 1, 2) if self._channels_last else view
+        return view
 
     def _judge(self, under_way: deque[_Encoded]) -> bool:
         """Look for the images on which DALI failed; say whether there are any."""
@@ -151,7 +143,7 @@ class DaliLoader(StreamLoader):
                 if index in self._strange:
                     continue
                 try:
-                    read_image(data.tobytes(), self._dataset.encoded(index).name)
+                    read_image(data.tobytes(), self._dataset.encoded(index).name, self._data.max_pixels)
                 except DamagedFileError as error:
                     self._bad[index] = str(error)
                     found = True
@@ -194,9 +186,9 @@ class _Encoded:
 class _Host(Dataset[Any]):
     """Encoded batches by the positions of their samples."""
 
-    def __init__(self, stream: Stream, augment: AugmentConfig, size: int, strange: set[int]) -> None:
-        self.stream, self.augment, self.strange = stream, augment, strange
-        self.recorder = _Recorder(size) if augment.policy == "autoaugment" else None
+    def __init__(self, stream: Stream, augment: AugmentConfig, data: DataConfig, strange: set[int]) -> None:
+        self.stream, self.augment, self.strange, self.max_pixels = stream, augment, strange, data.max_pixels
+        self.recorder = _Recorder(data.image_size) if augment.policy == "autoaugment" else None
 
     def __len__(self) -> int:
         return len(self.stream.dataset)
@@ -228,9 +220,9 @@ class _Host(Dataset[Any]):
 
     def _file(self, index: int) -> _File:
         data, labels, name = self.stream.dataset.encoded(index)
-        header = image_header(data, name)
+        header = image_header(data, name, self.max_pixels)
         if index in self.strange or not _is_plain(data, header.format, header.mode):
-            image = read_image(data, name)
+            image = read_image(data, name, self.max_pixels)
             data = b"P6 %d %d 255\n" % image.size + image.tobytes()
         return _File(data, header.width, header.height, labels)
 

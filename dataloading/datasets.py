@@ -19,15 +19,18 @@ from fsr_fast.dataloading import synthetic
 from fsr_fast.dataloading.batch import EncodedImage, ImageSet, Order
 from fsr_fast.dataloading.class_names import COCO_CLASSES, VOC_CLASSES
 from fsr_fast.dataloading.coco import has_instances, open_coco
-from fsr_fast.dataloading.images import IGNORE, DamagedFileError, image_size, read_image
-from fsr_fast.dataloading.labels import open_labels, read_labels
-from fsr_fast.dataloading.layout import Files, Split, check_names, no_mask
+from fsr_fast.dataloading.images import IGNORE, MAX_PIXELS, DamagedFileError, image_size, read_image
+from fsr_fast.dataloading.labels import MaskLabels, open_labels, read_labels
+from fsr_fast.dataloading.layout import Files, FolderFiles, Split, check_names, check_one_file_each, no_mask
+from fsr_fast.dataloading.mask_files import drawn_in_black_and_white
 from fsr_fast.dataloading.names import Names
-from fsr_fast.dataloading.own import TABLE_ENDINGS, open_own
+from fsr_fast.dataloading.negatives import balance_warnings, keeps_negatives, no_label
+from fsr_fast.dataloading.own import TABLE_ENDINGS, open_own, refuse_background
 from fsr_fast.dataloading.shard_reader import open_shards
 from fsr_fast.dataloading.voc import IMAGES, LISTS, PARTS, open_voc
 from fsr_fast.errors import UserError, nearest
 
+SAMPLED = 4  # validation masks that are looked at for what must be inferred
 SYNTHETIC_ROOT = Path("data/synthetic")
 CLASSES = {"synthetic": synthetic.CLASSES, "voc": VOC_CLASSES, "coco": COCO_CLASSES}
 
@@ -45,6 +48,7 @@ class SegmentationDataset:
         labels: (n, C) float32, 1 where the image shows the class, else 0.
         mask_values: (K + 1,) uint8, what the class values 0…K of the mask files become: 0, 1…C or 255.
         dropped: number of images of the list that were left out because they show none of the classes.
+        max_pixels: of the largest image that is read.
     """
 
     files: Files
@@ -53,6 +57,7 @@ class SegmentationDataset:
     labels: NDArray[np.float32]
     mask_values: NDArray[np.uint8]
     dropped: int = 0
+    max_pixels: int = MAX_PIXELS
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -68,7 +73,7 @@ class SegmentationDataset:
         Raises:
             DamagedFileError: the file is missing or cannot be decoded.
         """
-        return read_image(self.image_path(index))
+        return read_image(self.image_path(index), max_pixels=self.max_pixels)
 
     def encoded(self, index: int) -> EncodedImage:
         """Read an image's file as it is.
@@ -106,7 +111,8 @@ class SegmentationDataset:
         mask = self.files.mask(self.ids[index])
         if mask is None:
             return None
-        check_size(mask, image_size(self.image_path(index)), self.files.mask_place(self.ids[index]))
+        size = image_size(self.image_path(index), max_pixels=self.max_pixels)
+        check_size(mask, size, self.files.mask_place(self.ids[index]))
         table = np.full(256, IGNORE, np.uint8)
         table[: len(self.mask_values)] = self.mask_values
         return table[mask]
@@ -152,10 +158,11 @@ def build_datasets(config: DataConfig) -> tuple[ImageSet, ImageSet]:
         return open_shards(config, training=True), open_shards(config, training=False)
     if config.dataset == "synthetic":
         synthetic.ensure(_folder(config))
-    train = _build(config, training=True)
+    said: set[str] = set()
+    train = _build(config, training=True, said=said)
     if config.val_list is None:
         return train, replace(train, ids=Names(()), labels=train.labels[:0], dropped=0)
-    return train, _build(config, training=False)
+    return train, _build(config, training=False, said=said)
 
 
 def _folder(config: DataConfig) -> Path:
@@ -223,47 +230,101 @@ def open_split(config: DataConfig, *, training: bool, with_masks: bool) -> Split
     if not root.is_dir():
         raise UserError(f"data.root: {root} is no folder; give the folder of the data set by --data.root FOLDER")
     if config.dataset == "own":
-        split = open_own(root, list_name, key, config.classes)
+        split = open_own(root, list_name, key, config)
     elif config.dataset == "coco" and has_instances(root) and not (root / LISTS).is_dir():
-        with_masks = with_masks or config.labels == "masks"
-        split = open_coco(root, list_name, key, config.classes or COCO_CLASSES, with_masks=with_masks)
+        split = open_coco(
+            root,
+            list_name,
+            key,
+            config.classes or COCO_CLASSES,
+            with_masks=with_masks or config.labels == "masks",
+            negatives=training and config.negatives is True,
+            links=config.allow_links,
+            max_pixels=config.max_pixels,
+        )
     else:
-        return open_voc(root, list_name, key, config.classes or CLASSES[config.dataset], config.labels)
+        split = open_voc(root, list_name, key, config.classes or CLASSES[config.dataset], config)
+        return _see_values(split, config) if with_masks or isinstance(split.labels, MaskLabels) else split
+    split = _see_values(split, config) if with_masks or config.labels == "masks" else split
     if config.labels != "auto":
-        split = split._replace(labels=open_labels(root, split.classes, config.labels, split.files))
+        split = split._replace(labels=open_labels(root, split.classes, config, split.files, split.notes))
     return split
 
 
-def _build(config: DataConfig, *, training: bool) -> SegmentationDataset:
+def _see_values(split: Split, config: DataConfig) -> Split:
+    """See whether masks of one class are drawn as 0 and 255."""
+    files = split.files
+    if len(split.classes) > 1 or config.mask_values != "auto" or not isinstance(files, FolderFiles):
+        return split
+    masks = (_try(files, name) for name in split.ids)
+    if not drawn_in_black_and_white(mask for mask in masks if mask is not None):
+        return split
+    split.notes.add(
+        f"masks hold 0 and 255, and nowhere a 1: 255 is read as {split.classes[0]!r}, and no pixel is ignored; if 255 "
+        'does mean ignored, give --data.mask_values \'{"0": background, "255": ignore}\'',
+        level=logging.WARNING,
+    )
+    changed = replace(files, meaning={0: 0, IGNORE: 1})
+    labels = MaskLabels(changed) if isinstance(split.labels, MaskLabels) else split.labels
+    return split._replace(files=changed, labels=labels)
+
+
+def _try(files: Files, name: str) -> NDArray[np.uint8] | None:
+    """Read a mask that may be missing or damaged: that is said where the mask itself is needed."""
+    try:
+        return files.mask(name)
+    except DamagedFileError:
+        return None
+
+
+def _build(config: DataConfig, *, training: bool, said: set[str]) -> SegmentationDataset:
     split = open_split(config, training=training, with_masks=not training)
     names, files = split.classes, split.files
     chosen = _choose(names, config.subset)
     check_names(split.ids, split.origin, "data.train_list" if training else "data.val_list")
+    for _, problem in check_one_file_each(split):
+        raise UserError(problem)
     for name in split.ids:
         files.image_path(name)
         if not training and not files.has_mask(name):
             raise no_mask(files, name)
     labels = read_labels(split.ids, split.labels, len(names))
-    empty = np.flatnonzero(~labels.any(1))
-    if training and len(empty):
-        raise UserError(
-            f"{split.origin}: the training image {split.ids[int(empty[0])]!r} has no label "
-            f"({len(empty)} of {len(labels)} have none); label it, or take it off the list"
-        )
+    if not training:
+        for name in list(split.ids)[:SAMPLED]:
+            _try(files, name)
+    split.notes.log(logger, said)
+    empty = np.asarray(~labels.any(1))
+    if training and empty.any() and keeps_negatives(config) is None:
+        raise no_label(split, split.ids[int(empty.argmax())], f" ({empty.sum()} of {len(labels)} have none)")
     labels = labels[:, chosen]
-    kept = np.flatnonzero(labels.any(1)) if training else np.arange(len(labels))
-    dropped = len(labels) - len(kept)
-    if not len(kept):
-        raise UserError(
-            f"data.subset: no training image of {config.root} shows any of {', '.join(config.subset or ())}"
-        )
-    if dropped:
-        logger.warning("%d of %d training images show no class of data.subset: left out", dropped, len(labels))
+    kept = np.arange(len(labels))
+    if training:
+        kept = np.flatnonzero(labels.any(1) | (empty & bool(keeps_negatives(config))))
+        if not labels.any():
+            key = "data.subset" if config.subset else str(split.origin)
+            wanted_names = ", ".join(names[number] for number in chosen)
+            raise UserError(f"{key}: no training image of {config.root} shows any of {wanted_names}")
+        _tell(split, config, empty, len(labels) - len(kept))
+        for warning in balance_warnings([names[number] for number in chosen], labels[kept].sum(0), len(kept)):
+            logger.warning("data: %s", warning)
     values = np.full(len(names) + 1, IGNORE, np.uint8)
     values[0] = 0
     values[[number + 1 for number in chosen]] = np.arange(1, len(chosen) + 1)
     classes = tuple(names[number] for number in chosen)
-    return SegmentationDataset(files, split.ids.take(kept), classes, labels[kept], values, dropped)
+    dropped = len(labels) - len(kept)
+    return SegmentationDataset(files, split.ids.take(kept), classes, labels[kept], values, dropped, config.max_pixels)
+
+
+def _tell(split: Split, config: DataConfig, empty: NDArray[np.bool_], dropped: int) -> None:
+    """Say which training images show nothing, and which are left out."""
+    count = len(empty)
+    if empty.any() and keeps_negatives(config):
+        logger.info("data: %d of %d training images show no class: background alone", empty.sum(), count)
+    elif empty.any():
+        logger.warning("data: %d of %d training images show no class: left out", empty.sum(), count)
+        dropped -= int(empty.sum())
+    if dropped:
+        logger.warning("%d of %d training images show no class of data.subset: left out", dropped, count)
 
 
 def _choose(names: Sequence[str], subset: Sequence[str] | None) -> list[int]:
@@ -272,6 +333,8 @@ def _choose(names: Sequence[str], subset: Sequence[str] | None) -> list[int]:
         twice = [name for name in given if given.count(name) > 1]
         if twice:
             raise UserError(f"{key}: {twice[0]!r} stands there twice; keep one")
+        for name in given:
+            refuse_background(name, key)
     if not 0 < len(names) < IGNORE or (subset is not None and not subset):
         raise UserError(f"data.classes, data.subset: expected 1 to {IGNORE - 1} class names")
     for name in subset or ():

@@ -1,27 +1,45 @@
-"""Read one image or one mask, whatever its kind; every reader and check of the data sets uses these functions.
+"""Read one image, whatever its kind; every reader and check of the data sets uses these functions.
 
-An image is turned upright as its EXIF orientation says, always. A mask belongs to the upright image, and its own
-orientation tag, if any, is not looked at.
+Pictures come from strangers, so `open_picture` is the one place of the package that hands a file to Pillow: only the
+formats named there are ever tried, by their content and not by their names. Pillow knows forty more, some of which
+start other programs (PostScript) or are parsed by code that few have looked at.
+
+An image is turned upright as its EXIF orientation says, always.
 """
 
 from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from fsr_fast.errors import UserError
 
 IGNORE = 255
-MAX_PIXELS = 80_000_000  # of one image: 320 MB decoded; what is larger is refused before it is decoded
+FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP")
+STRANGERS = {  # how files begin that are often met under the name of a picture
+    b"%PDF": "a PDF document",
+    b"%!PS": "PostScript",
+    b"\xc5\xd0\xd3\xc6": "PostScript",
+    b"\xd7\xcd\xc6\x9a": "a Windows metafile (WMF)",
+    b"\x01\x00\x00\x00": "a Windows metafile (EMF)",
+    b"<svg": "a drawing (SVG)",
+    b"<?xml": "an XML document or a drawing (SVG)",
+    b"<!DOC": "a web page",
+    b"<html": "a web page",
+    b"GIF8": "a GIF",
+    b"version https://git-lfs": "a pointer of Git LFS: fetch the file itself by `git lfs pull`",
+}
+PHONES = (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftypavif")
+SCANS = 100  # of a progressive JPEG; each costs a pass over all pixels, and cameras write about ten
+MAX_PIXELS = 80_000_000  # of one image, unless more are allowed: 320 MB decoded; larger ones are refused undecoded
 UPRIGHT = {  # what undoes an EXIF orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -44,7 +62,7 @@ class OutsideError(DamagedFileError):
     """A name that leads out of the data set."""
 
 
-def read_image(source: Source, name: str = "") -> Image.Image:
+def read_image(source: Source, name: str = "", max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Read an image as RGB, upright.
 
     CMYK, greyscale and palette images are converted, the upper eight of 16 bits are kept, transparency is dropped.
@@ -52,11 +70,12 @@ def read_image(source: Source, name: str = "") -> Image.Image:
     Args:
         source: file, or its content.
         name: what messages call it; by default the path.
+        max_pixels: of the largest image that is read.
 
     Raises:
-        DamagedFileError: missing, empty, truncated, of an unknown kind, or of more than `MAX_PIXELS` pixels.
+        DamagedFileError: missing, empty, truncated, of an unknown kind, or too large.
     """
-    with _opened(source, name) as image:
+    with open_picture(source, name, max_pixels=max_pixels) as image:
         turn = UPRIGHT.get(_orientation(image))
         picture = _to_rgb(image)
         return picture.transpose(turn) if turn is not None else picture
@@ -71,76 +90,58 @@ class Header(NamedTuple):
     mode: str  # in Pillow's words: RGB, L, CMYK, …
 
 
-def image_header(source: Source, name: str = "") -> Header:
+def image_header(source: Source, name: str = "", max_pixels: int = MAX_PIXELS) -> Header:
     """Read the head of an image, without decoding it.
 
     Raises:
-        DamagedFileError: missing, empty, of an unknown kind, or of more than `MAX_PIXELS` pixels.
+        DamagedFileError: missing, empty, of an unknown kind, or of more than `max_pixels` pixels.
     """
-    with _opened(source, name) as image:
+    with open_picture(source, name, decode=False, max_pixels=max_pixels) as image:
         width, height = image.size
         sideways = _orientation(image) in SIDEWAYS
         return Header(*((height, width) if sideways else (width, height)), image.format or "", image.mode)
 
 
-def image_size(source: Source, name: str = "") -> tuple[int, int]:
+def image_size(source: Source, name: str = "", max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     """Return width and height of the upright image, in pixels, without decoding it.
 
     Raises:
         DamagedFileError: as `image_header`.
     """
-    return image_header(source, name)[:2]
+    return image_header(source, name, max_pixels)[:2]
 
 
-def read_mask(source: Source, limit: int, name: str = "") -> NDArray[np.uint8]:
-    """Read the values of a mask, never the colours of its palette.
-
-    Args:
-        source: palette or 8-bit greyscale PNG, or its content.
-        limit: highest class value; 255 is allowed besides.
-        name: what messages call it; by default the path.
-
-    Returns:
-        (H, W) uint8, as in the file.
+def is_upright(source: Source) -> bool:
+    """Return whether an image is stored as it is shown.
 
     Raises:
-        DamagedFileError: cannot be decoded, is of another kind, or holds a value above the limit.
+        DamagedFileError: as `image_header`.
     """
-    with _opened(source, name) as image:
-        mode, mask = image.mode, np.asarray(image)
-    where = name or str(source)
-    if mode not in ("P", "L"):
-        raise DamagedFileError(
-            f"{where}: a mask of mode {mode}; expected one 8-bit value a pixel (palette or greyscale PNG): "
-            f"0 background, 1… classes, 255 ignored; {_conversion(mode, mask)}"
-        )
-    highest = int(mask[mask != IGNORE].max(initial=0))
-    if highest > limit:
-        raise DamagedFileError(
-            f"{where}: holds the value {highest}, but there are {limit} classes; expected 0 to {limit}, or 255; "
-            "mend the mask, or name every class in data.classes"
-        )
-    return mask
+    with open_picture(source, decode=False) as image:
+        return _orientation(image) not in UPRIGHT
 
 
-def inside(folder: Path, name: str) -> Path:
+def inside(folder: Path, name: str, links: Sequence[Path] = ()) -> Path:
     """Return the path of a file by its name in a folder, and refuse names that lead out of the folder.
 
-    The folder itself may be a symbolic link; the file, and folders between, may not be links to another place.
+    The folder itself may be a symbolic link; the file, and folders between, may be links to other places only where
+    those lie below one of the roots that the user has named.
 
     Args:
         folder: where the file must lie.
         name: relative path, with `/` between its parts.
+        links: roots below which links may lead (`data.allow_links`).
 
     Raises:
         OutsideError: an absolute path, a part `..`, or a symbolic link to a place outside.
     """
     check_name(name)
     path = folder / name
-    if not os.path.realpath(path).startswith(_real(folder.absolute())):
+    target = os.path.realpath(path)
+    if not target.startswith(tuple(_real(root.absolute()) for root in (folder, *links))):
         raise OutsideError(
-            f"{path}: a symbolic link that leads out of {folder}; put the file itself there, or let data.root be the "
-            "folder that holds it"
+            f"{path}: a symbolic link that leads out of {folder}, to {target}; put the file itself there, or allow "
+            f"links into its store: --data.allow_links '[{os.path.dirname(target)}]'"
         )
     return path
 
@@ -162,27 +163,63 @@ def check_name(name: str) -> None:
 
 
 @contextmanager
-def _opened(source: Source, name: str) -> Iterator[Image.Image]:
+def open_picture(
+    source: Source, name: str = "", *, decode: bool = True, max_pixels: int = MAX_PIXELS
+) -> Iterator[Image.Image]:
+    """Open a picture of one of the `FORMATS`, told by its content.
+
+    Errors inside the context, as decoders raise them, become this one error, too.
+
+    Args:
+        source: file, or its content.
+        name: what messages call it; by default the path.
+        decode: the pixels are wanted, not the head alone.
+        max_pixels: of the largest picture that is opened.
+
+    Raises:
+        DamagedFileError: missing, empty, damaged, of another format, or of more than `max_pixels` pixels.
+    """
     where = name or (str(source) if isinstance(source, Path) else "image")
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            if image.width * image.height > MAX_PIXELS:
+        content = source.read_bytes() if decode and isinstance(source, Path) else source
+        with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content, formats=FORMATS) as image:
+            if image.width * image.height > max_pixels:
                 raise Image.DecompressionBombError
+            scans = content.count(b"\xff\xda") if isinstance(content, bytes) else 0
+            if image.format in ("JPEG", "MPO") and scans > SCANS:
+                raise ValueError(f"a JPEG of more than {SCANS} scans, made to keep its reader busy")
             yield image
     except UserError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise DamagedFileError(
-            f"{where}: more than {MAX_PIXELS:,} pixels; scale it down, or take its id off the list"
+            f"{where}: more than {max_pixels:,} pixels; scale it down, take its id off the list, or raise "
+            "--data.max_pixels"
         ) from None
     except FileNotFoundError:
         raise DamagedFileError(f"{where}: no such file; add it, or take its id off the list") from None
+    except UnidentifiedImageError:
+        raise DamagedFileError(
+            f"{where}: cannot be decoded: {_describe(source)}; replace the file, or take its id off the list"
+        ) from None
     except Exception as error:  # Pillow's decoders raise all kinds of errors on damaged files
-        empty = not source if isinstance(source, bytes) else source.is_file() and not source.stat().st_size
-        reason = "the file is empty" if empty else str(error) or type(error).__name__
+        reason = str(error) or type(error).__name__
         raise DamagedFileError(
             f"{where}: cannot be decoded: {reason}; replace the file, or take its id off the list"
         ) from None
+
+
+def _describe(source: Source) -> str:
+    """Say what a file is that is none of the formats."""
+    content = source if isinstance(source, bytes) else source.read_bytes()
+    if not content:
+        return "the file is empty"
+    start = content[:64].lstrip()
+    kind = next((kind for magic, kind in STRANGERS.items() if start.startswith(magic)), None)
+    if content[4:12] in PHONES:
+        kind = "a picture of a phone in HEIC or AVIF; save it as JPEG"
+    known = f"the formats that are read are {', '.join(FORMATS)}"
+    return f"it is {kind}; {known}" if kind else f"it begins like no picture; {known}"
 
 
 def _orientation(image: Image.Image) -> int:
@@ -199,12 +236,3 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     elif image.mode == "F":
         raise ValueError("pixels of floating point; expected 8 or 16 bits a channel")
     return image.convert("RGBA").convert("RGB") if image.mode in ("P", "PA") else image.convert("RGB")
-
-
-def _conversion(mode: str, mask: NDArray[np.generic]) -> str:
-    if mask.ndim == 3 and mode.startswith(("RGB", "LA")):
-        channels = mask[..., : 1 if mode == "LA" else 3]
-        if (channels == channels[..., :1]).all() and channels.max(initial=0) <= IGNORE:
-            return "its channels are equal, so keep one: Image.open(path).getchannel(0).save(path)"
-        return "replace each of its colours by the number of the class, and save that as greyscale PNG"
-    return "save it anew, as 8-bit greyscale PNG"

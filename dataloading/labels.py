@@ -2,7 +2,7 @@
 
 ROOT/Annotations/ID.xml   PASCAL VOC: the name of every object
 ROOT/labels.csv           header `image,labels`; a row holds an ID and class names with spaces between them
-                          (a space inside a name is written `_`: traffic_light)
+                          (a space inside a name is written `_`: traffic_light), or with commas, semicolons or bars
 masks                     every class value that the mask holds
 
 A source is a function from the ID of an image to its classes, as numbers from 0. It raises `UserError` where they
@@ -11,9 +11,11 @@ cannot be read, so that one bad entry can be reported beside the others.
 
 from __future__ import annotations
 
+import ast
 import csv
 import io
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from xml.etree import ElementTree
@@ -21,33 +23,42 @@ from xml.etree import ElementTree
 import numpy as np
 from numpy.typing import NDArray
 
-from fsr_fast.dataloading.layout import Files, no_mask
+from fsr_fast.config import DataConfig
+from fsr_fast.dataloading.layout import Files, bare_name, no_mask
 from fsr_fast.dataloading.names import Names
+from fsr_fast.dataloading.notes import Notes
+from fsr_fast.dataloading.tables import clean_name, read_table
 from fsr_fast.dataloading.threads import map_ahead
 from fsr_fast.errors import UserError, nearest
 from fsr_fast.runtime.files import write_text
 
 LabelSource = Callable[[str], list[int]]
-Row = tuple[str, str, list[str] | None]  # place in the file, image, class names; none: the row has not two columns
+Row = tuple[str, str, str | list[str] | None]
+"""Place in the file, image, class names: as a cell holds them, or one by one; None: the row has no cell for them."""
 HEADER = ("image", "labels")
+NO_CLASS = ("background", "none")  # what people write for a picture that shows no class
 
 
-def open_labels(root: Path, classes: Sequence[str], source: str, files: Files) -> LabelSource:
+def open_labels(root: Path, classes: Sequence[str], config: DataConfig, files: Files, notes: Notes) -> LabelSource:
     """Open the labels of a data set in VOC layout.
 
     Args:
         root: folder of the data set.
         classes: names of the C foreground classes, in the order of the mask values 1…C.
-        source: `xml`, `csv`, `masks`, or `auto` for the first of these that exists.
+        config: section `data`; `labels`: `xml`, `csv`, `masks`, or `auto` for the first of these that exists.
         files: gives the masks.
+        notes: takes down what was inferred.
 
     Raises:
         UserError: the CSV file is missing or is none.
     """
+    source = config.labels
     if source == "auto":
         source = "xml" if (root / "Annotations").is_dir() else "csv" if (root / "labels.csv").is_file() else "masks"
     if source == "csv":
-        return TableLabels(root / "labels.csv", read_csv(root / "labels.csv"), classes)
+        path = root / "labels.csv"
+        rows = read_csv(path, encoding=config.encoding, separator=config.separator, notes=notes)
+        return TableLabels(path, rows, classes, config.label_separator, notes)
     return XmlLabels(root / "Annotations", classes) if source == "xml" else MaskLabels(files)
 
 
@@ -73,33 +84,48 @@ class TableLabels:
         path: file of the table, for messages.
         rows: of the table.
         classes: names of the foreground classes.
+        separator: between the class names of a cell; `auto`, `space`, or a character.
+        notes: takes down what was inferred.
     """
 
-    def __init__(self, path: Path, rows: Iterable[Row], classes: Sequence[str]) -> None:
-        self._path, self._classes = path, _Classes(classes)
-        self._rows: dict[str, tuple[str, list[str] | None]] = {}
+    def __init__(
+        self,
+        path: Path,
+        rows: Iterable[Row],
+        classes: Sequence[str],
+        separator: str = "auto",
+        notes: Notes | None = None,
+    ) -> None:
+        self._path, self._classes = path, _Classes(classes, separator, notes or Notes())
+        self._rows: dict[str, tuple[str, str | list[str] | None]] = {}
+        self._bare: dict[str, str] = {}
         self._twice: dict[str, str] = {}
         for where, name, shown in rows:
             if name in self._rows:
                 self._twice[name] = where
             self._rows[name] = (where, shown)
+            self._bare.setdefault(bare_name(name), name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._rows)
 
     def __call__(self, name: str) -> list[int]:
         """Return the classes of an image."""
-        if name not in self._rows:
+        known = name if name in self._rows else self._bare.get(bare_name(name))
+        if known is None:
             raise UserError(
                 f"{self._path}: no row for the image {name!r}; add it, take the image off the list, or take the labels "
                 "from elsewhere by data.labels; `fsr-fast data check` lists all that are missing"
             )
-        if name in self._twice:
-            raise UserError(f"{self._twice[name]}: the image {name!r} has a row already; keep one")
-        where, shown = self._rows[name]
+        if known in self._twice:
+            raise UserError(f"{self._twice[known]}: the image {name!r} has a row already; keep one")
+        where, shown = self._rows[known]
         if shown is None:
-            raise UserError(f"{where}: expected 2 columns: an image, and its classes with spaces between them")
-        return self._classes.numbers(shown, where)
+            raise UserError(
+                f"{where}: expected 2 columns: an image, and its classes with spaces between them; for a picture that "
+                "shows none of them the second one is empty"
+            )
+        return self._classes.read_cell(shown, where) if isinstance(shown, str) else self._classes.numbers(shown, where)
 
 
 class XmlLabels:
@@ -115,12 +141,12 @@ class XmlLabels:
 
     def __call__(self, name: str) -> list[int]:
         """Return the classes of an image."""
-        path = self._folder / f"{name}.xml"
+        path = self._folder / f"{bare_name(name)}.xml"
         try:
             objects = ElementTree.parse(path).getroot().findall("object")
         except FileNotFoundError:
             raise UserError(f"{path}: no such file; add it, or take the labels from elsewhere by data.labels") from None
-        except ElementTree.ParseError as error:
+        except (ElementTree.ParseError, ValueError, LookupError, RecursionError) as error:  # and odd encodings
             raise UserError(f"{path}: not valid XML: {error}; replace the file") from None
         return self._classes.numbers([(item.findtext("name") or "").strip() for item in objects], str(path))
 
@@ -143,25 +169,37 @@ class MaskLabels:
         return shown_classes(mask)
 
 
-def read_csv(path: Path) -> Iterator[Row]:
-    """Read the rows of a label file, one by one.
+def read_csv(
+    path: Path, *, encoding: str | None = None, separator: str | None = None, notes: Notes | None = None
+) -> Iterator[Row]:
+    """Read the rows of a label file.
+
+    Args:
+        path: the file.
+        encoding: see `tables.read_table`.
+        separator: likewise.
+        notes: takes down what was inferred.
 
     Raises:
-        UserError: the file is missing, is not CSV in UTF-8, or lacks the header.
+        UserError: the file is missing, is no table, or lacks the header.
     """
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file)
-            header = next(reader, [])
-            if tuple(name.strip() for name in header) != HEADER:
-                raise UserError(f"{path}, line 1: the header is {','.join(header)!r}; expected 'image,labels'")
-            for row in filter(None, reader):
-                where = f"{path}, line {reader.line_num}"
-                yield where, row[0], row[1].split() if len(row) == 2 else None
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; add it, or take the labels from elsewhere by data.labels") from None
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: not a CSV file in UTF-8: {error}; write it anew") from None
+    notes = notes or Notes()
+    table = read_table(path, columns=HEADER, encoding=encoding, separator=separator, notes=notes)
+    image, labels = (table.header.index(name) for name in HEADER)
+    width = len(table.header)
+    others = [name for name in table.header if name not in HEADER]
+    if others:
+        notes.add(f"{path.name}: columns other than image and labels are left out: {', '.join(map(repr, others))}")
+    for where, cells in table.rows:
+        spare = [cell for cell in cells[width:] if cell]
+        if spare and labels < width - 1:
+            raise UserError(f"{where}: {len(cells)} cells under {width} names; put names that hold a comma in quotes")
+        if spare:
+            notes.add(f"{path.name}: cells beyond the last column are labels, too", where)
+        if len(cells) <= image or not cells[image]:
+            raise UserError(f"{where}: names no picture; write its path in the column image, or delete the row")
+        shown = ", ".join([cells[labels], *spare]) if len(cells) > labels else None
+        yield where, clean_name(cells[image], notes, where), shown
 
 
 def read_json(path: Path) -> Iterator[Row]:
@@ -172,7 +210,7 @@ def read_json(path: Path) -> Iterator[Row]:
     """
     try:
         entries = json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON: {error}; write it anew") from None
     form = 'expected [{"image": name, "labels": [class, …]}, …]'
     if not isinstance(entries, list):
@@ -224,8 +262,8 @@ def shown_classes(mask: NDArray[np.uint8]) -> list[int]:
 
 
 class _Classes:
-    def __init__(self, names: Sequence[str]) -> None:
-        self._names = names
+    def __init__(self, names: Sequence[str], separator: str = "auto", notes: Notes | None = None) -> None:
+        self._names, self._separator, self._notes = names, separator, notes or Notes()
         self._table = {_key(name): number for number, name in enumerate(names)}
         for number, name in enumerate(names):
             last = self._table[_key(name)]
@@ -240,6 +278,63 @@ class _Classes:
             raise UserError(f"{where}: unknown class {unknown[0]!r}{nearest(unknown[0], self._names)}")
         return [self._table[_key(name)] for name in names]
 
+    def read_cell(self, cell: str, where: str) -> list[int]:
+        """Take the class names of a cell apart."""
+        cell = cell.strip(" ,;|")
+        if _key(cell) in self._table and not re.search(r"\s", cell):
+            return self.numbers([cell], where)
+        if cell.lower() in NO_CLASS:
+            self._notes.add(f"the label {cell!r} is read as a picture that shows no class", where)
+            return []
+        if self._separator != "auto":
+            mark = None if self._separator == "space" else self._separator
+            return self.numbers([name.strip() for name in cell.split(mark) if name.strip()], where)
+        if cell.startswith("["):  # as pandas writes a list
+            return self.numbers(split_names(cell, where), where)
+        pieces = split_names(cell, where)
+        if len(pieces) > 1:
+            self._notes.add("labels are separated by commas, semicolons or bars", where)
+        return [number for piece in pieces for number in self._piece(piece, where)]
+
+    def _piece(self, piece: str, where: str) -> list[int]:
+        """Read one class name that may hold spaces, or several with spaces between them."""
+        words = piece.split()
+        whole, apart = _key(piece) in self._table, all(_key(word) in self._table for word in words)
+        if whole and apart and len(words) > 1:
+            raise UserError(
+                f"{where}: {piece!r} can mean the class {piece!r} or the classes {' and '.join(map(repr, words))}; "
+                "write _ for a space inside a name, or choose by --data.label_separator ',' (one class) or space"
+            )
+        return self.numbers([piece] if whole else words, where)
+
+
+def split_names(cell: str, where: str) -> list[str]:
+    """Take a cell of labels apart without knowing the classes: by commas, semicolons, bars, or as pandas writes lists.
+
+    Args:
+        cell: of a table; Label Studio's `{"choices": [...]}` is read, too.
+        where: file and line, for messages.
+
+    Raises:
+        UserError: it begins like a list and is none.
+    """
+    if cell.startswith("{"):
+        cell = cell.partition(":")[2].strip().removesuffix("}").strip()
+    if cell.startswith("["):
+        return _literal(cell, where)
+    pieces = (piece.strip() for piece in re.split("[,;|]", cell))
+    return [piece for piece in pieces if piece and piece.lower() not in NO_CLASS]
+
+
+def _literal(cell: str, where: str) -> list[str]:
+    try:
+        names = ast.literal_eval(cell)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        names = None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{where}: {cell[:80]!r}; expected class names, as in ['cat', 'dog'] or in: cat dog")
+    return names
+
 
 def _key(name: str) -> str:
-    return name.replace(" ", "_")
+    return name.strip().replace(" ", "_")

@@ -1,4 +1,4 @@
-"""Mask files: PASCAL VOC's augmented masks from the Semantic Boundaries Dataset (SBD), and MS COCO's from outlines."""
+"""Mask files: PASCAL VOC's from the Semantic Boundaries Dataset (SBD), MS COCO's from outlines, CVAT's from colours."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fsr_fast.dataloading.class_names import VOC_CLASSES
-from fsr_fast.dataloading.images import DamagedFileError, read_mask
-from fsr_fast.dataloading.labels import write_new
-from fsr_fast.dataloading.layout import Split, check_names, no_mask, read_list
+from fsr_fast.dataloading.exports import Export, match_pictures, read_labelmap
+from fsr_fast.dataloading.images import DamagedFileError
+from fsr_fast.dataloading.labels import shown_classes, write_new
+from fsr_fast.dataloading.layout import Split, bare_name, check_names, no_mask, read_list
+from fsr_fast.dataloading.mask_files import read_mask
+from fsr_fast.dataloading.notes import Notes
 from fsr_fast.dataloading.palette import save_palette_png
 from fsr_fast.dataloading.threads import map_ahead
 from fsr_fast.dataloading.voc import LISTS, MASKS, check_layout
@@ -82,6 +85,42 @@ def write_masks(split: Split, folder: Path, *, track: Track) -> int:
     return len(split.ids)
 
 
+def convert_coloured_masks(folder: Path, images: Path, target: Path, notes: Notes, *, track: Track) -> Export:
+    """Write CVAT's segmentation masks, which are colours, as masks of classes, under the names of their pictures.
+
+    Args:
+        folder: with labelmap.txt and SegmentationClass/*.png.
+        images: folder of the pictures.
+        target: folder to write; it appears only when it is complete.
+        notes: takes down what was inferred.
+        track: shows progress: of the masks, a description and their number.
+
+    Returns:
+        What the masks show, by the paths of the pictures.
+
+    Raises:
+        UserError: a colour is none of labelmap.txt, a picture is missing, or the target exists.
+    """
+    classes, meaning = read_labelmap(folder / "labelmap.txt")
+    masks = {path.relative_to(folder / MASKS[1]).with_suffix("").as_posix(): path for path in _pngs(folder / MASKS[1])}
+    if not masks:
+        raise UserError(f"{folder / MASKS[1]}: no masks; expected CVAT's export `Segmentation mask`")
+    pictures = {picture: masks[name] for name, picture in match_pictures(masks, images, notes).items()}
+    shown: dict[str, list[str]] = {}
+
+    def read(name: str) -> NDArray[np.uint8]:
+        mask = read_mask(pictures[name], len(classes), "", meaning)
+        shown[name] = [classes[number] for number in shown_classes(mask)]
+        return mask
+
+    _write_folder(target, list(pictures), read, track=track)
+    return Export({name: shown[name] for name in pictures}, classes, [])
+
+
+def _pngs(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*.png"))
+
+
 def read_sbd_mask(path: Path) -> NDArray[np.uint8]:
     """Read the class mask of one of SBD's .mat files.
 
@@ -114,7 +153,7 @@ def _write_folder(
         folder.mkdir()
 
         def write(name: str) -> None:
-            save_palette_png(read(name), folder / f"{name}.png")
+            save_palette_png(read(name), folder / f"{bare_name(name)}.png")
 
         for _ in track(map_ahead(write, names), "writing masks", len(names)):
             pass

@@ -1,5 +1,8 @@
 """The official code's `cls_labels_onehot.npy`, a pickled dictionary of arrays, read without running what it pickles.
 
+Other projects write the same with numbers for names, as IRN's `cls_labels.npy` does for VOC: 2007000032 for
+`2007_000032`. Numbers of that form are read so; of any other, a template must say how they become names.
+
 Nothing of a pickle is imported or called. The few names that such a file needs are answered by stand-ins that only
 keep their arguments, NumPy's own included; the numbers are then taken from the bytes that were kept.
 """
@@ -7,22 +10,29 @@ keep their arguments, NumPy's own included; the numbers are then taken from the 
 from __future__ import annotations
 
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fsr_fast.dataloading.notes import Notes
 from fsr_fast.errors import UserError
 
+VOC_NUMBER = re.compile(r"20\d{8}")
 NUMBERS = ("f4", "f8", "f2", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1")
 
 
-def read_official_labels(path: Path) -> tuple[list[str], NDArray[np.bool_]]:
+def read_official_labels(
+    path: Path, template: str | None = None, notes: Notes | None = None
+) -> tuple[list[str], NDArray[np.bool_]]:
     """Read the image labels of the official code.
 
     Args:
         path: cls_labels_onehot.npy: name of the image → (C,) of 0 and 1.
+        template: how numbers become names, as `COCO_train2014_{:012d}`; None: VOC's are known.
+        notes: takes down what was inferred.
 
     Returns:
         The n names, and (n, C) bool, true where the image shows the class.
@@ -40,8 +50,9 @@ def read_official_labels(path: Path) -> tuple[list[str], NDArray[np.bool_]]:
                 raise UserError(f"{path}: holds an array of {dtype} and shape {shape}; {form}")
             content = _Unpickler(file).load()
         table = content.items()[0] if isinstance(content, _Array) else None
-        if not isinstance(table, dict) or not table or not all(isinstance(name, str) for name in table):
+        if not isinstance(table, dict) or not table:
             raise UserError(f"{path}: {form}")
+        names = _name_all(list(table), template, path, notes or Notes())
         rows = [row.numbers() for row in table.values()]
         labels = np.stack(rows)
     except UserError:
@@ -52,7 +63,31 @@ def read_official_labels(path: Path) -> tuple[list[str], NDArray[np.bool_]]:
         raise UserError(f"{path}: {type(error).__name__}: {error}; {form}") from None
     if labels.ndim != 2 or not np.isin(labels, (0, 1)).all():
         raise UserError(f"{path}: the labels are not rows of 0 and 1; {form}")
-    return list(table), labels.astype(bool)
+    return names, labels.astype(bool)
+
+
+def _name_all(keys: list[Any], template: str | None, path: Path, notes: Notes) -> list[str]:
+    """Return the names of the images, which may be written as numbers."""
+    if all(isinstance(key, str) for key in keys):
+        return keys
+    if not all(isinstance(key, int) and key >= 0 for key in keys):
+        raise UserError(f"{path}: its keys are neither names nor numbers, but such as {keys[0]!r}")
+    if template is not None:
+        try:
+            return [template.format(key) for key in keys]
+        except (ValueError, LookupError) as error:
+            raise UserError(f"--names: {template!r}: {error}; expected such as 'COCO_train2014_{{:012d}}'") from None
+    if not all(VOC_NUMBER.fullmatch(str(key)) for key in keys):
+        raise UserError(
+            f"{path}: its keys are numbers, such as {keys[0]}, which do not say what the pictures are called; "
+            "say it by --names 'COCO_train2014_{:012d}'"
+        )
+    notes.add(f"{path.name}: numbers are read as PASCAL VOC's names", f"{keys[0]}: {_voc_name(keys[0])}")
+    return [_voc_name(key) for key in keys]
+
+
+def _voc_name(number: int) -> str:
+    return f"{str(number)[:4]}_{str(number)[4:]}"
 
 
 class _Array:
@@ -99,7 +134,17 @@ def _encode(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
+def _scalar(dtype: Any, content: Any = b"") -> int:
+    """Stand for numpy.core.multiarray.scalar: a whole number."""
+    if not isinstance(dtype, _Dtype) or dtype.code not in NUMBERS or not isinstance(content, bytes):
+        raise pickle.UnpicklingError("no number")
+    (value,) = np.frombuffer(content, np.dtype(dtype.order + dtype.code))
+    return int(value)
+
+
 STAND_INS = {
+    ("numpy.core.multiarray", "scalar"): _scalar,
+    ("numpy._core.multiarray", "scalar"): _scalar,
     ("numpy.core.multiarray", "_reconstruct"): _Array,
     ("numpy._core.multiarray", "_reconstruct"): _Array,
     ("numpy", "ndarray"): _Array,

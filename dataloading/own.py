@@ -1,33 +1,40 @@
 """Own pictures: a folder, and a table that names the classes of each.
 
-ROOT/images/…                   pictures (.jpg, .jpeg, .png), in folders if you like
+ROOT/images/…                   pictures (.jpg, .png, .tif, .bmp, .webp), in folders if you like
 ROOT/train.csv, ROOT/val.csv    header `image,labels`: the path below images, and class names with spaces between them
-                                (a space inside a name is written `_`); or train.json, val.json:
-                                [{"image": "cat 1.jpg", "labels": ["cat"]}, …]
+                                (a space inside a name is written `_`), none for a picture of background alone; or
+                                train.xlsx; or train.json: [{"image": "cat 1.jpg", "labels": ["cat"]}, …]
 ROOT/classes.txt                one class a line, in the order of the mask values 1, 2, …
 ROOT/masks/…png                 masks, under the names of their pictures; only validation needs them
 """
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
+from fsr_fast.config import DataConfig
 from fsr_fast.dataloading.labels import TableLabels, read_csv, read_json
-from fsr_fast.dataloading.layout import FolderFiles, Split, find_list, read_list
+from fsr_fast.dataloading.layout import FolderFiles, Split, find_list
+from fsr_fast.dataloading.mask_files import parse_meaning
 from fsr_fast.dataloading.names import Names
+from fsr_fast.dataloading.notes import Notes
+from fsr_fast.dataloading.tables import read_lines
 from fsr_fast.errors import UserError
 
-TABLE_ENDINGS = (".csv", ".json")
+TABLE_ENDINGS = (".csv", ".json", ".xlsx")
+BACKGROUND = ("background", "_background_", "__background__")
 
 
-def open_own(root: Path, list_name: str, key: str, classes: tuple[str, ...] | None) -> Split:
+def open_own(root: Path, list_name: str, key: str, config: DataConfig) -> Split:
     """Open a table of own pictures.
 
     Args:
         root: folder of the data set.
         list_name: name of the table, or its path.
         key: of the configuration, for messages.
-        classes: names of the foreground classes; none: those of classes.txt.
+        config: section `data`: names of the classes, if not those of classes.txt; how the table is read; links;
+            meaning of the masks.
 
     Raises:
         UserError: a file is missing or cannot be read.
@@ -36,25 +43,66 @@ def open_own(root: Path, list_name: str, key: str, classes: tuple[str, ...] | No
         raise UserError(
             f"data.root: {root} has no folder images; put the pictures there, and their labels in train.csv"
         )
+    notes = Notes()
     path = find_list(root, list_name, key, TABLE_ENDINGS)
-    names = classes or tuple(read_classes(root))
-    labels = TableLabels(path, read_json(path) if path.suffix == ".json" else read_csv(path), names)
+    names = config.classes or tuple(read_classes(root, config.encoding, notes))
+    rows = (
+        read_json(path)
+        if path.suffix == ".json"
+        else read_csv(path, encoding=config.encoding, separator=config.separator, notes=notes)
+    )
+    named = ((where, _below(root, name, notes), shown) for where, name, shown in rows)
+    labels = TableLabels(path, named, names, config.label_separator, notes)
     ids = list(labels)
     if not ids:
         raise UserError(f"{key}: {path} names no picture; expected a row for each")
-    files = FolderFiles((root / "images",), (root / "masks",), len(names))
-    return Split(path, Names(ids), names, files, labels)
+    meaning = parse_meaning(config.mask_values, names)
+    files = FolderFiles(
+        (root / "images",), (root / "masks",), len(names), config.allow_links, meaning, notes, config.max_pixels
+    )
+    return Split(path, Names(ids), names, files, labels, notes)
 
 
-def read_classes(root: Path) -> list[str]:
+def read_classes(root: Path, encoding: str | None = None, notes: Notes | None = None) -> list[str]:
     """Read the class names of classes.txt.
 
     Raises:
-        UserError: there is no such file, or it is empty or not text.
+        UserError: there is no such file, it is empty or not text, or it names the background.
     """
-    if not (root / "classes.txt").is_file():
+    path = root / "classes.txt"
+    if not path.is_file():
         raise UserError(
-            f"{root / 'classes.txt'}: no such file; write one class name a line, in the order of the mask values, "
-            "or give data.classes"
+            f"{path}: no such file; write one class name a line, in the order of the mask values, or give data.classes"
         )
-    return read_list(root / "classes.txt", "data.classes")
+    lines = read_lines(path, encoding=encoding, notes=notes)
+    if not lines:
+        raise UserError(f"data.classes: {path} is empty; expected one class name a line")
+    for where, name in lines:
+        refuse_background(name, where)
+    return [name for _, name in lines]
+
+
+def refuse_background(name: str, where: str) -> None:
+    """Refuse the background among the classes: it has the mask value 0 in any case.
+
+    Args:
+        name: of a class.
+        where: file and line, or the key of the configuration.
+
+    Raises:
+        UserError: the name is the background's.
+    """
+    if name.lower() in BACKGROUND:
+        raise UserError(
+            f"{where}: {name!r} is no class: the background is there in any case, as mask value 0; take it out, so "
+            "that the first class is mask value 1"
+        )
+
+
+def _below(root: Path, name: str, notes: Notes) -> str:
+    """Return a name as a path below images: tables also name pictures from the root on, or by their whole path."""
+    for start in (f"{root.absolute()}/images/", f"{root}/images/", "images/"):
+        if name.startswith(start) and not os.path.exists(root / "images" / name):
+            notes.add("paths in the table are read from the folder images on", name)
+            return name.removeprefix(start)
+    return name

@@ -17,6 +17,7 @@ import math
 import re
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from functools import partial
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -24,8 +25,9 @@ from PIL import Image
 from webdataset import TarWriter
 
 from fsr_fast.dataloading.datasets import check_size
-from fsr_fast.dataloading.images import read_image
+from fsr_fast.dataloading.images import MAX_PIXELS, image_header, read_image
 from fsr_fast.dataloading.layout import Split, check_names, no_mask
+from fsr_fast.dataloading.negatives import no_label
 from fsr_fast.dataloading.stores import open_store
 from fsr_fast.dataloading.threads import map_ahead
 from fsr_fast.errors import UserError
@@ -54,17 +56,21 @@ def pack(
     *,
     with_masks: bool,
     shard_bytes: int,
+    negatives: bool | None = None,
+    max_pixels: int = MAX_PIXELS,
     seed: int | None = None,
     track: Track,
 ) -> dict[str, Any]:
     """Write the shards of a list, and their index.
 
     Args:
-        split: the list; every image needs a label, unless it comes with a mask.
+        split: the list.
         output: folder, or URL, as `open_store` takes it.
         name: of the list; begins the names of all files.
         with_masks: pack the masks, too; then every image needs one.
         shard_bytes: size at which a shard is closed, ≥ 1.
+        negatives: images that show no class are packed (True), left out (False) or refused (None), if without masks.
+        max_pixels: of the largest image that is packed.
         seed: of the order in which the images are written; none: as in the list.
         track: shows progress: of the samples, a description and their number.
 
@@ -84,10 +90,11 @@ def pack(
             f"{output}: holds {old[0]}, of another pack or of one that was interrupted; delete {name}* there"
         )
     order = np.arange(len(split.ids)) if seed is None else np.random.default_rng(seed).permutation(len(split.ids))
-    samples = map_ahead(lambda number: read_sample(split, split.ids[int(number)], with_masks=with_masks), order)
+    read = partial(read_sample, split, with_masks=with_masks, negatives=negatives, max_pixels=max_pixels)
+    samples = map_ahead(lambda number: read(split.ids[int(number)]), order)
     most = 0
     with _Shards(filesystem, folder, name, shard_bytes) as shards:
-        for sample in track(samples, f"packing {name}", len(order)):
+        for sample in track((sample for sample in samples if sample), f"packing {name}", len(order)):
             shards.write(sample)
             most = max(most, sample.labels)
         shards.close_shard()
@@ -96,22 +103,28 @@ def pack(
     return index
 
 
-def read_sample(split: Split, name: str, *, with_masks: bool) -> Sample:
+def read_sample(
+    split: Split, name: str, *, with_masks: bool, negatives: bool | None = None, max_pixels: int = MAX_PIXELS
+) -> Sample | None:
     """Read image, labels and mask of a name, and check them as a training would.
+
+    Returns:
+        The sample; None where the image shows no class and is left out.
 
     Raises:
         UserError: one of them is missing or damaged.
     """
     path = split.files.image_path(name)
     content = path.read_bytes()
-    image = read_image(content, str(path))
-    with Image.open(io.BytesIO(content)) as header:
-        kind = header.format or ""
+    image = read_image(content, str(path), max_pixels)
+    kind = image_header(content, str(path), max_pixels).format
     if kind not in ENDINGS:  # another format under the ending of one of these
         content, kind = _png(image), "PNG"
     labels = split.labels(name)
-    if not labels and not with_masks:
-        raise UserError(f"{split.origin}: the image {name!r} has no label; label it, or take it off the list")
+    if not labels and not with_masks and not negatives:
+        if negatives is False:
+            return None
+        raise no_label(split, name, "")
     parts = {ENDINGS[kind]: content}
     parts["json"] = json.dumps({"labels": sorted(set(labels)), "name": name}, ensure_ascii=False).encode()
     if with_masks:

@@ -28,7 +28,8 @@ from pydantic import BaseModel, Field, ValidationError
 
 from fsr_fast.config import DataConfig
 from fsr_fast.dataloading.batch import EncodedImage
-from fsr_fast.dataloading.images import DamagedFileError, read_image, read_mask
+from fsr_fast.dataloading.images import MAX_PIXELS, DamagedFileError, read_image
+from fsr_fast.dataloading.mask_files import read_mask
 from fsr_fast.dataloading.stores import open_store
 from fsr_fast.errors import UserError, nearest
 
@@ -82,13 +83,14 @@ class ShardDataset:
         root: folder, or URL, as `open_store` takes it.
         name: of the list.
         empty: be the list without its samples.
+        max_pixels: of the largest image that is read.
 
     Raises:
         UserError: the index is missing, damaged or of another version.
     """
 
-    def __init__(self, root: str, name: str, *, empty: bool = False) -> None:
-        self._root, self._name = root.rstrip("/"), name
+    def __init__(self, root: str, name: str, *, empty: bool = False, max_pixels: int = MAX_PIXELS) -> None:
+        self._root, self._name, self._max_pixels = root.rstrip("/"), name, max_pixels
         self._process = -1
         self._filesystem: Any = None
         self._folder = ""
@@ -128,7 +130,7 @@ class ShardDataset:
         shard, parts = self._parts(index)
         place = self._place(index, shard)
         start, size = self._image_part(parts, place)
-        return read_image(self._read(shard, start, start + size), place)
+        return read_image(self._read(shard, start, start + size), place, self._max_pixels)
 
     def mask(self, index: int) -> NDArray[np.uint8] | None:
         """Read a mask, (H, W) uint8: 0 background, 1…C classes, 255 ignored; none where none was packed.
@@ -140,7 +142,8 @@ class ShardDataset:
         if "mask.png" not in parts:
             return None
         start, size = parts["mask.png"]
-        return read_mask(self._read(shard, start, start + size), len(self.classes), self._place(index, shard))
+        content, place = self._read(shard, start, start + size), self._place(index, shard)
+        return read_mask(content, len(self.classes), place, max_pixels=self._max_pixels)
 
     def order(self, seed: int, epoch: int) -> ShardOrder:
         """Return the order of an epoch: shards shuffled, then the samples of each window of shards."""
@@ -318,7 +321,9 @@ def open_shards(config: DataConfig, *, training: bool) -> ShardDataset:
             f"data.{key}: shards bring their labels with them; choose when they are packed, and leave it out"
         )
     name = config.train_list if training else config.val_list
-    dataset = ShardDataset(str(config.root), name or config.train_list, empty=name is None)
+    dataset = ShardDataset(
+        str(config.root), name or config.train_list, empty=name is None, max_pixels=config.max_pixels
+    )
     if config.classes is not None and config.classes != dataset.classes:
         raise UserError(f"data.classes: differ from those of the shards ({', '.join(dataset.classes)}); leave them out")
     return dataset

@@ -23,6 +23,7 @@ from fsr_fast.dataloading.images import DamagedFileError
 from fsr_fast.errors import UserError
 
 BAD_FILES = "bad_files.txt"
+TAB = "\t"
 SHOWN = 20  # names of damaged files that a message holds
 
 Read = TypeVar("Read")
@@ -79,7 +80,8 @@ class BadFiles:
     More than `fraction` of the training list stops the run. One file is always let pass, unless the fraction is 0.
 
     Args:
-        path: file that lists them, shared by all ranks; none: nothing is written, and a rank counts its own.
+        path: file that lists number and fault of each, shared by all ranks; None: nothing is written, and a rank counts
+            its own.
         images: number of images of the training list.
         fraction: largest share of them that may be damaged, in the range 0 to 1.
     """
@@ -107,17 +109,18 @@ class BadFiles:
         self._known.update(new)
         for reason in new.values():
             logger.warning("skipped a damaged training image: %s", reason)
-        self._list(list(new.values()))
+        self._list(new)
         if len(self._lines) > self.limit:
             where = f" (all in {self.path})" if self.path else ""
-            shown = "\n".join(f"  {line}" for line in self._lines[:SHOWN])
+            shown = "\n".join(f"  {line.partition(TAB)[2]}" for line in self._lines[:SHOWN])
             raise UserError(
                 f"{len(self._lines)} of {self.images} training images are damaged; data.max_bad_fraction = "
-                f"{self.fraction} lets {self.limit} pass; mend them, or raise it{where}:\n{shown}"
+                f"{self.fraction} lets {self.limit} pass; replace them, or raise it{where}:\n{shown}"
             )
 
-    def _list(self, lines: list[str]) -> None:
-        """Add lines to the list that all ranks share, and take over theirs."""
+    def _list(self, bad: Mapping[int, str]) -> None:
+        """Add images to the list that all ranks share, and take over theirs. Images are told apart by their numbers."""
+        lines = [f"{index}{TAB}{reason}" for index, reason in bad.items()]
         if self.path is None:
             self._lines += lines
             return
@@ -126,7 +129,8 @@ class BadFiles:
             fcntl.flock(file, fcntl.LOCK_EX)
             file.seek(0)
             self._lines = file.read().splitlines()
-            new = [line for line in lines if line not in self._lines]
+            listed = {line.partition(TAB)[0] for line in self._lines}
+            new = [line for line in lines if line.partition(TAB)[0] not in listed]
             file.write("".join(f"{line}\n" for line in new))
             self._lines += new
 

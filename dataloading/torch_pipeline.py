@@ -1,4 +1,4 @@
-"""The pipeline on torchvision: two augmented views an image for training, whole images for evaluation."""
+"""The pipeline on torchvision: two augmented views per image for training."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from fsr_fast.config import AugmentConfig, DataConfig
 from fsr_fast.dataloading.augment import apply_view, build_erasing, build_policy, draw_view_at
-from fsr_fast.dataloading.batch import Batch, EvaluationSample, ImageSet, TrainSource
+from fsr_fast.dataloading.batch import Batch, TrainSource
 from fsr_fast.dataloading.images import read_image
 from fsr_fast.dataloading.stream import Positions, Stream, StreamLoader, read_ahead
 from fsr_fast.errors import UserError
@@ -53,45 +53,13 @@ class TorchLoader(StreamLoader):
         return read_ahead(self._views, self._workers, batch_sampler=positions, pin_memory=pin)
 
 
-def evaluation_samples(
-    dataset: ImageSet,
-    *,
-    mean: Sequence[float],
-    std: Sequence[float],
-    rank: int = 0,
-    world_size: int = 1,
-    workers: int = 0,
-    limit: int | None = None,
-) -> Iterator[EvaluationSample]:
-    """Return the images rank, rank + world_size, … of a data set, each once, in order.
-
-    Args:
-        dataset: validation set.
-        mean: of the normalisation, three values in the range 0 to 1.
-        std: of the normalisation, three values > 0.
-        rank: number of this process.
-        world_size: number of processes.
-        workers: processes that read ahead; 0: this one reads.
-        limit: only the first images of the data set.
-
-    Raises:
-        UserError: an image or a mask cannot be read.
-    """
-    stop = len(dataset) if limit is None else min(limit, len(dataset))
-    numbers = range(rank, stop, world_size)
-    for item in read_ahead(_Images(dataset, mean, std), workers, sampler=numbers, batch_size=None):
-        if isinstance(item, UserError):
-            raise item
-        yield item
-
-
 class _Views(Dataset[Any]):
     """Batches by the positions of their samples."""
 
     def __init__(
         self, stream: Stream, data: DataConfig, augment: AugmentConfig, mean: Sequence[float], std: Sequence[float]
     ) -> None:
-        self.stream, self.augment, self.size = stream, augment, data.image_size
+        self.stream, self.augment, self.size, self.max_pixels = stream, augment, data.image_size, data.max_pixels
         self.policy, self.erase = build_policy(augment, data.image_size, mean), build_erasing(augment)
         self.normalise = _Normalise(mean, std)
         self.cache: dict[int, _Decoded] = {}
@@ -128,7 +96,7 @@ class _Views(Dataset[Any]):
         decoded = self.cache.get(index)
         if decoded is None:
             data, labels, name = self.stream.dataset.encoded(index)
-            decoded = _Decoded(read_image(data, name), labels)
+            decoded = _Decoded(read_image(data, name, self.max_pixels), labels)
             size = 4 * decoded.image.width * decoded.image.height  # bytes: Pillow pads RGB to four a pixel
             # A part of a data set would seldom be hit, so images are kept only where the whole set fits.
             if size * len(self) <= self.cache_bytes and size <= self.cache_room:
@@ -140,29 +108,6 @@ class _Views(Dataset[Any]):
 class _Decoded(NamedTuple):
     image: Image.Image
     labels: NDArray[np.float32]
-
-
-class _Images(Dataset[Any]):
-    """Whole images by number."""
-
-    def __init__(self, dataset: ImageSet, mean: Sequence[float], std: Sequence[float]) -> None:
-        self.dataset, self.normalise = dataset, _Normalise(mean, std)
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> EvaluationSample | UserError:
-        try:
-            image, labels, mask = self.dataset.image(index), self.dataset.labels[index], self.dataset.mask(index)
-        except UserError as error:
-            return error
-        return EvaluationSample(
-            index,
-            self.normalise(np.array(image)[None])[0],
-            torch.from_numpy(labels),
-            None if mask is None else torch.from_numpy(mask),
-            self.dataset.ids[index],
-        )
 
 
 class _Normalise:

@@ -1,7 +1,8 @@
 """PASCAL VOC's layout.
 
-    ROOT/JPEGImages/ID.jpg                      images (.jpeg and .png will do as well)
-    ROOT/ImageSets/Segmentation/LIST.txt        one ID a line
+    ROOT/JPEGImages/ID.jpg                      images (.png, .tif, … will do as well)
+    ROOT/ImageSets/Segmentation/LIST.txt        one ID a line; or, as DeepLab's lists have it, image and mask by their
+                                                paths from ROOT: /JPEGImages/ID.jpg /SegmentationClassAug/ID.png
     ROOT/SegmentationClassAug/ID.png            masks: 0 background, 1… classes, 255 ignored
     ROOT/SegmentationClass/ID.png               the same, for images without a mask there
     ROOT/Annotations/ID.xml, ROOT/labels.csv    image labels, see `labels.py`
@@ -12,20 +13,27 @@ has. Training needs no masks, unless the labels are read from them; validation d
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
+from fsr_fast.config import DataConfig
 from fsr_fast.dataloading.labels import open_labels
 from fsr_fast.dataloading.layout import FolderFiles, Split, find_list, read_list
+from fsr_fast.dataloading.mask_files import parse_meaning
 from fsr_fast.dataloading.names import Names
+from fsr_fast.dataloading.notes import Notes
 from fsr_fast.errors import UserError
 
 LISTS = "ImageSets/Segmentation"
 IMAGES = "JPEGImages"
 MASKS = ("SegmentationClassAug", "SegmentationClass")
 PARTS = ("train2014", "val2014")
+PAIR = re.compile(
+    rf"/?{IMAGES}/(?P<name>(?P<id>.+)\.\w+)\s+/?(?P<folder>[^/]+)/(?P<mask>.+)\.(?:png|PNG|tif|tiff|bmp)", re.ASCII
+)
 
 
-def open_voc(root: Path, list_name: str, key: str, classes: tuple[str, ...], labels: str) -> Split:
+def open_voc(root: Path, list_name: str, key: str, classes: tuple[str, ...], config: DataConfig) -> Split:
     """Open a list of a data set in VOC layout.
 
     Args:
@@ -33,16 +41,25 @@ def open_voc(root: Path, list_name: str, key: str, classes: tuple[str, ...], lab
         list_name: name of the list in ImageSets/Segmentation, or the path of a text file.
         key: of the configuration, for messages.
         classes: names of the foreground classes.
-        labels: source of the image labels: `auto`, `xml`, `csv` or `masks`.
+        config: section `data`: source of the labels, encoding, links, meaning of the masks.
 
     Raises:
         UserError: the folder has another layout, or the list or labels.csv cannot be read.
     """
     check_layout(root)
+    notes = Notes()
     path = find_list(root / LISTS, list_name, key, (".txt",))
-    ids = read_list(path, key)
-    files = FolderFiles(_with_parts(root, (IMAGES,)), _with_parts(root, MASKS), len(classes))
-    return Split(path, Names(ids), classes, files, open_labels(root, classes, labels, files))
+    ids, masks = _split_pairs(read_list(path, key, encoding=config.encoding, notes=notes), path, key, notes)
+    files = FolderFiles(
+        _with_parts(root, (IMAGES,)),
+        _with_parts(root, masks),
+        len(classes),
+        config.allow_links,
+        parse_meaning(config.mask_values, classes),
+        notes,
+        config.max_pixels,
+    )
+    return Split(path, Names(ids), classes, files, open_labels(root, classes, config, files, notes), notes)
 
 
 def check_layout(root: Path) -> None:
@@ -56,6 +73,20 @@ def check_layout(root: Path) -> None:
     inside = next((path.parent for depth in ("*", "*/*") for path in sorted(root.glob(f"{depth}/{IMAGES}"))), None)
     hint = f"did you mean {inside}?" if inside else f"expected {IMAGES}, {LISTS} and masks or labels there"
     raise UserError(f"data.root: {root} has no folder {IMAGES}; {hint}")
+
+
+def _split_pairs(lines: list[str], path: Path, key: str, notes: Notes) -> tuple[list[str], tuple[str, ...]]:
+    """Take apart lines of an image and its mask, as DeepLab's lists have them: ids, and the folders of the masks."""
+    pairs = [PAIR.fullmatch(line) for line in lines]
+    if not all(pairs):
+        return [line.removeprefix(f"/{IMAGES}/").removeprefix(f"{IMAGES}/") for line in lines], MASKS
+    folders = {pair["folder"] for pair in pairs if pair}
+    unlike = next((line for line, pair in zip(lines, pairs, strict=True) if pair and pair["id"] != pair["mask"]), None)
+    if len(folders) > 1 or unlike:
+        reason = f"{unlike!r} names two pictures" if unlike else f"masks lie in {' and '.join(sorted(folders))}"
+        raise UserError(f"{key}: {path}: {reason}; expected masks of one folder, under the names of their images")
+    notes.add(f"{path.name}: lines of an image and a mask; masks are taken from {min(folders)} alone")
+    return [pair["name"] for pair in pairs if pair], (min(folders),)
 
 
 def _with_parts(root: Path, folders: tuple[str, ...]) -> tuple[Path, ...]:

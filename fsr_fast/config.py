@@ -57,6 +57,7 @@ __all__ = [
 ]
 
 CONFIG_FOLDER = Path(__file__).parent / "configs"
+MAX_ENTRIES = 10_000  # of a recipe; a few lines of references can stand for billions
 
 
 class Config(BaseSettings):
@@ -178,8 +179,10 @@ def read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise UserError(f"{path}: no such configuration; give a file, or the name of a recipe: {', '.join(recipes)}")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if _count_entries(values, {}) > MAX_ENTRIES:
+        raise UserError(f"{path}: more than {MAX_ENTRIES} entries, its references counted out; expected a recipe")
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise UserError(f"{path}: expected a mapping of sections (run:, data:, model:, …)")
     base = values.pop("base", None)
@@ -202,6 +205,17 @@ def _file_options() -> Parser:
     )
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
     return parser
+
+
+def _count_entries(values: Any, known: dict[int, int]) -> int:
+    """Count the entries of nested values as if every reference (`*name`) were written out; each is visited once."""
+    if not isinstance(values, (dict, list)):
+        return 1
+    if id(values) not in known:
+        known[id(values)] = MAX_ENTRIES + 1  # if it holds itself, it has no end
+        inner = values.values() if isinstance(values, dict) else values
+        known[id(values)] = 1 + sum(_count_entries(value, known) for value in inner)
+    return known[id(values)]
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

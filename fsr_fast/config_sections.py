@@ -111,6 +111,26 @@ class DataConfig(Section):
     labels: Literal["auto", "xml", "csv", "masks"] = "auto"
     """Source of the image labels: Annotations/*.xml, labels.csv or the training masks; `auto`: the first that is there,
     but for `coco` its annotations and for `own` its tables."""
+    negatives: Literal["auto"] | bool = "auto"
+    """Training images that show no class: `true` trains on them as background alone (for MS COCO's own annotations,
+    the images without an object join the list), `false` leaves them out; `auto` trains on them where an empty label is
+    a statement (`own`, labels from masks) and refuses them elsewhere. A set of one class is learned from them."""
+    mask_values: Literal["auto", "coco91"] | dict[int | str, int | str] = "auto"
+    """What the masks hold, where it is not 0 background, 1, 2, … the classes, 255 ignored: a class (name or number),
+    `background` or `ignore` by value or colour, e.g. `{"0": background, "255": crack}` or `{"#ff0000": crack}`;
+    `coco91`: MS COCO's own numbers 1 to 90. `auto` sees by itself that masks of one class are drawn as 0 and 255."""
+    encoding: str | None = None
+    """Encoding of lists and tables, e.g. `cp1252`; None: UTF-8, or UTF-16 where the file shows it."""
+    separator: str | None = Field(None, min_length=1, max_length=1)
+    """Character between the columns of tables; None: told from the header."""
+    label_separator: Literal["auto", "space", ",", ";", "|"] = "auto"
+    """What stands between class names in a cell of a table; `auto`: commas, semicolons, bars or spaces."""
+    allow_links: tuple[Path, ...] = ()
+    """Folders below which symbolic links of the data set may lead, as the stores of DVC, git-annex and hub caches;
+    links to all other places outside of the data set are refused."""
+    max_pixels: int = Field(80_000_000, ge=1, le=178_000_000)
+    """Largest number of pixels of a picture; larger ones are refused before they are decoded, as they may be made to
+    fill the memory (four bytes per pixel)."""
     image_size: int = Field(448, ge=32, le=4096)
     """Side of the square training views, in pixels; a multiple of the patch size."""
     workers: int = Field(4, ge=0, le=256)

@@ -305,3 +305,21 @@ def test_a_configuration_of_a_checkpoint_is_checked_like_a_file():
     values["mask"] = {"ratio": 7}
     with pytest.raises(UserError, match=r"old\.pt: mask\.ratio: .*less than 1.*7"):
         build_config(values, "old.pt")
+
+
+BOMBS = {
+    "references": "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n"
+    + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 12))
+    + "optim: *a11\n",
+    "a reference to itself": "optim: &a {betas: *a}\n",
+    "depth": "optim: " + "[" * 20_000,
+    "a long number": f"optim: {{iterations: {'9' * 5000}}}\n",
+}
+
+
+@pytest.mark.fuzz
+@pytest.mark.parametrize("case", BOMBS)
+def test_a_recipe_that_would_fill_the_memory_is_one_short_error(tmp_path, case):
+    message = refusal_of_file(tmp_path / "bomb.yaml", BOMBS[case])
+    assert "bomb.yaml: " in message
+    assert len(message) < 6000

@@ -8,9 +8,11 @@ from typing import Any
 
 from rich import box
 from rich import print as rich_print
+from rich.markup import escape
 from rich.table import Table
 
 from fsr_fast.cli import run_command
+from fsr_fast.commands.data_import import import_labels, print_notes
 from fsr_fast.config import DataConfig
 from fsr_fast.dataloading.check import KINDS, Report, check_dataset, write_clean_lists
 from fsr_fast.dataloading.class_names import COCO_CLASSES, VOC_CLASSES
@@ -19,6 +21,8 @@ from fsr_fast.dataloading.datasets import default_lists, detect_dataset, open_sp
 from fsr_fast.dataloading.labels import write_csv
 from fsr_fast.dataloading.layout import Split, check_names, list_stem
 from fsr_fast.dataloading.masks import build_augmented_masks, write_masks
+from fsr_fast.dataloading.negatives import keeps_negatives
+from fsr_fast.dataloading.notes import Notes
 from fsr_fast.dataloading.official_labels import read_official_labels
 from fsr_fast.dataloading.pack import pack
 from fsr_fast.dataloading.threads import map_ahead
@@ -34,7 +38,8 @@ MEGABYTE = 10**6
 def main(arguments: Sequence[str]) -> None:
     """Do what the sub-verb says."""
     options = build_parser().parse_args(arguments)
-    {"check": check, "labels": labels, "masks": masks, "pack": pack_lists}[options.action](options)
+    actions = {"check": check, "import": import_labels, "labels": labels, "masks": masks, "pack": pack_lists}
+    actions[options.action](options)
 
 
 def check(options: argparse.Namespace) -> None:
@@ -55,7 +60,9 @@ def labels(options: argparse.Namespace) -> None:
     """Write image labels as CSV, from a data set, MS COCO's annotations, or the official code's file."""
     source: Path = options.source
     if source.suffix == ".npy":
-        names, shown = read_official_labels(source)
+        notes = Notes()
+        names, shown = read_official_labels(source, options.names, notes)
+        print_notes(notes)
         known = {len(VOC_CLASSES): VOC_CLASSES, len(COCO_CLASSES): COCO_CLASSES}
         classes = _classes(options) or known.get(shown.shape[1])
         if classes is None or len(classes) != shown.shape[1]:
@@ -106,12 +113,16 @@ def pack_lists(options: argparse.Namespace) -> None:
             names[part],
             with_masks=part == "val",
             shard_bytes=options.shard_size * MEGABYTE,
+            negatives=keeps_negatives(config),
+            max_pixels=config.max_pixels,
             seed=options.shuffle,
             track=track,
         )
         shards = index["shards"]
         size = sum(shard["bytes"] for shard in shards) / MEGABYTE
-        print(f"{options.output}: {names[part]}: {len(split.ids)} images, {len(shards)} shards, {size:.1f} MB")
+        count = sum(shard["samples"] for shard in shards)
+        print(f"{options.output}: {names[part]}: {count} images, {len(shards)} shards, {size:.1f} MB")
+        print_notes(split.notes)
 
 
 def build_parser() -> Parser:
@@ -127,9 +138,26 @@ def build_parser() -> Parser:
     )
     action.add_argument("--accept", nargs="+", default=[], choices=KINDS, metavar="KIND", help=_kinds())
 
+    action = actions.add_parser(
+        "import", help="read what labelling tools and spreadsheets write", description=import_labels.__doc__
+    )
+    action.add_argument(
+        "source",
+        type=Path,
+        metavar="EXPORT",
+        help="Label Studio's or MS COCO's JSON, CVAT's XML or folder of masks, a folder per class, CSV or Excel",
+    )
+    action.add_argument("--output", type=Path, required=True, metavar="ROOT", help="own data set, with images/ in it")
+    action.add_argument("--list", default="train", metavar="NAME", help="name of the table (%(default)s)")
+    action.add_argument("--empty", choices=("background", "skip"), help="pictures of which the tool says nothing")
+    action.add_argument("--image-column", metavar="NAME", help="column of a table that names the pictures")
+    action.add_argument("--encoding", metavar="NAME", help="of a table, if not UTF-8 or UTF-16, e.g. cp1252")
+    action.add_argument("--separator", metavar="CHARACTER", help="between the columns of a table, if it is not certain")
+
     action = actions.add_parser("labels", help="derive image labels", description=labels.__doc__)
     _add_common(action, "folder of the data set, MS COCO's instances_*.json, or the official cls_labels_onehot.npy")
     action.add_argument("--output", type=Path, required=True, metavar="FILE", help="CSV file to write")
+    action.add_argument("--names", metavar="TEMPLATE", help="how numbers become names: 'COCO_train2014_{:012d}'")
 
     action = actions.add_parser("masks", help="build mask files", description=masks.__doc__)
     _add_common(action)
@@ -211,15 +239,21 @@ def _rows(split: Split, seen: set[str]) -> Iterator[tuple[str, list[str]]]:
 
 
 def _print(report: Report) -> None:
-    summary = Table("list", "images", "masks", "labels an image", "without a finding", box=box.ASCII2)
+    print_notes(report.notes)
+    summary = Table("list", "images", "no class", "masks", "labels per image", "without a finding", box=box.ASCII2)
     for part, checked in report.lists.items():
         count = len(checked.names)
         mean = checked.labelled.sum() / max(count, 1)
-        summary.add_row(part, str(count), str(checked.masks), f"{mean:.2f}", str(len(report.clean(part))))
-    classes = Table("class", *(f"images in {part}" for part in report.lists), box=box.ASCII2)
+        clean = str(len(report.clean(part)))
+        summary.add_row(part, str(count), str(checked.negatives), str(checked.masks), f"{mean:.2f}", clean)
+    columns = [f"{part}: {what}" for part in report.lists for what in ("show it", "do not")]
+    classes = Table("class", *columns, box=box.ASCII2)
     for number, name in enumerate(_class_names(report)):
-        classes.add_row(name, *(str(checked.labelled[number]) for checked in report.lists.values()))
+        counts = [(checked.labelled[number], len(checked.names)) for checked in report.lists.values()]
+        classes.add_row(escape(name), *(str(value) for shown, count in counts for value in (shown, count - shown)))
     rich_print(summary, classes)
+    for warning in report.warnings:
+        print(f"warning: {warning}")
     if not report.findings:
         print("nothing was found")
         return
@@ -247,11 +281,14 @@ def _as_json(report: Report) -> dict[str, object]:
                 "origin": str(checked.split.origin),
                 "images": len(checked.names),
                 "masks": checked.masks,
+                "negatives": checked.negatives,
                 "clean": len(report.clean(part)),
                 "classes": dict(zip(names, checked.labelled.tolist(), strict=True)),
             }
             for part, checked in report.lists.items()
         },
+        "read_as": report.notes,
+        "warnings": report.warnings,
         "findings": [finding._asdict() for finding in report.findings],
     }
 

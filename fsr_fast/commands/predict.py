@@ -5,9 +5,7 @@ there, and scores.json.
 """
 
 import argparse
-import glob
-import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +13,7 @@ from PIL import Image
 
 from fsr_fast.cli import run_command
 from fsr_fast.dataloading.palette import save_palette_png
+from fsr_fast.dataloading.pictures import find_pictures
 from fsr_fast.errors import UserError
 from fsr_fast.evaluation.crf import dense_crf
 from fsr_fast.evaluation.inference import Prediction, read_picture, segment_batch
@@ -25,8 +24,6 @@ from fsr_fast.runtime.distributed import start_process
 from fsr_fast.runtime.files import write_json, write_png
 from fsr_fast.runtime.terminal import track
 
-SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-
 
 def main(arguments: Sequence[str]) -> None:
     """Predict as the arguments say."""
@@ -35,7 +32,7 @@ def main(arguments: Sequence[str]) -> None:
         raise UserError(f"--opacity: {options.opacity}; expected 0 to 1")
     if options.batch < 1:
         raise UserError(f"--batch: {options.batch}; expected 1 or more")
-    pictures = find_pictures(options.images)
+    pictures = find_pictures(options.images, options.output)
     network = load_network(options.checkpoint).to(start_process(options.device).device)
     scores = {}
     legend = network.classes if options.legend else None
@@ -48,22 +45,6 @@ def main(arguments: Sequence[str]) -> None:
         scores[str(pictures[name])] = prediction.scores
     write_json(options.output / "scores.json", scores)
     print(f"{len(pictures)} pictures: masks, overlays, cams and scores.json in {options.output}")
-
-
-def find_pictures(arguments: Iterable[str | Path]) -> dict[str, Path]:
-    """Return the pictures of files, folders and patterns by the name that their results get.
-
-    Raises:
-        UserError: an address of the web, a path that is missing, a folder or pattern without picture, or two pictures
-            of one name.
-    """
-    found: dict[str, Path] = {}
-    for argument in arguments:
-        for file in _expand(str(argument)):
-            if file.stem in found:
-                raise UserError(f"{file}: its results would overwrite those of {found[file.stem]}; rename one")
-            found[file.stem] = file
-    return found
 
 
 def write_prediction(
@@ -95,26 +76,6 @@ def write_prediction(
     for class_name, cam in prediction.cams.items():
         shown = heatmap(image, cam, opacity)
         write_png(folder / "cams" / f"{name}_{class_name.replace('/', '_')}.png", Image.fromarray(shown))
-
-
-def _expand(argument: str) -> list[Path]:
-    if re.match(r"[a-z][a-z0-9+.-]*://", argument, re.IGNORECASE):
-        raise UserError(f"{argument}: an address of the web, which is not fetched; download the picture, give its file")
-    path = Path(argument)
-    if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
-        if not files:
-            raise UserError(f"{path}: no picture in this folder; expected {', '.join(SUFFIXES)}")
-        return files
-    if path.exists():
-        return [path]
-    if not glob.has_magic(argument):
-        raise UserError(f"{path}: no such file or folder")
-    files = [Path(name) for name in sorted(glob.glob(argument, recursive=True))]
-    files = [file for file in files if file.suffix.lower() in SUFFIXES and file.is_file()]
-    if not files:
-        raise UserError(f"{argument}: no picture fits this pattern; expected {', '.join(SUFFIXES)}")
-    return files
 
 
 def _predict(network: Network, pictures: dict[str, Path], batch: int) -> Iterator[tuple[str, Image.Image, Prediction]]:

@@ -4,35 +4,37 @@
     OUTPUT/confidence/NAME.png    8-bit greyscale, how sure each label is: 0 to 255 for 0 to 1
     OUTPUT/classes.txt            names of the labels from 0 on, one a line
 
+With `--layout mmseg` the folder is one that mmsegmentation and lightly-train train on as it is: the pictures are in
+img_dir/LIST, the labels in ann_dir/LIST, as greyscale PNG; what to write into their configuration is printed.
+
 An interrupted run goes on where it stopped, with the same weights and settings alone.
 """
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from fsr_fast.cli import run_command
 from fsr_fast.commands.evaluate import load_evaluation
 from fsr_fast.config import Config
+from fsr_fast.dataloading.batch import ImageSet
 from fsr_fast.dataloading.class_names import VOC_CLASSES
-from fsr_fast.dataloading.datasets import build_datasets, open_split
-from fsr_fast.dataloading.images import check_name, read_image
-from fsr_fast.dataloading.layout import IMAGE_ENDINGS, Files
-from fsr_fast.dataloading.names import Names
+from fsr_fast.dataloading.datasets import SegmentationDataset, build_datasets, open_split
+from fsr_fast.dataloading.images import check_name
+from fsr_fast.dataloading.layout import bare_name, list_stem
 from fsr_fast.dataloading.palette import save_palette_png
 from fsr_fast.errors import UserError
+from fsr_fast.evaluation import handover
 from fsr_fast.evaluation.archive import check_archive, write_archive
 from fsr_fast.evaluation.crf import require_pydensecrf
 from fsr_fast.evaluation.evaluator import in_eval_mode
 from fsr_fast.evaluation.journal import Journal, fingerprint
 from fsr_fast.evaluation.predictions import Kind, Labels, predict_images
-from fsr_fast.evaluation.samples import Failure, Images
+from fsr_fast.evaluation.samples import Failure
 from fsr_fast.models import Network
 from fsr_fast.options import Parser
 from fsr_fast.runtime.distributed import Process, start_process, stop_process, wait_for_all
@@ -53,9 +55,22 @@ def main(arguments: Sequence[str]) -> None:
     images = _open_images(config, options, network, official=iteration is None)
     process = start_process(config.run.device)
     try:
+        list_name = list_stem(options.list_name or config.data.train_list)
+        part = f"{handover.MASKS}/{list_name}" if options.layout == "mmseg" else "labels"
         failed = write_labels(
-            network.to(process.device), images, config, process, options.kind, options.output, found=options.found
+            network.to(process.device),
+            images,
+            config,
+            process,
+            options.kind,
+            options.output,
+            found=options.found,
+            part=part,
         )
+        if process.is_main and options.layout == "mmseg" and not failed:
+            chosen = range(min(len(images.ids), config.evaluate.limit or len(images.ids)))
+            ending = handover.lay_out_pictures(images, chosen, options.output, list_name, track=track)
+            print(handover.configuration(options.output.absolute(), list_name, ending, network.classes), end="")
         if process.is_main and options.archive is not None and not failed:
             _write_archive(options, images, network)
         if failed and process.is_main:
@@ -66,7 +81,15 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def write_labels(
-    network: Network, images: Images, config: Config, process: Process, kind: Kind, folder: Path, *, found: bool = False
+    network: Network,
+    images: ImageSet,
+    config: Config,
+    process: Process,
+    kind: Kind,
+    folder: Path,
+    *,
+    found: bool = False,
+    part: str = "labels",
 ) -> dict[str, str]:
     """Write the label map and the confidence of each image; every process writes its share.
 
@@ -78,6 +101,7 @@ def write_labels(
         kind: `pseudo`, `seg` or `seg+crf`.
         folder: for `labels`, `confidence`, `classes.txt` and the journal.
         found: pseudo labels of the classes that the classifier finds, not of the image labels.
+        part: folder of the label maps inside `folder`; they have colours in `labels` and are grey elsewhere.
 
     Returns:
         What kept images from being labelled, by name; complete on the first process, empty on the others.
@@ -87,6 +111,7 @@ def write_labels(
     """
     settings = config.evaluate.model_dump(mode="json", exclude={"crf_workers", "training_limit", "limit"})
     header: dict[str, Any] = {"classes": list(network.classes), "kind": kind, "found": found, "amp": config.run.amp}
+    header |= {} if part == "labels" else {"part": part}
     header |= {
         "root": str(config.data.root),
         "weights": fingerprint(network),
@@ -109,7 +134,7 @@ def write_labels(
             if isinstance(result, Failure):
                 journal.write({"name": result.name, "error": result.message})
                 continue
-            _write_maps(folder, result.sample.name, result.maps[kind])
+            _write_maps(folder, part, result.sample.name, result.maps[kind])
             journal.write({"name": result.sample.name})
     journal.close()
     wait_for_all()
@@ -118,7 +143,7 @@ def write_labels(
     write_text(folder / "classes.txt", "\n".join(["background", *network.classes]) + "\n")
     failed = journal.failed()
     journal.join()
-    print(f"{count - len(failed)} label maps: {folder / 'labels'}\nconfidence: {folder / 'confidence'}")
+    print(f"{count - len(failed)} label maps: {folder / part}\nconfidence: {folder / 'confidence'}")
     return failed
 
 
@@ -140,32 +165,20 @@ def build_parser() -> Parser:
     parser.add_argument("--crf", choices=("pydensecrf", "exact"), help="back end of seg+crf; exact is for a GPU")
     parser.add_argument("--limit", type=int, help="label only the first images")
     parser.add_argument("--device", help="auto, cpu or cuda")
+    parser.add_argument("--layout", choices=("plain", "mmseg"), default="plain", help="folders of the results")
     parser.add_argument("--archive", type=Path, help="also write a tar (.tar, .tgz) for the PASCAL VOC test server")
     return parser
 
 
-@dataclass(frozen=True, eq=False)
-class _Unlabelled:
-    """A list without image labels and masks."""
-
-    ids: Names
-    files: Files
-    labels: NDArray[np.float32]
-
-    def image(self, index: int) -> Image.Image:
-        return read_image(self.files.image_path(self.ids[index]))
-
-    def mask(self, index: int) -> NDArray[np.uint8] | None:
-        return None
-
-
-def _open_images(config: Config, options: argparse.Namespace, network: Network, *, official: bool) -> Images:
+def _open_images(config: Config, options: argparse.Namespace, network: Network, *, official: bool) -> ImageSet:
     data = config.data.model_copy(update={"train_list": options.list_name or config.data.train_list})
     if options.unlabelled:
         if data.dataset == "voc":
             data = data.model_copy(update={"labels": "masks"})  # are opened when they are asked for, that is never
         split = open_split(data, training=True, with_masks=False)
-        return _Unlabelled(split.ids, split.files, np.zeros((len(split.ids), len(network.classes)), np.float32))
+        labels = np.zeros((len(split.ids), len(network.classes)), np.float32)
+        values = np.arange(len(network.classes) + 1, dtype=np.uint8)
+        return SegmentationDataset(split.files, split.ids, network.classes, labels, values)
     images, _ = build_datasets(data)
     if official and len(images.classes) == len(network.classes):
         network.classes = images.classes  # an official checkpoint holds no names
@@ -174,32 +187,30 @@ def _open_images(config: Config, options: argparse.Namespace, network: Network, 
     return images
 
 
-def _write_maps(folder: Path, name: str, found: Labels) -> None:
+def _write_maps(folder: Path, part: str, name: str, found: Labels) -> None:
     """Write both pictures, each whole or not at all."""
     assert found.confidence is not None
-    for part, values in (("labels", found.labels), ("confidence", np.rint(255 * found.confidence.clip(0, 1)))):
-        path = folder / part / f"{_stem(name)}.png"
-        if part == "labels":
-            save_palette_png(values, path)
-        else:
-            write_png(path, Image.fromarray(values.astype(np.uint8)))
+    file = f"{bare_name(name)}.png"
+    if part == "labels":
+        save_palette_png(found.labels, folder / part / file)
+    else:
+        write_png(folder / part / file, Image.fromarray(found.labels))
+    confidence = np.rint(255 * found.confidence.clip(0, 1)).astype(np.uint8)
+    write_png(folder / "confidence" / file, Image.fromarray(confidence))
 
 
 def _check_names(names: Sequence[str]) -> None:
     first: dict[str, str] = {}
     for name in names:
         check_name(name)
-        other = first.setdefault(_stem(name), name)
+        other = first.setdefault(bare_name(name), name)
         if other != name:
             raise UserError(f"{name!r} and {other!r}: their label maps would have one name; rename one of the images")
 
 
-def _stem(name: str) -> str:
-    """The name without the ending of its image, which it may carry."""
-    return str(Path(name).with_suffix("")) if Path(name).suffix.lower() in IMAGE_ENDINGS else name
-
-
 def _check_archive_options(options: argparse.Namespace, network: Network) -> None:
+    if options.layout != "plain":
+        raise UserError("--archive: needs the labels in colours; leave out --layout")
     if options.kind == "pseudo":
         raise UserError("--archive: the test server scores segmentations; add --kind seg or --kind seg+crf")
     if len(network.classes) != len(VOC_CLASSES):
@@ -211,9 +222,9 @@ def _check_archive_options(options: argparse.Namespace, network: Network) -> Non
         raise UserError(f"--archive: {options.archive} should end in .tar, .tgz or .tar.gz")
 
 
-def _write_archive(options: argparse.Namespace, images: Images, network: Network) -> None:
+def _write_archive(options: argparse.Namespace, images: ImageSet, network: Network) -> None:
     count = min(len(images.ids), options.limit or len(images.ids))
-    names = [_stem(images.ids[index]) for index in range(count)]
+    names = [bare_name(images.ids[index]) for index in range(count)]
     sizes = {name: images.image(index).size for index, name in enumerate(names)}
     write_archive(options.archive, options.output / "labels", names)
     check_archive(options.archive, sizes, len(network.classes))

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
+from fsr_fast.dataloading.images import DamagedFileError, open_picture
 from fsr_fast.dataloading.palette import voc_palette
 from fsr_fast.errors import UserError
 from fsr_fast.runtime.files import atomic_file
@@ -63,10 +63,10 @@ def check_archive(path: Path, sizes: Mapping[str, tuple[int, int]], classes: int
 
 def _fault(content: bytes, size: tuple[int, int], classes: int) -> str | None:
     try:
-        with Image.open(io.BytesIO(content)) as picture:
+        with open_picture(content, "the label map") as picture:
             mode, found, palette, labels = picture.mode, picture.size, picture.getpalette(), np.asarray(picture)
-    except OSError as error:
-        return f"cannot be decoded: {error}"
+    except DamagedFileError as error:
+        return str(error).partition(";")[0]
     if mode != "P" or palette is None:
         return f"a picture of mode {mode}, expected a palette"
     if palette != voc_palette().ravel().tolist()[: len(palette)]:

@@ -11,10 +11,11 @@ import numpy as np
 import torch
 
 from fsr_fast.config import Config
+from fsr_fast.dataloading.batch import ImageSet
 from fsr_fast.evaluation.crf import CrfPool
 from fsr_fast.evaluation.inference import Inference, infer_like, patch_sizes
 from fsr_fast.evaluation.official_protocol import infer_officially
-from fsr_fast.evaluation.samples import Failure, Images, Sample, batches_of_like_size, read_samples
+from fsr_fast.evaluation.samples import Failure, Sample, batches_of_like_size, read_samples
 from fsr_fast.method.cam import merged_labels
 from fsr_fast.models import Network
 
@@ -46,7 +47,7 @@ class Result:
 
 def predict_images(
     network: Network,
-    images: Images,
+    images: ImageSet,
     indices: Sequence[int],
     config: Config,
     device: torch.device,

@@ -4,37 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 from torch.utils.data import Dataset
 
-from fsr_fast.dataloading.batch import Items
+from fsr_fast.dataloading.batch import ImageSet
 from fsr_fast.dataloading.stream import read_ahead
 from fsr_fast.errors import UserError
 
 WINDOW = 64
 """Images that wait for others of their size; bounds the memory whatever the length of the list."""
-
-
-class Images(Protocol):
-    """What is read of a data set: `SegmentationDataset` has it."""
-
-    @property
-    def ids(self) -> Items[str]:
-        """Names of the images."""
-
-    @property
-    def labels(self) -> Items[NDArray[np.float32]]:
-        """For each image (C,), 1 where it shows a class, else 0."""
-
-    def image(self, index: int) -> Image.Image:
-        """Read an image as RGB."""
-
-    def mask(self, index: int) -> NDArray[np.uint8] | None:
-        """Read a mask; none where there is none."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +41,7 @@ class Failure:
     message: str
 
 
-def read_samples(dataset: Images, indices: Sequence[int], workers: int) -> Iterator[Sample | Failure]:
+def read_samples(dataset: ImageSet, indices: Sequence[int], workers: int) -> Iterator[Sample | Failure]:
     """Read images and masks.
 
     Args:
@@ -104,7 +85,7 @@ def batches_of_like_size(
 
 
 class _Reader(Dataset[Any]):
-    def __init__(self, dataset: Images) -> None:
+    def __init__(self, dataset: ImageSet) -> None:
         self.dataset = dataset
 
     def __len__(self) -> int:

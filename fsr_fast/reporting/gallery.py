@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from fsr_fast.config import Config
-from fsr_fast.dataloading.batch import EvaluationSample, ImageSet
-from fsr_fast.dataloading.torch_pipeline import evaluation_samples
+from fsr_fast.dataloading.batch import ImageSet
 from fsr_fast.errors import UserError
 from fsr_fast.evaluation.crf import dense_crf
 from fsr_fast.evaluation.inference import Inference, infer
 from fsr_fast.evaluation.metrics import ConfusionMatrix
+from fsr_fast.evaluation.samples import Failure, Sample, read_samples
 from fsr_fast.method.cam import merged_labels, resize_images
 from fsr_fast.models import Network
 from fsr_fast.reporting.analysis import attention_entropy, class_attention
@@ -98,7 +98,7 @@ def look(
         ious.append(alone.mean_iou())
     chosen = _choose(ious, rows)
     entries = [
-        _entry(network, dataset, config, sample, result, ious[sample.index], chosen[sample.index])
+        _entry(network, config, sample, result, ious[sample.index], chosen[sample.index])
         for sample, result in _infer_all(network, dataset, config, device, limit, set(chosen))
     ]
     side = network.image_size
@@ -121,23 +121,24 @@ def _infer_all(
     device: torch.device,
     limit: int | None,
     wanted: set[int] | None,
-) -> Iterator[tuple[EvaluationSample, Inference]]:
-    samples = evaluation_samples(dataset, mean=network.mean, std=network.std, workers=config.data.workers, limit=limit)
-    total = min(len(dataset), limit or len(dataset))
-    for sample in track(samples, "segmenting" if wanted is None else "drawing", total):
-        if wanted is None or sample.index in wanted:
-            yield (
-                sample,
-                infer(
-                    network,
-                    sample.image[None].to(device),
-                    sample.labels[None].to(device),
-                    cam_scales=config.cam.scales,
-                    scales=config.evaluate.scales,
-                    flip=config.evaluate.flip,
-                    amp=config.run.amp,
-                ),
-            )
+) -> Iterator[tuple[Sample, Inference]]:
+    chosen = range(min(len(dataset), limit or len(dataset))) if wanted is None else sorted(wanted)
+    samples = read_samples(dataset, chosen, config.data.workers)
+    for sample in track(samples, "segmenting" if wanted is None else "drawing", len(chosen)):
+        if isinstance(sample, Failure):
+            raise UserError(sample.message)
+        yield (
+            sample,
+            infer(
+                network,
+                _normalised(network, sample.image),
+                torch.from_numpy(sample.labels)[None].to(device),
+                cam_scales=config.cam.scales,
+                scales=config.evaluate.scales,
+                flip=config.evaluate.flip,
+                amp=config.run.amp,
+            ),
+        )
 
 
 def _choose(ious: list[float], rows: int) -> dict[int, tuple[str, ...]]:
@@ -153,14 +154,13 @@ def _choose(ious: list[float], rows: int) -> dict[int, tuple[str, ...]]:
 
 def _entry(
     network: Network,
-    dataset: ImageSet,
     config: Config,
-    sample: EvaluationSample,
+    sample: Sample,
     result: Inference,
     iou: float,
     choices: tuple[str, ...],
 ) -> Entry:
-    image = np.asarray(dataset.image(sample.index))
+    image = sample.image
     threshold = config.evaluate.threshold
     probabilities = result.seg_logits[0].softmax(0).float().cpu().numpy()
     return Entry(
@@ -192,7 +192,7 @@ def _normalised(network: Network, image: np.ndarray) -> Tensor:
     return network.normalise(torch.from_numpy(np.array(image)).permute(2, 0, 1))[None]
 
 
-def _truth(sample: EvaluationSample) -> np.ndarray:
-    if sample.mask is None:
+def _truth(sample: Sample) -> np.ndarray:
+    if sample.truth is None:
         raise UserError(f"{sample.name}: no mask; a report needs the mask of every picture of the validation list")
-    return np.asarray(sample.mask)
+    return sample.truth

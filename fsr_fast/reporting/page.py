@@ -16,6 +16,7 @@ from markupsafe import Markup
 from PIL import Image
 from plotly.offline import get_plotlyjs
 
+from fsr_fast.dataloading.images import read_image
 from fsr_fast.dataloading.palette import save_palette_png, voc_palette
 from fsr_fast.reporting.charts import confusion, curves, entropy
 from fsr_fast.reporting.figures import heatmap
@@ -137,8 +138,7 @@ def _snapshots(run: RunRecord) -> list[tuple[int, str]]:
     pictures = []
     for index in sorted(chosen):
         iteration, path = run.pictures[index]
-        with Image.open(path) as picture:
-            pictures.append((iteration, data_uri(picture.convert("RGB"), 1400)))
+        pictures.append((iteration, data_uri(read_image(path), 1400)))
     return pictures
 
 

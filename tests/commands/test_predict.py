@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fsr_fast.commands.predict import find_pictures, main
+from fsr_fast.commands.predict import main
 from fsr_fast.dataloading.palette import voc_palette
+from fsr_fast.dataloading.pictures import find_pictures
 from fsr_fast.errors import UserError
 from fsr_fast.evaluation.crf import dense_crf
 from fsr_fast.evaluation.inference import read_picture, segment
@@ -55,8 +56,29 @@ def test_a_path_without_pictures_is_named(tmp_path, names, part):
     assert str(tmp_path / names[0]) in str(caught.value)
 
 
+def test_folders_in_folders_are_looked_through_and_results_lie_likewise(run, tmp_path):
+    paths = save_pictures(tmp_path / "in" / "deep" / "er", "a.png") + save_pictures(tmp_path / "in", "b.png")
+    output = tmp_path / "in" / "results"
+    for _ in range(2):  # the second time, the results lie there already
+        main(["--checkpoint", str(run), str(tmp_path / "in"), "--output", str(output)])
+        assert sorted(json.loads((output / "scores.json").read_text())) == sorted(map(str, paths))
+    assert {file.relative_to(output / "masks").as_posix() for file in (output / "masks").rglob("*.png")} == {
+        "b.png",
+        "deep/er/a.png",
+    }
+
+
+def test_results_of_pictures_of_one_name_are_set_apart(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    save_pictures(one / "in", "a.png", "a.jpg", "b.png")
+    save_pictures(two / "in", "b.png", "c.png")
+    assert sorted(find_pictures([one])) == ["in/a.jpg", "in/a.png", "in/b"]
+    assert sorted(find_pictures([one, two])) == ["in/a.jpg", "in/a.png", "in/c", "one/in/b", "two/in/b"]
+    assert list(find_pictures([one / "in/b.png", one / "in/b.png"])) == ["b"]
+
+
 def test_pictures_whose_results_would_overwrite_each_other_are_refused(tmp_path):
-    paths = save_pictures(tmp_path, "a.png") + save_pictures(tmp_path / "other", "a.jpg")
+    paths = save_pictures(tmp_path / "one" / "in", "a.png") + save_pictures(tmp_path / "two" / "in", "a.png")
     with pytest.raises(UserError, match="rename one") as caught:
         find_pictures(paths)
     assert all(str(path) in str(caught.value) for path in paths)

@@ -5,6 +5,7 @@ import json
 import tarfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -111,12 +112,12 @@ def test_without_image_labels_the_classes_are_those_that_the_classifier_finds(tm
 def test_an_interrupted_export_goes_on(tmp_path, root, monkeypatch):
     write, written = label_images._write_maps, []
 
-    def stop_at_the_third(folder, name, maps):
+    def stop_at_the_third(folder, part, name, maps):
         if len(written) == 2:
             written.append("stopped")
             raise KeyboardInterrupt
         written.append(name)
-        write(folder, name, maps)
+        write(folder, part, name, maps)
 
     monkeypatch.setattr(label_images, "_write_maps", stop_at_the_third)
     with pytest.raises(KeyboardInterrupt):
@@ -238,3 +239,58 @@ def test_eighty_one_classes_are_counted_and_written(tmp_path, root):
     found = evaluate_network(network.eval(), dataset, config, ALONE)
     assert found.tallies["seg"].matrix.counts.shape == (81, 81)
     assert len(found.results["seg"]["classes"]) == 81
+
+
+def laid_out(text: str) -> dict[str, Any]:
+    """Run the printed configuration, which is Python."""
+    found: dict[str, Any] = {}
+    exec(text[text.index("# mmsegmentation") :], found)
+    return found
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_other_trainers_read_the_folder_without_renaming(tmp_path, root, capsys, mixed):
+    plain = label(tmp_path / "plain", root) / "labels"
+    if mixed:
+        path = root / "JPEGImages" / f"{TRAIN[1]}.jpg"
+        Image.open(path).save(path.with_suffix(".png"))
+        path.unlink()
+    capsys.readouterr()
+    for _ in range(2):  # a second run goes on
+        output = label(tmp_path, root, "--layout", "mmseg")
+    printed = laid_out(capsys.readouterr().out.rpartition("confidence: ")[2])
+    settings = printed["dataset"]
+    assert settings["type"] == "BaseSegDataset"
+    pictures = Path(settings["data_root"]) / settings["data_prefix"]["img_path"]
+    masks = Path(settings["data_root"]) / settings["data_prefix"]["seg_map_path"]
+    assert settings["img_suffix"] == (".png" if mixed else ".jpg")
+    names = [file.name.removesuffix(settings["img_suffix"]) for file in pictures.iterdir()]
+    assert sorted(names) == TRAIN
+    for name in names:
+        with Image.open(masks / f"{name}{settings['seg_map_suffix']}") as mask:
+            assert mask.mode == "L"
+            if not mixed:
+                assert np.array_equal(np.asarray(mask), read(plain / f"{name}.png"))
+            with Image.open(pictures / f"{name}{settings['img_suffix']}") as picture:
+                assert picture.size == mask.size
+    assert settings["metainfo"]["classes"] == ("background", *helpers.CLASSES)
+    assert len(settings["metainfo"]["palette"]) == 4
+    assert printed["data"]["train"] == {"images": str(pictures), "masks": str(masks)}
+    assert printed["data"]["classes"] == dict(enumerate(settings["metainfo"]["classes"]))
+    assert not (output / "labels").exists()
+
+
+def test_a_picture_that_is_stored_turned_is_laid_out_upright(tmp_path, root, capsys):
+    path = root / "JPEGImages" / f"{TRAIN[0]}.jpg"
+    exif = Image.Exif()
+    exif[274] = 6
+    with Image.open(path) as picture:
+        picture.load()
+    picture.save(path, exif=exif)
+    (root / "SegmentationClass" / f"{TRAIN[0]}.png").unlink()  # was drawn on the picture as stored
+    output = label(tmp_path, root, "--layout", "mmseg")
+    with (
+        Image.open(output / f"img_dir/train/{TRAIN[0]}.png") as shown,
+        Image.open(output / f"ann_dir/train/{TRAIN[0]}.png") as mask,
+    ):
+        assert shown.size == mask.size == picture.size[::-1]

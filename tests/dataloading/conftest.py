@@ -8,6 +8,7 @@ from PIL import Image
 
 from fsr_fast.config import DataConfig
 from fsr_fast.dataloading.synthetic import generate
+from tests.dataloading import people
 
 CLASSES = ("ant", "bee", "cat", "dog")
 SHOWN = {  # what the images of `folder` show, as mask values
@@ -51,6 +52,22 @@ def folder(tmp_path: Path) -> Path:
     (root / "labels.csv").write_text("\n".join(rows) + "\n")
     (root / "ImageSets/Segmentation/train_aug.txt").write_text("one\ntwo\nthree\nfour\n")
     (root / "ImageSets/Segmentation/val.txt").write_text("five\nsix\n\n")
+    return root
+
+
+@pytest.fixture
+def mydata(tmp_path: Path) -> Path:
+    """Four pictures, the last of background alone, and a mask for the first."""
+    root = tmp_path / "mydata"
+    for number, name in enumerate(people.SHOWN):
+        path = root / "images" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 6), (90, 9, 60 * number)).save(path)
+    (root / "masks").mkdir()
+    people.write_mask(root / "masks/a.png", np.ones((6, 8), np.uint8))
+    (root / "classes.txt").write_text("\n".join(people.OWN_CLASSES))
+    (root / "train.csv").write_text(people.table())
+    (root / "val.csv").write_text("image,labels\na.jpg,cat\n")
     return root
 
 

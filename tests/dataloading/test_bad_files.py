@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from fsr_fast.config import AugmentConfig, DataConfig
-from fsr_fast.dataloading import dali_pipeline, images
+from fsr_fast.dataloading import dali_pipeline
 from fsr_fast.dataloading.batch import TrainLoader
 from fsr_fast.dataloading.build import build_train_loader
 from fsr_fast.dataloading.datasets import build_datasets
@@ -58,7 +58,7 @@ def picture(root: Path, number: int) -> Path:
 
 def loader(root: Path, pipeline: str, *, augment: AugmentConfig = WHOLE, **changes: Any) -> TrainLoader:
     """A loader whose views are in levels of 8 bits."""
-    keys = {"workers", "max_bad_fraction"} & changes.keys()
+    keys = {"workers", "max_bad_fraction", "max_pixels"} & changes.keys()
     section = {"dataset": "voc", "root": root, "image_size": SIZE * 2, "workers": 0, "pipeline": pipeline}
     data = DataConfig.model_validate(section | {"classes": ["ant"]} | {key: changes.pop(key) for key in keys})
     options: dict[str, Any] = {"batch_size": 4, "rank": 0, "world_size": 1, "seed": 1}
@@ -181,8 +181,8 @@ def test_ranks_count_together_and_a_new_start_forgets(tmp_path: Path) -> None:
     path = tmp_path / "run/bad_files.txt"
     ranks = [BadFiles(path, 1000, 0.002) for _ in range(2)]
     ranks[0].add({1: "a.jpg: damaged"})
-    ranks[1].add({1: "a.jpg: damaged", 2: "b.jpg:\ndamaged"})
-    assert path.read_text().splitlines() == ["a.jpg: damaged", "b.jpg: damaged"]
+    ranks[1].add({1: "a.jpg: damaged, as this rank words it", 2: "b.jpg:\ndamaged"})
+    assert path.read_text().splitlines() == ["1\ta.jpg: damaged", "2\tb.jpg: damaged"]
     ranks[0].add({1: "a.jpg: damaged", 2: "b.jpg:\ndamaged"})
     with pytest.raises(UserError, match="3 of 1000 training images are damaged"):
         ranks[0].add({3: "c.jpg: damaged"})
@@ -191,7 +191,7 @@ def test_ranks_count_together_and_a_new_start_forgets(tmp_path: Path) -> None:
     again = BadFiles(path, 1000, 0.002)
     again.clear()
     again.add({5: "e.jpg: damaged"})
-    assert path.read_text().splitlines() == ["e.jpg: damaged"]
+    assert path.read_text().splitlines() == ["5\te.jpg: damaged"]
 
 
 def unusual() -> dict[str, bytes]:
@@ -263,14 +263,14 @@ def test_a_photograph_is_turned_upright(root: Path, pipeline: str) -> None:
     assert view.std(0).max() < 3
 
 
-def test_an_image_too_large_for_the_memory_is_skipped_undecoded(
-    root: Path, pipeline: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(images, "MAX_PIXELS", 300)
+def test_an_image_too_large_for_the_memory_is_skipped_undecoded(root: Path, pipeline: str, tmp_path: Path) -> None:
     Image.new("RGB", (20, 16)).save(picture(root, 5))
-    stream = loader(root, pipeline, bad_files=tmp_path / "bad_files.txt")
+    stream = loader(root, pipeline, bad_files=tmp_path / "bad_files.txt", max_pixels=300)
     assert 5 not in seen(list(islice(stream, 2)))
-    assert "more than 300 pixels" in (tmp_path / "bad_files.txt").read_text()
+    assert (
+        "more than 300 pixels; scale it down, take its id off the list, or raise --data.max_pixels"
+        in (tmp_path / "bad_files.txt").read_text()
+    )
 
 
 def test_a_link_that_leads_out_of_the_data_set_is_refused(root: Path, pipeline: str) -> None:

@@ -16,6 +16,7 @@ from fsr_fast.config import DataConfig
 from fsr_fast.dataloading.check import KINDS
 from fsr_fast.dataloading.datasets import default_lists, detect_dataset
 from fsr_fast.errors import UserError
+from tests.dataloading import people
 from tests.dataloading.conftest import CLASSES, write_mask
 from tests.dataloading.test_coco import coco  # noqa: F401 (a fixture)
 from tests.dataloading.test_own import own  # noqa: F401 (a fixture)
@@ -191,7 +192,7 @@ def test_the_report_counts_images_masks_and_classes(animals: Path, capsys: pytes
     assert train["classes"] == {"ant": 2, "bee": 2, "cat": 1, "dog": 1}
     assert (val["images"], val["classes"]) == (2, {"ant": 1, "bee": 1, "cat": 1, "dog": 1})
     printed = capsys.readouterr().out
-    assert "| train | 4      | 4     | 1.50" in printed
+    assert "| train | 4      | 0        | 4     | 1.50" in printed
     assert "nothing was found" in printed
 
 
@@ -273,3 +274,60 @@ def test_layouts_are_told_apart(folder: Path, coco: Path, own: Path) -> None:  #
     assert (detect_dataset(own), default_lists(own, "own")) == ("own", {"train": "train", "val": "val"})
     (own / "val.csv").unlink()
     assert default_lists(own, "own") == {"train": "train"}
+
+
+LEAK = ("--accept", "leak")  # the one picture to validate on is trained on, too
+
+
+def test_what_was_inferred_is_said_and_written(mydata: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (mydata / "train.csv").write_bytes(people.table(";", line="\r\n").encode("utf-16"))
+    code, report = check(mydata, *LEAK)
+    assert code == 0
+    printed = capsys.readouterr().out
+    for note in ("train.csv: encoded as UTF-16", "train.csv: columns are separated by semicolons"):
+        assert f"read as: {note}" in printed
+        assert note in report["read_as"]
+
+
+def test_the_balance_of_the_classes_is_shown_and_warned_of(mydata: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (mydata / "train.csv").write_text("image,labels\na.jpg,cat\nin/b.jpg,cat dog\nc.jpg,cat\n")
+    _, report = check(mydata, "--accept", "unlisted", "leak")
+    printed = capsys.readouterr().out
+    assert "| cat          | 3              | 0" in printed
+    assert "warning: every training image shows 'cat'" in printed
+    assert report["lists"]["train"]["negatives"] == 0
+    assert [text.split("'")[1] for text in report["warnings"]] == ["cat", "cat", "dog", "potted plant"]
+    (mydata / "train.csv").write_text(people.table())
+    _, report = check(mydata, *LEAK)
+    assert report["lists"]["train"]["negatives"] == 1
+    assert not any("every training image" in text for text in report["warnings"])
+
+
+def test_an_empty_label_whose_mask_shows_a_class_is_found(mydata: Path) -> None:
+    (mydata / "train.csv").write_text(people.table().replace("a.jpg,cat", "a.jpg,"))
+    assert found(check(mydata, *LEAK)[1]) == {("mask-not-in-label", "train", "a.jpg")}
+
+
+def test_a_name_that_fits_two_pictures_is_found(mydata: Path) -> None:
+    Image.new("RGB", (8, 6), "red").save(mydata / "images/c.png")
+    (mydata / "train.csv").write_text(people.table().replace("c.jpg", "c"))
+    assert ("two-files", "train", "c") in found(check(mydata, *LEAK)[1])
+
+
+def test_a_clean_list_is_a_plain_table_with_the_names_of_the_files(mydata: Path, tmp_path: Path) -> None:
+    (mydata / "images/a.jpg").rename(mydata / "images/a.JPG")
+    (mydata / "train.csv").write_bytes(people.table(";", between=", ").replace("in/b", "in\\b").encode("utf-16"))
+    before = snapshot(mydata)
+    assert check(mydata, *LEAK, "--fix", tmp_path / "clean")[0] == 0
+    expected = "image,labels\na.JPG,cat\nin/b.jpg,cat dog\nc.jpg,potted_plant\nd.jpg,\n"
+    assert (tmp_path / "clean/train.csv").read_text() == expected
+    assert snapshot(mydata) == before
+
+
+def test_masks_in_black_and_white_are_one_remark_not_a_finding(mydata: Path) -> None:
+    (mydata / "classes.txt").write_text("cat\n")
+    (mydata / "train.csv").write_text("image,labels\na.jpg,cat\nin/b.jpg,\nc.jpg,\nd.jpg,\n")
+    write_mask(mydata / "masks/a.png", np.full((6, 8), 255, np.uint8))
+    code, report = check(mydata, *LEAK)
+    assert (code, report["findings"]) == (0, [])
+    assert sum("255 is read as 'cat'" in note for note in report["read_as"]) == 1

@@ -10,7 +10,7 @@ from pycocotools.coco import COCO
 
 from fsr_fast.config import CONFIG_FOLDER, DataConfig, load_config
 from fsr_fast.dataloading.class_names import COCO_CLASSES
-from fsr_fast.dataloading.datasets import SegmentationDataset, build_datasets
+from fsr_fast.dataloading.datasets import SegmentationDataset, build_datasets, open_split
 from fsr_fast.errors import UserError
 
 # Official ids: gaps after 11, 25, 28, …; 90 is the eightieth class.
@@ -204,12 +204,87 @@ def test_bad_annotations_are_named(coco: Path, case: str) -> None:
         assert fragment in str(error.value)
 
 
-@pytest.mark.parametrize(
-    "outline", [[[1.0, 2.0]], {"counts": "rubbish", "size": [3, 3]}, {"counts": [1, 2], "size": [3]}]
-)
-def test_an_outline_that_cannot_be_drawn_is_named(coco: Path, outline: Any) -> None:
+WHOLE, FAR = HEIGHT * WIDTH, 1e9
+HOSTILE = {
+    "no size": {"counts": [1, 2], "size": [3]},
+    "rubbish": {"counts": "rubbish", "size": [HEIGHT, WIDTH]},
+    "another size": {"counts": [0, 25 * 10**8], "size": [50_000, 50_000]},
+    "runs beyond the picture": {"counts": [0, 10 * WHOLE], "size": [HEIGHT, WIDTH]},
+    "runs beyond the picture, compressed": {"counts": "0PPPP4", "size": [HEIGHT, WIDTH]},
+    "negative runs": {"counts": [0, -WHOLE, 2 * WHOLE], "size": [HEIGHT, WIDTH]},
+    "far away": [[0.0, 0.0, FAR, 0.0, FAR, FAR, 0.0, FAR]],
+    "not finite": [[0.0, 0.0, 9.0, 0.0, float("nan"), 9.0]],
+    "half a point": [[1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]],
+    "text": [["a", "b", "c", "d", "e", "f"]],
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_an_outline_that_cannot_be_drawn_is_named(coco: Path, case: str) -> None:
     path = coco / "annotations/instances_val2014.json"
-    change(path, annotations=[{"image_id": 100, "category_id": 1, "segmentation": outline, "area": 5.0}])
+    change(path, annotations=[{"image_id": 100, "category_id": 1, "segmentation": HOSTILE[case], "area": 5.0}])
     _, val = build_datasets(config(coco))
     with pytest.raises(UserError, match=r"instances_val2014\.json: an outline of 'COCO_3' cannot be drawn"):
         val.mask(0)
+
+
+def test_outlines_without_an_area_are_left_out_and_said(coco: Path) -> None:
+    path = coco / "annotations/instances_val2014.json"
+    sound = {"image_id": 100, "category_id": 3, "segmentation": rectangle(2, 2, 20, 20), "area": 5.0}
+    flat = [
+        sound | {"category_id": 1, "segmentation": outline, "area": 1.0} for outline in ([], [[1.0, 2.0, 3.0, 4.0]])
+    ]
+    change(path, annotations=[*flat, sound])
+    split = open_split(config(coco), training=False, with_masks=True)
+    mask = split.files.mask("COCO_3")
+    assert mask is not None
+    assert set(np.unique(mask)) == {0, COCO_CLASSES.index("car") + 1}
+    assert any("outlines without an area" in note and "COCO_3" in note for note in split.notes)
+
+
+def test_compressed_run_lengths_are_drawn_as_pycocotools_does(coco: Path) -> None:
+    truth = np.zeros((HEIGHT, WIDTH), np.uint8)
+    truth[3:17, 5:50], truth[20:22, ::3] = 1, 1
+    code = outlines.encode(np.asfortranarray(truth))
+    outline = {"size": list(code["size"]), "counts": code["counts"].decode()}
+    path = coco / "annotations/instances_val2014.json"
+    change(path, annotations=[{"image_id": 100, "category_id": 1, "segmentation": outline, "area": 5.0}])
+    np.testing.assert_array_equal(build_datasets(config(coco))[1].mask(0), truth)
+
+
+@pytest.mark.parametrize("ending", [".JPG", ".png"])
+def test_files_are_called_as_the_annotations_write_them(coco: Path, ending: str) -> None:
+    path = coco / "annotations/instances_train2014.json"
+    content = json.loads(path.read_text())
+    for image in content["images"]:
+        old = coco / "train2014" / image["file_name"]
+        image["file_name"] = old.stem + ending
+        old.rename(old.with_suffix(ending))
+    path.write_text(json.dumps(content))
+    train, _ = build_datasets(config(coco))
+    assert [train.image_path(index).name for index in range(2)] == [f"COCO_1{ending}", f"COCO_2{ending}"]
+    assert list(train.ids) == ["COCO_1", "COCO_2"]
+
+
+def test_files_that_differ_in_the_ending_alone_are_two_images(coco: Path) -> None:
+    path = coco / "annotations/instances_train2014.json"
+    content = json.loads(path.read_text())
+    content["images"][1]["file_name"] = "COCO_2.png"  # was COCO_4, without objects
+    path.write_text(json.dumps(content))
+    (coco / "train2014/COCO_4.jpg").rename(coco / "train2014/COCO_2.png")
+    train, _ = build_datasets(config(coco, negatives=True))
+    assert list(train.ids) == ["COCO_1", "COCO_2.jpg", "COCO_2.png"]
+    assert train.labels.sum(1).tolist() == [1, 2, 0]
+
+
+@pytest.mark.parametrize("negatives", [True, False, "auto"])
+def test_images_without_objects_join_the_training_list_by_option(coco: Path, negatives: Any) -> None:
+    train, val = build_datasets(config(coco, negatives=negatives))
+    assert ("COCO_4" in train.ids) == (negatives is True)
+    assert len(val) == 2
+
+
+def test_deep_json_is_one_error(coco: Path) -> None:
+    (coco / "annotations/instances_train2014.json").write_text('{"images": ' + "[" * 100_000)
+    with pytest.raises(UserError, match=r"instances_train2014\.json: not valid JSON"):
+        build_datasets(config(coco))

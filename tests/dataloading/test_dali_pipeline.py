@@ -104,31 +104,6 @@ def test_the_views_of_both_pipelines_are_distributed_alike(train: ImageSet) -> N
         assert 0.7 < first.std() / second.std() < 1.4
 
 
-def test_half_precision_and_channels_last(train: ImageSet) -> None:
-    data = DataConfig.model_validate({"image_size": 32, "workers": 0})
-    options: dict[str, Any] = {"batch_size": 4, "rank": 0, "world_size": 1, "seed": 5}
-    batches = [
-        next(
-            DaliLoader(
-                train,
-                data,
-                AugmentConfig(),
-                MEAN,
-                (0.2, 0.2, 0.2),
-                device=torch.device("cpu"),
-                bad_files=BadFiles(None, len(train), 0.0),
-                **options,
-                **form,
-            )
-        )
-        for form in ({}, {"half": True, "channels_last": True})
-    ]
-    for plain, other in zip(batches[0].views, batches[1].views, strict=True):
-        assert other.dtype == torch.half
-        assert other.is_contiguous(memory_format=torch.channels_last)
-        torch.testing.assert_close(other.float(), plain, rtol=1e-3, atol=1e-2)
-
-
 def test_what_dali_decodes_in_other_ways_is_left_to_pillow() -> None:
     def kinds(image: Image.Image, kind: str) -> bool:
         target = io.BytesIO()

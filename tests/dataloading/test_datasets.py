@@ -211,11 +211,11 @@ BAD: dict[str, tuple[Callable[[Path], object], dict[str, Any], list[str]]] = {
         {"labels": "csv"},
         ["labels.csv, line 1", "'one,ant'", "expected 'image,labels'"],
     ),
-    "empty CSV": (lambda f: write_csv(f, ""), {"labels": "csv"}, ["line 1", "expected 'image,labels'"]),
-    "CSV with three columns": (
-        lambda f: write_csv(f, ALL.replace("two,ant", "two,ant,bee")),
+    "empty CSV": (lambda f: write_csv(f, ""), {"labels": "csv"}, ["labels.csv: is empty", "expected a header"]),
+    "CSV with an unknown class behind a comma": (
+        lambda f: write_csv(f, ALL.replace("two,ant", "two,t,ant")),
         {"labels": "csv"},
-        ["labels.csv, line 3", "expected 2 columns"],
+        ["labels.csv, line 3", "unknown class 't'"],
     ),
     "CSV with a row twice": (
         lambda f: write_csv(f, ALL + "two,bee\n"),
@@ -235,7 +235,7 @@ BAD: dict[str, tuple[Callable[[Path], object], dict[str, Any], list[str]]] = {
     "image without label": (
         lambda f: write_csv(f, ALL.replace("two,ant", "two,")),
         {"labels": "csv"},
-        ["train_aug.txt", "training image 'two' has no label", "1 of 4", "take it off the list"],
+        ["train_aug.txt", "training image 'two' has no label", "1 of 4", "data.negatives true", "or false"],
     ),
     "unknown class in the subset": (lambda f: None, {"subset": ("ant", "be")}, ["data.subset", "'be'", "'bee'?"]),
     "class twice in the subset": (lambda f: None, {"subset": ("ant", "ant")}, ["data.subset", "'ant'", "twice"]),
@@ -294,9 +294,9 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], Callable[[SegmentationDataset
         ["two.png", "cannot be decoded"],
     ),
     "mask of colours": (
-        lambda f: Image.new("RGB", (30, 20)).save(f / "SegmentationClassAug/two.png"),
+        lambda f: Image.new("RGB", (30, 20), "#80ff00").save(f / "SegmentationClassAug/two.png"),
         read_mask,
-        ["two.png", "mode RGB", "palette or greyscale PNG"],
+        ["two.png", "mode RGB", "#80ff00", "--data.mask_values"],
     ),
     "mask of another size": (
         lambda f: write_mask(f / "SegmentationClassAug/two.png", np.zeros((30, 20), np.uint8)),

@@ -7,7 +7,8 @@ import pytest
 from PIL import ExifTags, Image
 
 from fsr_fast.dataloading import images
-from fsr_fast.dataloading.images import DamagedFileError, check_name, image_size, inside, read_image, read_mask
+from fsr_fast.dataloading.images import DamagedFileError, check_name, image_size, inside, read_image
+from fsr_fast.dataloading.mask_files import read_mask
 
 RED, GREEN, BLUE, WHITE = (230, 20, 20), (20, 200, 20), (20, 20, 230), (240, 240, 240)
 
@@ -188,28 +189,6 @@ def test_masks_are_values_not_colours(tmp_path: Path) -> None:
         np.testing.assert_array_equal(mask, values)
     buffer = io.BytesIO((tmp_path / "palette.png").read_bytes())
     np.testing.assert_array_equal(read_mask(buffer.getvalue(), 3, "mask"), values)
-
-
-@pytest.mark.parametrize(
-    ("mode", "colour", "remedy"),
-    [
-        ("RGB", (128, 0, 0), "replace each of its colours"),
-        ("RGBA", (0, 128, 0, 255), "replace each of its colours"),
-        ("RGB", (3, 3, 3), "getchannel(0)"),
-        ("RGBA", (3, 3, 3, 255), "getchannel(0)"),
-        ("LA", (3, 255), "getchannel(0)"),
-        ("1", 1, "save it anew"),
-        ("I;16", 3, "save it anew"),
-    ],
-)
-def test_a_mask_of_another_kind_is_refused_with_the_way_to_convert_it(
-    tmp_path: Path, mode: str, colour: object, remedy: str
-) -> None:
-    Image.new(mode, (4, 3), colour).save(tmp_path / "mask.png")  # type: ignore[arg-type]
-    with pytest.raises(DamagedFileError) as caught:
-        read_mask(tmp_path / "mask.png", 3)
-    for fragment in ("mask.png", f"a mask of mode {mode}", "palette or greyscale PNG", remedy):
-        assert fragment in str(caught.value)
 
 
 def test_a_mask_value_without_a_class_is_refused(tmp_path: Path) -> None:

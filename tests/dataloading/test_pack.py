@@ -20,6 +20,7 @@ from fsr_fast.commands.data import main
 from fsr_fast.dataloading import pack as packing
 from fsr_fast.dataloading.layout import Split
 from fsr_fast.dataloading.names import Names
+from fsr_fast.dataloading.notes import Notes
 from fsr_fast.errors import UserError
 from tests.dataloading.conftest import CLASSES, SHOWN
 
@@ -122,7 +123,7 @@ DAMAGE = {
     "damaged image": (lambda f: os.truncate(f / "JPEGImages/four.jpg", 500), "four.jpg: cannot be decoded"),
     "missing label": (
         lambda f: (f / "labels.csv").write_text((f / "labels.csv").read_text().replace("four,bee", "four,")),
-        "the image 'four' has no label",
+        "the training image 'four' has no label",
     ),
     "name twice": (
         lambda f: (f / "ImageSets/Segmentation/train_aug.txt").write_text("one\none\n"),
@@ -231,7 +232,7 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path: Path) -> None:
     peaks = []
     for count in (100, 1000):
         names = Names(f"{number}" for number in range(count))
-        split = Split(tmp_path, names, ("a",), OneImage(tmp_path / "one.jpg"), lambda name: [0])  # type: ignore[arg-type]
+        split = Split(tmp_path, names, ("a",), OneImage(tmp_path / "one.jpg"), lambda name: [0], Notes())  # type: ignore[arg-type]
         tracemalloc.start()
         index = packing.pack(
             split,

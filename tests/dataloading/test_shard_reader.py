@@ -21,9 +21,8 @@ from fsr_fast.dataloading.build import build_train_loader
 from fsr_fast.dataloading.datasets import build_datasets, open_split
 from fsr_fast.dataloading.images import DamagedFileError
 from fsr_fast.dataloading.shard_reader import ShardDataset, ShardOrder
-from fsr_fast.dataloading.torch_pipeline import evaluation_samples
 from fsr_fast.errors import UserError
-from fsr_fast.evaluation.samples import Failure, read_samples
+from fsr_fast.evaluation.samples import Failure, Sample, read_samples
 
 NORM: dict[str, Any] = {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.25, 0.3)}
 COUNT = 22
@@ -168,9 +167,11 @@ def test_a_data_set_goes_to_processes_of_any_start_method(packed: Path) -> None:
 
 
 def test_evaluation_reads_shards(packed: Path) -> None:
-    samples = list(evaluation_samples(build_datasets(data(packed))[1], workers=1, **NORM))
+    samples = [
+        item for item in read_samples(build_datasets(data(packed))[1], range(7), workers=1) if isinstance(item, Sample)
+    ]
     assert [sample.index for sample in samples] == list(range(7))
-    assert all(sample.mask is not None and sample.mask.shape == sample.image.shape[1:] for sample in samples)
+    assert all(sample.truth is not None and sample.truth.shape == sample.image.shape[:2] for sample in samples)
 
 
 def rewrite(path: Path, change: Any) -> None:

@@ -1,0 +1,90 @@
+"""The pictures that a command line names: files, folders with folders in them, patterns."""
+
+from __future__ import annotations
+
+import glob
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+from fsr_fast.dataloading.layout import IMAGE_ENDINGS, bare_name, has_ending
+from fsr_fast.errors import UserError
+
+
+def find_pictures(arguments: Iterable[str | Path], without: Path | None = None) -> dict[str, Path]:
+    """Return the pictures of files, folders and patterns by the name that their results get.
+
+    That is the path below the folder that was given, or the name of the file, without its ending. Where two would be
+    one, both keep their endings; and where that is not enough, they begin with the name of the folder that was given.
+
+    Args:
+        arguments: files, folders, or patterns such as `trip/*.jpg`.
+        without: folder that is not looked into: that of the results, which may lie within.
+
+    Raises:
+        UserError: an address of the web, a path that is missing, a folder or pattern without picture, or two pictures
+            of one name.
+    """
+    files = dict.fromkeys(pair for argument in arguments for pair in _expand(str(argument), without))
+    names = _unlike(files, (_plain, _with_ending, _with_folder, _with_both))
+    found: dict[str, Path] = {}
+    for (folder, file), name in names.items():
+        if name in found and found[name] != folder / file:
+            raise UserError(f"{folder / file}: its results would overwrite those of {found[name]}; rename one")
+        found[name] = folder / file
+    return found
+
+
+Picture = tuple[Path, Path]
+"""Folder that was given, and path below it."""
+
+
+def _plain(picture: Picture) -> str:
+    return bare_name(picture[1].as_posix())
+
+
+def _with_ending(picture: Picture) -> str:
+    return picture[1].as_posix()
+
+
+def _with_folder(picture: Picture) -> str:
+    return f"{picture[0].absolute().name}/{_plain(picture)}"
+
+
+def _with_both(picture: Picture) -> str:
+    return f"{picture[0].absolute().name}/{_with_ending(picture)}"
+
+
+def _unlike(files: Iterable[Picture], forms: Sequence[Callable[[Picture], str]]) -> dict[Picture, str]:
+    """Name each picture by the first form that sets it apart from all others."""
+    form, *others = forms
+    names = {picture: form(picture) for picture in files}
+    counts = Counter(names.values())
+    if others:
+        alike = [picture for picture, name in names.items() if counts[name] > 1]
+        names |= _unlike(alike, others) if alike else {}
+    return names
+
+
+def _expand(argument: str, without: Path | None) -> Iterator[Picture]:
+    if re.match(r"[a-z][a-z0-9+.-]*://", argument, re.IGNORECASE):
+        raise UserError(f"{argument}: an address of the web, which is not fetched; download the picture, give its file")
+    path = Path(argument)
+    if path.is_dir():
+        files = [file for file in sorted(path.rglob("*")) if has_ending(file.name) and file.is_file()]
+        if without is not None:
+            files = [file for file in files if without.absolute() not in file.absolute().parents]
+        if not files:
+            raise UserError(f"{path}: no picture in this folder; expected {', '.join(IMAGE_ENDINGS)}")
+        yield from ((path, file.relative_to(path)) for file in files)
+    elif path.exists():
+        yield path.parent, Path(path.name)
+    elif not glob.has_magic(argument):
+        raise UserError(f"{path}: no such file or folder")
+    else:
+        files = [Path(name) for name in sorted(glob.glob(argument, recursive=True))]
+        files = [file for file in files if has_ending(file.name) and file.is_file()]
+        if not files:
+            raise UserError(f"{argument}: no picture fits this pattern; expected {', '.join(IMAGE_ENDINGS)}")
+        yield from ((file.parent, Path(file.name)) for file in files)
