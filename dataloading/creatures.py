@@ -32,19 +32,19 @@ class Family(NamedTuple):
 
     positions: tuple[float, ...]  # along the axis, -1 (tail) to 1 (neck)
     widths: tuple[float, ...]  # half widths there
-    colour: Colour  # hue, saturation, value
+    shade: tuple[float, float]  # saturation, value
     texture: Callable[[Array, Array], Any]  # of the coordinates along and across the axis
 
 
 class Kind(NamedTuple):
-    """A class: its head, and the difference of its body from the other class of its family."""
+    """A class: its head, and what tells its body from the other class of its family."""
 
     name: str
     family: int
     head: Colour  # hue, saturation, value
     marking: Colour  # RGB of the pattern on it
     pattern: Callable[[Array, Array], Any]  # > 0 on the marking; coordinates in head radii
-    hue_shift: float
+    tint: float  # hue of the body
     frequency: float
 
 
@@ -73,31 +73,31 @@ FAMILIES = (
     Family(  # a drop with feathers
         (-1.0, -0.9, -0.55, -0.1, 0.4, 0.8, 1.0),
         (0.10, 0.30, 0.62, 0.85, 0.80, 0.52, 0.30),
-        (0.38, 0.38, 0.56),
+        (0.38, 0.56),
         lambda u, v: np.sin(2.0 * np.pi * (u + 0.45 * v * v)),
     ),
     Family(  # an oval in segments
         (-1.0, -0.92, -0.6, 0.0, 0.6, 0.92, 1.0),
         (0.12, 0.40, 0.72, 0.84, 0.72, 0.42, 0.20),
-        (0.08, 0.40, 0.64),
+        (0.40, 0.64),
         lambda u, v: 2.0 * np.sqrt(np.abs(np.sin(np.pi * u))) - 1.3,
     ),
     Family(  # a spindle with scales and a tail fin
         (-1.15, -1.05, -0.72, -0.5, 0.1, 0.6, 1.0),
         (0.55, 0.62, 0.24, 0.50, 0.86, 0.74, 0.35),
-        (0.74, 0.34, 0.58),
+        (0.34, 0.58),
         lambda u, v: 1.3 * np.sin(1.4 * np.pi * (u + v)) * np.sin(1.4 * np.pi * (u - v)),
     ),
 )
 KINDS = (
-    Kind("fizz", 0, (0.995, 0.88, 0.90), WHITE, lambda x, y: np.cos(4.6 * x) * np.cos(4.6 * y) - 0.35, -0.06, 3.0),
-    Kind("luma", 0, (0.150, 0.92, 0.97), BLACK, lambda x, y: np.cos(8.5 * np.hypot(x, y)) - 0.1, 0.06, 3.8),
-    Kind("miko", 1, (0.500, 0.90, 0.86), BLACK, lambda x, y: np.sin(7.5 * x) - 0.6, -0.06, 2.6),
-    Kind("pogo", 1, (0.630, 0.88, 0.92), WHITE, lambda x, y: np.sin(5.2 * x) * np.sin(5.2 * y) - 0.12, 0.06, 3.3),
+    Kind("fizz", 0, (0.995, 0.88, 0.90), WHITE, lambda x, y: np.cos(4.6 * x) * np.cos(4.6 * y) - 0.35, 0.02, 3.0),
+    Kind("luma", 0, (0.150, 0.92, 0.97), BLACK, lambda x, y: np.cos(8.5 * np.hypot(x, y)) - 0.1, 0.14, 3.8),
+    Kind("miko", 1, (0.500, 0.90, 0.86), BLACK, lambda x, y: np.sin(7.5 * x) - 0.6, 0.455, 2.6),
+    Kind("pogo", 1, (0.630, 0.88, 0.92), WHITE, lambda x, y: np.sin(5.2 * x) * np.sin(5.2 * y) - 0.12, 0.70, 3.3),
     Kind(
-        "taro", 2, (0.28, 0.88, 0.82), GOLD, lambda x, y: np.sin(3 * np.arctan2(y, x) + 7 * np.hypot(x, y)), -0.06, 2.1
+        "taro", 2, (0.28, 0.88, 0.82), GOLD, lambda x, y: np.sin(3 * np.arctan2(y, x) + 7 * np.hypot(x, y)), 0.325, 2.1
     ),
-    Kind("zuzu", 2, (0.895, 0.82, 0.95), WHITE, lambda x, y: np.cos(6 * np.arctan2(y, x)) - 0.2, 0.06, 2.8),
+    Kind("zuzu", 2, (0.895, 0.82, 0.95), WHITE, lambda x, y: np.cos(6 * np.arctan2(y, x)) - 0.2, 0.81, 2.8),
 )
 
 
@@ -214,8 +214,8 @@ def _paint(
 
 def _body_colours(random: np.random.Generator, kind: Kind, u: Array, v: Array) -> Array:
     family = FAMILIES[kind.family]
-    hue, saturation, value = family.colour
-    hue += kind.hue_shift + random.uniform(-0.02, 0.02)
+    saturation, value = family.shade
+    hue = kind.tint + random.uniform(-0.02, 0.02)
     base = _rgb((hue, saturation * random.uniform(0.8, 1.2), value * random.uniform(0.85, 1.15)))
     texture = family.texture(kind.frequency * u, kind.frequency * v)
     return base * (1 + 0.15 * texture - 0.35 * v * v)  # rounder: darker towards the borders
