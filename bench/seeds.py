@@ -6,7 +6,6 @@ on. ``FSR_RECORD=1`` writes ``bench/results/<device>/seeds.json``, from which ``
 
 import argparse
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
