@@ -2,13 +2,17 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test interpret gpu lint types docs bench clean
+.PHONY: train seeds test interpret gpu lint types docs bench clean
 
 train: .venv/runtime
 	$(BIN)/python -m fsr_fast.train
 
 test: .venv/development
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n auto
+
+# the demonstration from five seeds, a few minutes each; repeat it to go on
+seeds: .venv/runtime
+	$(BIN)/python -m bench.seeds
 
 # whole steps and whole runs with Triton's kernels, interpreted: about half an hour
 interpret: .venv/development

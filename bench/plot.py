@@ -6,6 +6,7 @@ of README.md and docs/performance.md. Every figure there comes from ``bench/resu
 
 import json
 import re
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -127,12 +128,57 @@ def tabulate_data(records: list[Cases]) -> str:
     return "\n".join(lines)
 
 
+def tabulate_rehearsal(records: list[Cases]) -> str:
+    """Return the table of the rehearsals at full size."""
+    lines = [
+        "| layout | images (train, val) | part | seconds | memory | open files |",
+        "|---|---|---|---|---|---|",
+    ]
+    for cases in records:
+        for content in cases.values():
+            limit = f", {content['limit']:,} images" if content["limit"] else ""
+            cells = (
+                content["layout"],
+                ", ".join(f"{count:,}" for count in content["images"]),
+                content["part"] + limit,
+                f"{content['seconds']:.3g}",
+                f"{content['memory_mib'] / 1024:.2f} GiB",
+                str(content["open_files"]),
+            )
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def tabulate_seeds(records: list[Cases]) -> str:
+    """Return the table of the demonstration from several seeds: means, and the class that is worst."""
+    lines = ["| seed | pseudo | worst class | seg | worst class |", "|---|---|---|---|---|"]
+    for cases in records:
+        rows = [[_with_worst(content[kind]) for kind in ("pseudo", "seg")] for content in cases.values()]
+        for content, row in zip(cases.values(), rows, strict=True):
+            cells = [cell for mean, name, worst in row for cell in (f"{mean:.1f}", f"{name} {worst:.1f}")]
+            lines.append(f"| {content['seed']} | {' | '.join(cells)} |")
+        summary = []
+        for kind in zip(*rows, strict=True):
+            _, name, worst = min(kind, key=lambda row: row[2])
+            summary += [f"**{statistics.fmean(row[0] for row in kind):.1f}**", f"**{name} {worst:.1f}**"]
+        lines.append(f"| **mean, worst of all** | {' | '.join(summary)} |")
+    return "\n".join(lines)
+
+
+def _with_worst(scores: dict[str, Any]) -> tuple[float, str, float]:
+    """Return the mean, and name and IoU of the worst class."""
+    name, worst = min(scores["classes"].items(), key=lambda item: item[1])
+    return scores["mean"], name, worst
+
+
 def tabulate(results: Path) -> dict[str, str]:
     """Return every table by the name of its markers."""
     return {
         "steps": tabulate_steps(read_cases(results, "step")),
         "kernels": tabulate_kernels(results),
         "data": tabulate_data(read_cases(results, "data")),
+        "seeds": tabulate_seeds(read_cases(results, "seeds")),
+        "rehearsal": tabulate_rehearsal(read_cases(results, "rehearsal")),
     }
 
 

@@ -72,6 +72,27 @@ def test_pipelines_are_tabulated_by_their_views():
     assert last == "| cpu-x | plain | photographs | dali | 80 | 23 ms | 2 GiB |"
 
 
+def test_seeds_are_tabulated_with_their_worst_class_and_the_worst_of_all():
+    def scores(mean, worst):
+        return {"mean": mean, "classes": {"background": 90.0, "pogo": worst}}
+
+    cases = {
+        f"seeds {seed}": {"seed": seed, "pseudo": scores(70.0 + seed, 60.0 - seed), "seg": scores(80.0, 66.0 + seed)}
+        for seed in (0, 2)
+    }
+    lines = plot.tabulate_seeds([cases]).splitlines()[2:]
+    assert lines[1] == "| 2 | 72.0 | pogo 58.0 | 80.0 | pogo 68.0 |"
+    assert lines[2] == "| **mean, worst of all** | **71.0** | **pogo 58.0** | **80.0** | **pogo 66.0** |"
+
+
+@pytest.mark.parametrize(("limit", "part"), [(None, "evaluate"), (2000, "evaluate, 2,000 images")])
+def test_rehearsals_are_tabulated_by_part(limit, part):
+    measured = {"seconds": 12.34, "memory_mib": 512, "open_files": 9}
+    content = {"layout": "coco", "part": "evaluate", "images": [82081, 40137], "limit": limit, **measured}
+    last = plot.tabulate_rehearsal([{"rehearsal coco": content}]).splitlines()[-1]
+    assert last == f"| coco | 82,081, 40,137 | {part} | 12.3 | 0.50 GiB | 9 |"
+
+
 def test_figures_stand_between_their_markers_alone():
     text = "a\n<!-- figures: steps -->\nold\n<!-- end -->\nb\n<!-- figures: other -->\nkept\n<!-- end -->\n"
     filled = plot.fill(text, {"steps": "new"})

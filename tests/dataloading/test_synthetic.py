@@ -112,6 +112,22 @@ def test_heads_are_saturated_and_all_else_is_muted(scenes: list[Scene]) -> None:
     assert np.mean(heads) > 0.45 > 0.35 > np.mean(muted)
 
 
+def test_no_body_has_the_hue_of_another_kind_s_head() -> None:
+    """Else its evidence drowns: the classifier sees each feature's largest value over the picture alone."""
+    pairs = [(body, head) for body in KINDS for head in KINDS if body is not head]
+    assert min(_hue_distance(body.tint, head.head[0]) for body, head in pairs) > 0.12
+
+
+def test_two_kinds_of_a_family_differ_in_the_tint_of_their_bodies() -> None:
+    for family in range(3):
+        one, other = (kind.tint for kind in KINDS if kind.family == family)
+        assert _hue_distance(one, other) > 0.1
+
+
+def _hue_distance(one: float, other: float) -> float:
+    return abs((one - other + 0.5) % 1 - 0.5)
+
+
 def test_a_drawn_data_set_is_kept(tmp_path: Path, drawn: list[Path]) -> None:
     root = tmp_path / "new" / "set"
     ensure(root)

@@ -1,0 +1,45 @@
+"""The demonstration from several seeds: which runs it makes, and what it reads of them."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bench import seeds
+
+
+@pytest.fixture
+def trained(monkeypatch) -> list[list[str]]:
+    """Calls of a training that leaves what a real one leaves."""
+    calls = []
+
+    def train(arguments):
+        calls.append(list(arguments))
+        folder = Path(arguments[arguments.index("--run.output") + 1])
+        folder.mkdir(parents=True)
+        result = {"mean_iou": 70.5, "classes": {"background": {"iou": 90.0}, "pogo": {"iou": 51.0}}}
+        summary = {"images_per_second": 150.0, "results": {"pseudo": result, "seg": result}}
+        (folder / "summary.json").write_text(json.dumps(summary))
+        (folder / "environment.json").write_text(json.dumps({"commit": "abc"}))
+
+    monkeypatch.setattr(seeds.train, "main", train)
+    return calls
+
+
+def test_every_seed_is_trained_once_and_its_scores_are_printed(tmp_path, trained, capsys):
+    for _ in range(2):
+        seeds.main(["--seeds", "0", "3", "--output", str(tmp_path), "--optim.warmup", "5"])
+    folders = [str(tmp_path / f"seed_{seed}") for seed in (0, 3)]
+    options = ["--optim.warmup", "5"]
+    assert trained == [
+        ["--run.seed", seed, "--run.output", folder, *options] for seed, folder in zip("03", folders, strict=True)
+    ]
+    assert capsys.readouterr().out.count("seed 3: pseudo 70.5 (worst pogo 51.0), seg 70.5 (worst pogo 51.0)") == 2
+
+
+def test_what_is_recorded_names_the_commit_that_trained(tmp_path, trained, monkeypatch):
+    recorded = {}
+    monkeypatch.setattr(seeds, "record", lambda case, device, content: recorded.update({case: content}))
+    seeds.main(["--seeds", "4", "--output", str(tmp_path)])
+    content = recorded["seeds 4"]
+    assert (content["seed"], content["commit"], content["seg"]["classes"]["pogo"]) == (4, "abc", 51.0)
