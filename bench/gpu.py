@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,26 +27,72 @@ from fsr_fast.errors import UserError
 ROOT = RESULTS.parent.parent
 LONGEST = 480
 """Seconds after which a part is stopped."""
-SPLIT = {"test_step": ("vit_tiny", "vit_small", "paper-vit_base", "official", "the_batch", "the_processes")}
+FIRST = ("attention_backends", "paper-vit_base")
+"""Parts of the bench of whole steps that come right after the kernels' checks."""
+SPLIT = {
+    "test_step": (*FIRST, "official", "vit_small", "vit_tiny", "the_batch", "the_processes"),
+}
 """Benches that would take longer: what the names of the tests of each part hold."""
+NEXT = ("test_data", "test_crf", "test_evaluation")
+"""Benches that come before those of single kernels."""
 Parts = dict[str, list[str]]
 
 
 def list_parts() -> Parts:
-    """Name every part and its command, in the order in which they are run."""
+    """Name every part and its command, those that tell the most first.
+
+    The kernels' checks, the step with each attention backend and the waterfall; ours beside the reference; the official
+    preset, the data path, the CRF; the demonstration by both engines; then everything else.
+    """
     pytest = [sys.executable, "-m", "pytest", "-q"]
     kernels = sorted(path.stem for path in (ROOT / "tests" / "kernels").glob("test_*.py"))
-    benches = sorted(path.stem for path in (ROOT / "bench").glob("test_*.py"))
+    benches = [path.stem for path in sorted((ROOT / "bench").glob("test_*.py"))]
+
+    def bench(name: str, chosen: str = "") -> None:
+        parts[f"bench {name} {chosen}".strip()] = [*pytest, f"bench/{name}.py", "-k", chosen]
+
     parts = {f"check {name}": [*pytest, "-m", "gpu", f"tests/kernels/{name}.py"] for name in kernels}
+    for chosen in FIRST:
+        bench("test_step", chosen)
+    step = [sys.executable, "-m", "bench.step", "--batch", "16", "--iterations", "10"]
+    parts["step ours"] = [*step, "--amp", "bf16", "--attention", "xformers", "--compile"]
+    parts["step reference"] = [*step, "--engine", "reference", "--amp", "bf16"]
+    bench("test_step", "official")
+    for name in NEXT:
+        bench(name)
+    for engine, amp in (("fast", "bf16"), ("reference", "off")):
+        run = ["--run.engine", engine, "--run.amp", amp, "--run.output", f"runs/gpu_{engine}"]
+        parts[f"train {engine}"] = [sys.executable, "-m", "fsr_fast", "train", "--run.device", "cuda", *run]
+    for name in benches:
+        for chosen in SPLIT.get(name, ("",)):
+            bench(name, chosen)  # those above keep their place
     parts["check the rest"] = [*pytest, "-m", "gpu", "tests", "--ignore", "tests/kernels"]
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer:
         small = [*pytest, "-m", "gpu", "tests/kernels/test_cross_attention.py", "-x"]
         parts["memory check"] = [sanitizer, "--tool", "memcheck", "--error-exitcode", "9", *small]
-    for name in benches:
-        for chosen in SPLIT.get(name, ("",)):
-            parts[f"bench {name} {chosen}".strip()] = [*pytest, f"bench/{name}.py", "-k", chosen]
     return parts
+
+
+def rehearse(parts: Parts, folder: Path) -> list[str]:
+    """Start every part without its work: tests are collected, settings are resolved.
+
+    Args:
+        parts: commands by name.
+        folder: for logs.
+
+    Returns:
+        Names of the parts that do not start.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    failed = []
+    for name, command in parts.items():
+        dry = "--collect-only" if "pytest" in command else "--print-config"
+        part = _run([*command, dry], folder / f"{name.replace(' ', '_')}.log", time.monotonic)
+        print(f"{name}: {'starts' if part['passed'] else 'FAILS'}, {part['last']}", flush=True)
+        if not part["passed"]:
+            failed.append(name)
+    return failed
 
 
 def run_parts(
@@ -111,7 +158,14 @@ def main(arguments: list[str]) -> None:
     """Run all parts, then draw and tabulate what they recorded."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
     parser.add_argument("--minutes", type=float, help="begin no part after that many; the next call goes on")
+    parser.add_argument("--rehearse", action="store_true", help="only see that each part starts; needs no GPU")
     options = parser.parse_args(arguments)
+    if options.rehearse:
+        with tempfile.TemporaryDirectory() as folder:
+            failed = rehearse(list_parts(), Path(folder))
+        if failed:
+            raise UserError(f"make gpu: {', '.join(failed)}: the command does not start; run it by hand to see why")
+        return
     if not torch.cuda.is_available():
         raise UserError(
             "make gpu: torch sees no CUDA GPU; on a CPU, make test and make bench check what can be checked"

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from bench.harness import record
 from fsr_fast import reference
-from fsr_fast.config import CONFIG_FOLDER, Config, build_config, read_yaml
+from fsr_fast.config import CONFIG_FOLDER, Config, build_config, dump_config, read_yaml
 from fsr_fast.engine import build_step
 from fsr_fast.kernels import dense_energy
 from fsr_fast.method.optim import build_optimiser, fill_missing_gradients
@@ -196,10 +196,14 @@ def main() -> None:
     parser.add_argument("--attention", choices=("sdpa", "xformers", "varlen"), default="sdpa")
     parser.add_argument("--compile", action="store_true", help="compile the transformer's blocks")
     parser.add_argument("--iterations", type=int, default=2, help="that are timed, after one that is not")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     setting = Setting(options.preset, options.backbone, options.batch, options.size)
     technique = Technique(options.engine, options.amp, options.attention, options.compile)
+    if options.print_config:
+        print(dump_config(build_settings(setting, technique)), end="")
+        return
     row = measure(setting, technique, device, options.iterations)
     case = (
         f"step {options.preset} {options.backbone} {options.size} batch {options.batch} {options.engine} {options.amp}"

@@ -52,6 +52,19 @@ def test_waterfall(benchmark, device, preset, backbone):
     benchmark.pedantic(lambda: measure(setting, ours, device, 1, warm_up=0), rounds=1)
 
 
+def test_attention_backends(benchmark, device):
+    """One step with each way to compute self-attention; a CPU has sdpa alone."""
+    batch, side, rounds = size(device, gpu=(16, 448, 10), cpu=(2, 64, 1))
+    half = "bf16" if has_fast_bf16(device) else "off"
+    setting = Setting("paper", size(device, gpu=BACKBONES[2], cpu=BACKBONES[0]), batch, side)
+    rows = {}
+    for attention in size(device, gpu=("sdpa", "xformers", "varlen"), cpu=("sdpa",)):
+        rows[attention] = measure(setting, Technique(amp=half, attention=attention), device, rounds)
+        print(f"\n{attention:10} {rows[attention]['images_per_second']:9.2f} images/s", end="")
+    record(f"step attention paper {setting.backbone}", device, {"setting": asdict(setting), "rows": rows})
+    benchmark.pedantic(lambda: measure(setting, Technique(amp=half), device, 1, warm_up=0), rounds=1)
+
+
 def test_growth_with_the_batch(benchmark, device):
     batches, side = size(device, gpu=((1, 2, 4, 8, 16, 32), 448), cpu=((1, 2, 4), 64))
     ours = list(waterfall(device).values())[-1]

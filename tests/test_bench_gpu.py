@@ -59,6 +59,39 @@ def test_all_kernels_and_benches_have_a_part():
         assert name in parts
 
 
+def test_the_parts_that_tell_the_most_come_first():
+    names = list(gpu.list_parts())
+    kernels = [name for name in names if name.startswith("check test_")]
+    assert names[: len(kernels)] == kernels
+    first = ["bench test_step attention_backends", "bench test_step paper-vit_base", "step ours", "step reference"]
+    assert names[len(kernels) :][:4] == first
+    order = [names.index(name) for name in ("bench test_data", "bench test_crf", "train fast", "check the rest")]
+    assert order == sorted(order)
+
+
+def test_a_rehearsal_starts_every_part_without_its_work_and_names_those_that_fail(tmp_path, capsys):
+    code = "import sys; print(sys.argv[1:]); raise SystemExit(3 * ('bad' in sys.argv))"
+    parts = {
+        "check one": [sys.executable, "-c", code, "pytest"],
+        "train one": [sys.executable, "-c", code, "train"],
+        "train two": [sys.executable, "-c", code, "train", "bad"],
+    }
+    assert gpu.rehearse(parts, tmp_path) == ["train two"]
+    printed = capsys.readouterr().out
+    assert "check one: starts, ['pytest', '--collect-only']" in printed
+    assert "train one: starts, ['train', '--print-config']" in printed
+    assert "train two: FAILS" in printed
+
+
+def test_parts_that_are_no_tests_resolve_their_settings(tmp_path):
+    parts = {name: command for name, command in gpu.list_parts().items() if "pytest" not in command}
+    parts.pop("memory check", None)
+    assert {"step ours", "step reference", "train fast", "train reference"} == set(parts)
+    assert gpu.rehearse(parts, tmp_path) == []
+    assert "engine: reference" in (tmp_path / "step_reference.log").read_text()
+    assert "engine: reference" in (tmp_path / "train_reference.log").read_text()
+
+
 def test_every_test_of_a_bench_in_several_parts_is_in_one_of_them():
     for name, chosen in gpu.SPLIT.items():
         command = [sys.executable, "-m", "pytest", "--collect-only", f"bench/{name}.py"]
