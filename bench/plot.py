@@ -1,7 +1,7 @@
 """Draw and tabulate what the benches recorded: ``python -m bench.plot``.
 
 Writes ``docs/images/waterfall.svg`` and the tables between the markers ``<!-- figures: NAME -->`` and ``<!-- end -->``
-of README.md and docs/performance.md. Every figure there comes from ``bench/results``.
+of README.md, docs/performance.md and docs/evidence.md. Every figure there comes from ``bench/results``.
 """
 
 import json
@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from bench.harness import RESULTS
 
 ROOT = RESULTS.parent.parent
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "performance.md")
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "evidence.md")
 PICTURE = ROOT / "docs" / "images" / "waterfall.svg"
 Cases = dict[str, dict[str, Any]]
 
@@ -131,7 +131,7 @@ def tabulate_data(records: list[Cases]) -> str:
 def tabulate_rehearsal(records: list[Cases]) -> str:
     """Return the table of the rehearsals at full size."""
     lines = [
-        "| layout | images (train, val) | part | seconds | memory | open files |",
+        "| layout | images (train, val) | part | CPU seconds | memory | open files |",
         "|---|---|---|---|---|---|",
     ]
     for cases in records:
@@ -141,7 +141,7 @@ def tabulate_rehearsal(records: list[Cases]) -> str:
                 content["layout"],
                 ", ".join(f"{count:,}" for count in content["images"]),
                 content["part"] + limit,
-                f"{content['seconds']:.3g}",
+                f"{content['cpu_seconds']:.3g}",
                 f"{content['memory_mib'] / 1024:.2f} GiB",
                 str(content["open_files"]),
             )

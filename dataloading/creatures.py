@@ -1,8 +1,8 @@
 """The pictures of the embedded data set: six invented creatures in clutter.
 
 Every creature is a head and a body. The head is small, saturated and unmistakable; the body is large and muted, of a
-form that two classes share and a tint of its own. A classifier can do with one of the two, so a plain class activation
-map shows a part: the gap between classification and segmentation that the method is to close.
+form that two classes share, in a paler tone of the head's colour. No body has the hue of another kind's head: a
+classifier on each feature's maximum over the picture would see that head alone, and could not learn the body.
 """
 
 from __future__ import annotations

@@ -87,7 +87,7 @@ def test_seeds_are_tabulated_with_their_worst_class_and_the_worst_of_all():
 
 @pytest.mark.parametrize(("limit", "part"), [(None, "evaluate"), (2000, "evaluate, 2,000 images")])
 def test_rehearsals_are_tabulated_by_part(limit, part):
-    measured = {"seconds": 12.34, "memory_mib": 512, "open_files": 9}
+    measured = {"seconds": 99.0, "cpu_seconds": 12.34, "memory_mib": 512, "open_files": 9}
     content = {"layout": "coco", "part": "evaluate", "images": [82081, 40137], "limit": limit, **measured}
     last = plot.tabulate_rehearsal([{"rehearsal coco": content}]).splitlines()[-1]
     assert last == f"| coco | 82,081, 40,137 | {part} | 12.3 | 0.50 GiB | 9 |"
