@@ -129,7 +129,8 @@ def run_part(command: Sequence[str], log: Path) -> dict[str, Any]:
         log: takes what it prints.
 
     Returns:
-        `seconds` on the clock and `cpu_seconds` of the family, which another load changes less; `memory_mib`, the largest proportional memory of the family; `open_files`, the most at once.
+        `seconds` on the clock; `cpu_seconds` of the family, which other work on the machine changes less; `memory_mib`,
+        the largest proportional memory of the family; `open_files`, the most at once.
 
     Raises:
         UserError: it failed.

@@ -66,7 +66,7 @@ def test_a_part_is_measured_with_its_children(tmp_path):
     measured = rehearsal.run_part([sys.executable, "-c", parent], tmp_path / "logs/part.log")
     assert measured["open_files"] >= 40
     assert measured["memory_mib"] >= 128
-    assert measured["seconds"] >= measured["cpu_seconds"] > 1
+    assert measured["cpu_seconds"] > 0.5
 
 
 def test_a_part_that_fails_stops_the_rehearsal(tmp_path):
