@@ -185,12 +185,16 @@ class AugmentConfig(Section):
 class ModelConfig(Section):
     """The network: encoder, aggregator, projector, decoder."""
 
-    backbone: str = "vit_base_patch16_224"
-    """Any plain vision transformer of timm, by name."""
+    backbone: str = "vit_base_patch16_224.orig_in21k_ft_in1k"
+    """Vision transformer of timm, by name and tag of its weights; the default is the official code's. Without a tag:
+    timm's choice for the name. docs/recipes.md lists the families."""
     backbone_options: dict[str, int | float | bool] = Field(default_factory=dict)
     """Arguments of timm's VisionTransformer that differ from the named model, e.g. `{depth: 6, embed_dim: 128}`."""
     pretrained: str = "hub"
     """Weights of the encoder: `hub` (downloaded by timm), `none`, or a local `.safetensors` / `.pth` file."""
+    prefix_tokens: Literal["auto", "drop", "keep"] = "auto"
+    """Class and register tokens of the backbone: `drop` passes patches alone through the trunk (the paper), `keep`
+    passes them, too, and takes them off afterwards. `auto` keeps them where the backbone has registers."""
     initial: Path | None = None
     """Trained network to start from, in place of `pretrained`: run folder, checkpoint, or official `student.pth`."""
     normalisation: Literal["checkpoint", "imagenet"] = "checkpoint"

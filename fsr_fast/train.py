@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from fsr_fast.cli import run_command
 from fsr_fast.config import build_parser, dump_config, load_config
+from fsr_fast.models.pretrained import describe_start
 from fsr_fast.runtime.distributed import start_process, stop_process
 from fsr_fast.trainer import Trainer
 
@@ -17,7 +18,7 @@ def main(arguments: Sequence[str]) -> None:
     """Train as the arguments say."""
     config, print_only = load_config(arguments)
     if print_only:
-        print(dump_config(config), end="")
+        print(f"{dump_config(config)}# start weights: {describe_start(config.model) or 'none'}")
         return
     process = start_process(config.run.device, config.run.timeout)
     try:

@@ -1,5 +1,6 @@
 """The training loop: data → step → optimiser → teacher → log → checkpoint. No maths."""
 
+import logging
 import math
 import statistics
 import time
@@ -21,6 +22,7 @@ from fsr_fast.method.optim import build_optimiser, fill_missing_gradients, set_l
 from fsr_fast.method.schedules import schedule_at
 from fsr_fast.method.step import StepOutput
 from fsr_fast.models.build import build_network, without_start
+from fsr_fast.models.pretrained import StartWeights, describe_start
 from fsr_fast.reporting.averages import Averages
 from fsr_fast.reporting.pictures import evaluation_grid, training_grid
 from fsr_fast.reporting.tables import score_table
@@ -41,6 +43,9 @@ RATES = ("images_per_second", "tflops_per_second", "of_ceiling", "data_wait", "m
 """Of which the summary holds the median over the log's lines."""
 PICTURES = 6
 """Images in a picture grid."""
+
+
+logger = logging.getLogger(__name__)
 
 
 class Trainer:
@@ -70,6 +75,7 @@ class Trainer:
         self.step = build_step(self.network, config, self.train_set.max_labels).to(process.device)
         if config.run.shard:
             shard_step(self.step, process, config.run.amp)
+        self.start = describe_start(model)
         self.optimiser = build_optimiser(self.network, config.optim)
         self.guard = NonFiniteGuard(self.optimiser, self.step.distillation.buffers())
         self.tracker: Tracker | None = None
@@ -111,6 +117,7 @@ class Trainer:
         """
         wait_for_all()  # every process has looked at the folder before the first one fills it
         with self.supervisor:
+            logger.info("start weights: %s", self.start or "none")
             if self.process.is_main:
                 open_run_folder(self.config)
                 run = self.config.run
@@ -133,6 +140,7 @@ class Trainer:
                 f"{origin}: learned the classes {learned}, but those of the data are {self.network.classes}; give the "
                 "data their names and order back, or give another --run.output"
             )
+        self.start = state.get("start") and StartWeights(**state["start"])
         return self.train_state.restore(state, origin)
 
     def _train(self, forward: torch.nn.Module) -> None:
@@ -221,6 +229,7 @@ class Trainer:
             return {}
         lines = read_metrics(self.config.run.output)
         summary: dict[str, Any] = {"iterations": self.iteration, **{name: _median(lines, name) for name in RATES}}
+        summary["start_weights"] = self.start and self.start._asdict()
         summary["checkpoint_wait"] = self.supervisor.saving_share()
         if evaluation is not None:
             summary |= {**_mean_ious(evaluation), "results": evaluation.results}
@@ -237,7 +246,9 @@ class Trainer:
 
     def _state(self) -> dict[str, Any]:
         config = self.config.model_dump(mode="json")
-        return self.train_state.state(self.iteration, {"config": config, "classes": list(self.network.classes)})
+        start = self.start and self.start._asdict()
+        named = {"config": config, "classes": list(self.network.classes), "start": start}
+        return self.train_state.state(self.iteration, named)
 
 
 def _median(lines: list[dict[str, Any]], name: str) -> float | None:

@@ -36,9 +36,23 @@ def refusal_of_file(path: Path, text: str) -> str:
 # --- recipes
 
 
-def test_all_seven_recipes_are_there():
+def test_all_ten_recipes_are_there():
     names = {path.stem for path in RECIPES}
-    assert names == {"synthetic", "voc_vit_b", "coco_vit_b", "voc_official", "coco_official", "voc_animals", "own"}
+    paper = {"voc_vit_b", "coco_vit_b", "voc_official", "coco_official"}
+    assert names == paper | {
+        "synthetic",
+        "voc_animals",
+        "own",
+        "voc_dinov2_b",
+        "voc_dinov3_b",
+        "voc_dinov2_s_animals",
+    }
+
+
+@pytest.mark.parametrize("name", ["voc_vit_b", "coco_vit_b", "voc_official", "coco_official", "own"])
+def test_recipes_of_paper_and_official_code_start_from_the_official_code_s_weights(name):
+    assert recipe(name).model.backbone == "vit_base_patch16_224.orig_in21k_ft_in1k"
+    assert recipe(name).model.pretrained == "hub"
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

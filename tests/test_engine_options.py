@@ -9,7 +9,7 @@ from fsr_fast.engine import build_step
 from fsr_fast.errors import UserError
 from fsr_fast.method.schedules import schedule_at
 from fsr_fast.method.step import FSRStep, StepOutput
-from fsr_fast.models.encoder import run_block
+from fsr_fast.models.block import run_block
 from fsr_fast.models.float8 import linear_float8
 from tests import helpers
 from tests.helpers import OFFICIAL
@@ -138,7 +138,7 @@ def test_float8_touches_no_loss_that_reads_no_cam():
 def test_a_layer_in_float8_is_off_by_its_rounding_alone():
     layer = torch.nn.Linear(64, 32)
     inputs = torch.randn(10, 64, generator=helpers.generator()) * torch.logspace(-3, 3, 10)[:, None]  # a scale a token
-    expected, found = layer(inputs), linear_float8(layer, inputs).float()
+    expected, found = layer(inputs), linear_float8(inputs, layer.weight, layer.bias).float()
     error = (found - expected).norm(dim=1) / expected.norm(dim=1)
     assert 0.001 < error.max() < 0.06
 
@@ -148,6 +148,11 @@ def test_a_backbone_whose_widths_do_not_fit_float8_is_refused(options):
     backbone = helpers.values()["model"]["backbone_options"]
     with pytest.raises(UserError, match=r"multiples of 16; --cam\.fp8 false"):
         build(OFF, {"model": {"backbone_options": backbone | options}, "cam": {"fp8": True}})
+
+
+def test_a_scale_that_leaves_no_patch_is_refused_with_the_least_that_does():
+    with pytest.raises(UserError, match=r"cam\.scales: 0\.1 leaves no patch of 8 pixels of an image of 32; .* 0\.25"):
+        build(OFF, {"cam": {"scales": [1.0, 0.1]}})
 
 
 def test_a_gpu_without_float8_is_refused(monkeypatch):

@@ -5,7 +5,7 @@ import torch
 from fsr_fast.config import OptimConfig
 from fsr_fast.models import Network
 
-NO_DECAY = ("encoder.pos_embed", "encoder.cls_token", "encoder.mask_token")
+NO_DECAY = ("encoder.pos_embed", "encoder.cls_token", "encoder.mask_token", "encoder.prefix_tokens")
 
 
 def build_optimiser(network: Network, config: OptimConfig) -> torch.optim.AdamW:

@@ -1,6 +1,6 @@
 """The step that trains by the literal reference, behind the interface of the fast one."""
 
-from typing import Any
+from typing import Any, cast
 
 from pydantic import BaseModel
 from torch import Tensor
@@ -18,8 +18,8 @@ from fsr_fast.method.step import FSRStep, StepOutput
 from fsr_fast.models import Network
 from fsr_fast.runtime.distributed import world_size
 
-FOREIGN = (".ls1.", ".ls2.", ".q_norm.", ".k_norm.", ".attn.norm.", ".mlp.norm.", ".mlp.w12.", ".mlp.fc1_g.")
-"""Parts of a transformer that the plain one does not have."""
+ACTIVATIONS = {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu", "SiLU": "silu"}
+"""The reference's names of timm's layers."""
 
 
 class ReferenceStep(FSRStep):
@@ -42,10 +42,6 @@ class ReferenceStep(FSRStep):
             raise UserError("cam.fp8: true; the reference knows full precision alone: --cam.fp8 false")
         if world_size() > 1:
             raise UserError(f"run.engine: the reference runs in one process, not in {world_size()}; start one alone")
-        foreign = [name for name in student.state_dict() if any(part in name for part in FOREIGN)]
-        if foreign or student.encoder.norm.eps != reference.EPS:
-            what = f"parameter {foreign[0]!r}" if foreign else f"norm with epsilon {student.encoder.norm.eps}"
-            raise UserError(f"model.backbone: {config.model.backbone} has a {what}, which the reference does not know")
         self.settings = reference_settings(config, student)
 
     def forward(self, views: tuple[Tensor, Tensor], labels: Tensor, draws: Draws, schedule: Schedule) -> StepOutput:
@@ -92,8 +88,10 @@ def reference_settings(config: Config, student: Network) -> reference.Settings:
         config: the whole configuration.
         student: for what the configuration leaves to the pretrained network.
     """
-    attention: Any = student.encoder.blocks[0].attn
-    own = {"heads": attention.num_heads, "patch_size": student.encoder.patch_size}
+    encoder, block = student.encoder, cast(Any, student.encoder.blocks[0])
+    rotary = None if encoder.rotary is None else reference.Rotary(*encoder.rotary)
+    trunk = reference.Trunk(encoder.norm.eps, ACTIVATIONS[type(block.mlp.act).__name__], rotary)
+    own = {"heads": block.attn.num_heads, "patch_size": encoder.patch_size, "trunk": trunk}
     own |= {"mean": student.mean, "std": student.std}
     sections = {
         name: _translate(getattr(config, name), type(section))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fsr_fast.config import ModelConfig, build_config
 from fsr_fast.errors import UserError
-from fsr_fast.models.encoder import create_vit
+from fsr_fast.models.backbone import create_vit
 from fsr_fast.models.folder import is_network_folder, read_folder
 from fsr_fast.models.initial import start_from
 from fsr_fast.models.network import Network

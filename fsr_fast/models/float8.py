@@ -1,27 +1,51 @@
 """Linear layers in float8, for passes whose maps are thresholded anyway."""
 
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 LARGEST = 448.0
 """Of the format e4m3: 4 bits of exponent, 3 of mantissa."""
 
 
-def linear_float8(layer: nn.Linear, inputs: Tensor) -> Tensor:
-    """Apply a linear layer with both factors rounded to float8, one scale a token and one an output channel.
+class Float8Linears(TorchFunctionMode):
+    """Within this context every linear layer rounds its factors to float8; whose layer it is does not matter."""
+
+    def __torch_function__(
+        self,
+        function: Callable[..., Any],
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Put `linear_float8` in the place of `torch.nn.functional.linear`."""
+        return (linear_float8 if function is F.linear else function)(*args, **(kwargs or {}))
+
+
+def linear_float8(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Apply a linear layer with both factors rounded to float8, one scale per token and one per output channel.
 
     Args:
-        layer: (out, in), both multiples of 16.
         inputs: (T, in), floating point.
+        weight: (out, in), both multiples of 16.
+        bias: (out,).
 
     Returns:
         (T, out), bfloat16. No gradient.
     """
     tokens, token_scale = _round(inputs)
-    weight, channel_scale = _round(layer.weight)
-    bias = None if layer.bias is None else layer.bias.bfloat16()
+    rounded, channel_scale = _round(weight)
     return torch._scaled_mm(
-        tokens, weight.t(), scale_a=token_scale, scale_b=channel_scale.t(), bias=bias, out_dtype=torch.bfloat16
+        tokens,
+        rounded.t(),
+        scale_a=token_scale,
+        scale_b=channel_scale.t(),
+        bias=None if bias is None else bias.bfloat16(),
+        out_dtype=torch.bfloat16,
     )
 
 

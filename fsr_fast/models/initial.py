@@ -5,9 +5,9 @@ import logging
 from torch import Tensor
 
 from fsr_fast.errors import UserError
-from fsr_fast.models.encoder import resize_position_embedding
 from fsr_fast.models.network import Network
-from fsr_fast.models.official import Normalisation, count_heads, renormalise
+from fsr_fast.models.official import Normalisation, count_heads, renormalise_patches
+from fsr_fast.models.positions import resize_position_embedding
 
 CLASS_LAYERS = ("top_classifier.weight", "aux_classifier.weight", "decoder.conv8.weight")
 """Layers whose channels are classes: they are taken over for the same classes only."""
@@ -33,7 +33,7 @@ def start_from(network: Network, source: Network, origin: str) -> list[str]:
     Raises:
         UserError: the trunk is another one.
     """
-    weights = _adapted(source, network)
+    weights = _adapted(source, network, origin)
     expected = network.state_dict()
     same_classes = source.classes == network.classes
     taken = {
@@ -48,7 +48,7 @@ def start_from(network: Network, source: Network, origin: str) -> list[str]:
         difference = f"{trunk[0]!r} does not fit" if trunk else f"{source.encoder.depth} blocks of {heads} heads"
         raise UserError(
             f"model.initial: {origin} has another encoder than model.backbone: {difference}; "
-            "name the backbone (model.backbone, model.backbone_options) that it was trained with"
+            "name the backbone (model.backbone, backbone_options, prefix_tokens) that it was trained with"
         )
     network.load_state_dict(taken, strict=False)
     if left:
@@ -56,14 +56,12 @@ def start_from(network: Network, source: Network, origin: str) -> list[str]:
     return left
 
 
-def _adapted(source: Network, network: Network) -> dict[str, Tensor]:
+def _adapted(source: Network, network: Network, origin: str) -> dict[str, Tensor]:
     weights = source.state_dict()
-    name, patch = "encoder.pos_embed", "encoder.patch_embed.proj"
-    weights[name] = resize_position_embedding(weights[name], source.encoder.grid, network.encoder.grid)
-    weights[f"{patch}.weight"], weights[f"{patch}.bias"] = renormalise(
-        weights[f"{patch}.weight"],
-        weights[f"{patch}.bias"],
-        Normalisation(source.mean, source.std),
-        Normalisation(network.mean, network.std),
+    name = "encoder.pos_embed"
+    if name in weights:
+        weights[name] = resize_position_embedding(weights[name], source.encoder.grid, network.encoder.grid)
+    renormalise_patches(
+        weights, Normalisation(source.mean, source.std), Normalisation(network.mean, network.std), origin
     )
     return weights

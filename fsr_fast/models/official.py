@@ -186,25 +186,35 @@ def official_state_dict(network: Network) -> dict[str, Tensor]:
         "attention heads": count_heads(network),
         "auxiliary block": encoder.aux_block,
         "epsilon of the norms": encoder.norm.eps,
+        "activation": type(encoder.blocks[0].mlp.act).__name__,
     }
     read = {
         "attention heads": encoder.width / HEAD_WIDTH,
         "auxiliary block": AUX_BLOCK % encoder.depth,
         "epsilon of the norms": EPSILON,
+        "activation": "GELU",
     }
     for name, value in own.items():
         if value != read[name]:
             raise UserError(
-                f"an official checkpoint does not say the {name}: here {value}, but its readers take {read[name]:g}"
+                f"an official checkpoint does not say the {name}: here {value}, but its readers take {read[name]}"
             )
-    patch = "encoder.patch_embed.proj"
-    weights[f"{patch}.weight"], weights[f"{patch}.bias"] = renormalise(
-        weights[f"{patch}.weight"],
-        weights[f"{patch}.bias"],
-        Normalisation(network.mean, network.std),
-        IMAGENET,
-    )
+    renormalise_patches(weights, Normalisation(network.mean, network.std), IMAGENET, "an official checkpoint")
     return weights
+
+
+def renormalise_patches(weights: dict[str, Tensor], source: Normalisation, target: Normalisation, what: str) -> None:
+    """Rewrite the patch projection of a network's weights for images of another normalisation, in place.
+
+    Raises:
+        UserError: it has no bias, as with CLIP, and so cannot be rewritten.
+    """
+    weight, bias = (f"encoder.patch_embed.proj.{kind}" for kind in ("weight", "bias"))
+    if source == target:
+        return
+    if bias not in weights:
+        raise UserError(f"{what}: another normalisation, but the patch projection has no bias to make up for it")
+    weights[weight], weights[bias] = renormalise(weights[weight], weights[bias], source, target)
 
 
 def renormalise(weight: Tensor, bias: Tensor, source: Normalisation, target: Normalisation) -> tuple[Tensor, Tensor]:

@@ -1,22 +1,80 @@
 """Pretrained weights of the encoder, from timm's hub or from a local file."""
 
+import argparse
+import hashlib
+import logging
+import re
+from math import isqrt
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 import torch
+from huggingface_hub import get_session, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from fsr_fast.config import ModelConfig
 from fsr_fast.errors import UserError
-from fsr_fast.models.encoder import resize_position_embedding
+from fsr_fast.models.backbone import check_name, position_entries
+from fsr_fast.models.formats import MARKS, to_timm, unwrap
+
+HUB_FILE = "model.safetensors"
+PATIENCE = 5.0
+"""Seconds in which the hub has to answer."""
+HEADS = re.compile(
+    r"(head|head_dist|fc_norm|attn_pool|pooler|mask_token|logit_\w+|dino_head|ibot_head|local_cls_norm)\b"
+)
+"""What stands behind a transformer's blocks, or is of its own training alone."""
+ROWS = 8
+"""Of a table of differences."""
+
+logger = logging.getLogger(__name__)
+
+
+class StartWeights(NamedTuple):
+    """The pretrained weights that a training starts from."""
+
+    name: str
+    """Of the backbone in timm, with the tag of the weights."""
+    file: str
+    """Local path, or repository and file of the hub."""
+    sha256: str | None
+    """Of the file; None: it is not on this machine yet."""
+    mean: tuple[float, ...]
+    """Of the images that the network has seen, in 0…1."""
+    std: tuple[float, ...]
+    """Likewise."""
+
+    def __str__(self) -> str:
+        digest = self.sha256 or "not fetched yet"
+        return f"{self.name}, file {self.file} (sha256 {digest}), mean {self.mean}, std {self.std}"
+
+
+def describe_start(config: ModelConfig) -> StartWeights | None:
+    """Say which pretrained weights a configuration names, without fetching them; None: it names none.
+
+    Raises:
+        UserError: timm has no such weights.
+    """
+    if config.pretrained == "none" or config.initial is not None:
+        return None
+    check_name(config.backbone)
+    source = _source(config)
+    file, local = config.pretrained, Path(config.pretrained)
+    if config.pretrained == "hub":
+        cached = try_to_load_from_cache(source.hf_hub_id, HUB_FILE) if source.hf_hub_id else None
+        file, local = f"{source.hf_hub_id}/{HUB_FILE}", Path(cached if isinstance(cached, str) else "")
+    digest = _digest(local) if local.is_file() else None
+    architecture = config.backbone.partition(".")[0]
+    name = f"{architecture}.{source.tag}" if source.tag else architecture
+    return StartWeights(name, file, digest, tuple(source.mean), tuple(source.std))
 
 
 def load_pretrained(vit: Any, config: ModelConfig) -> None:
     """Fill the transformer with the weights that `model.pretrained` names.
 
-    The position embedding of a file made for another image size is resized bicubically.
+    A file for another image size gives the transformer its grid of positions; the encoder resizes them.
 
     Args:
         vit: transformer as `create_vit` gives it; changed in place.
@@ -27,30 +85,27 @@ def load_pretrained(vit: Any, config: ModelConfig) -> None:
     """
     if config.pretrained == "none":
         return
-    origin = "the hub" if config.pretrained == "hub" else config.pretrained
-    weights = _from_hub(config) if config.pretrained == "hub" else read_weights(Path(config.pretrained))
-    expected = vit.state_dict()
-    weights = {name.removeprefix("module."): value for name, value in weights.items()}
-    if "pos_embed" in weights:
-        weights["pos_embed"] = _fit_position_embedding(weights["pos_embed"], vit)
-    missing = [name for name in expected if name not in weights]
-    other = [name for name in expected if name in weights and weights[name].shape != expected[name].shape]
-    if missing or other:
-        name = (missing or other)[0]
-        found = "is missing" if missing else f"has shape {tuple(weights[name].shape)}"
-        whole = "encoder.patch_embed.proj.weight" in weights
-        remedy = (
-            "it is a whole network: give it as model.initial" if whole else "name the backbone that it was made for"
-        )
+    path = _fetch(config) if config.pretrained == "hub" else Path(config.pretrained)
+    found = read_weights(path)
+    if "top_classifier.weight" in found:
+        raise UserError(f"model.pretrained: {path} is a whole network of this method: give it as model.initial")
+    origin = f"model.pretrained: {path} does not hold the weights of {config.backbone}"
+    _check_patches(found, vit, origin)
+    weights = to_timm(found, vit)
+    if weights is None:
         raise UserError(
-            f"model.pretrained: {origin} does not hold the weights of {config.backbone}: {name!r} {found}, "
-            f"expected {tuple(expected[name].shape)}; {remedy}"
+            f"model.pretrained: {path} is of no known format: no patch projection among its {len(found)} tensors "
+            f"({', '.join(list(found)[:3])}, …); expected a name that ends with {' or '.join(MARKS)}"
         )
-    vit.load_state_dict({name: weights[name] for name in expected})
+    if "norm.weight" not in weights:  # trained with a norm behind the average of the patches
+        weights = {re.sub(r"^fc_norm\.", "norm.", name): value for name, value in weights.items()}
+    _fit_positions(vit, weights)
+    _compare(vit.state_dict(), weights, origin)
+    vit.load_state_dict({name: weights[name] for name in vit.state_dict()})
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Read a flat state dict from `.safetensors` or a `.pth` of tensors; no pickled code is run.
+    """Read tensors by name from `.safetensors` or a `.pth` of tensors; no pickled code is run.
 
     Raises:
         UserError: the file is missing or holds something else.
@@ -58,33 +113,97 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise UserError(f"{path}: no such weights file; expected a .safetensors or .pth file")
     try:
-        content: Any = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+        if path.suffix == ".safetensors":
+            content: Any = load_file(path)
+        else:
+            with torch.serialization.safe_globals([argparse.Namespace]):  # releases hold their command line
+                content = torch.load(path, "cpu", weights_only=True)
     except Exception as error:  # a broken file raises whatever its bytes happen to mean
         first_line = str(error).partition("\n")[0]
         raise UserError(f"{path}: not a readable weights file ({type(error).__name__}: {first_line})") from None
-    for key in ("state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+    weights = unwrap(content)
+    if not weights:
         raise UserError(f"{path}: expected a dictionary of tensors by parameter name")
-    return content
+    return weights
 
 
-def _from_hub(config: ModelConfig) -> dict[str, Tensor]:
-    options: dict[str, Any] = dict(config.backbone_options)
+def _source(config: ModelConfig) -> Any:
+    source = timm.get_pretrained_cfg(config.backbone, allow_unregistered=True)
+    if source is None or (config.pretrained == "hub" and not source.hf_hub_id):
+        raise UserError(
+            f"model.pretrained: timm's hub has no weights of {config.backbone}; give a file, --model.pretrained "
+            f"FILE.safetensors (or .pth){f', as that of {source.url}' if source and source.url else ''}, or start "
+            "from random weights, --model.pretrained none"
+        )
+    return source
+
+
+def _fetch(config: ModelConfig) -> Path:
+    """Return the path of the hub's file for a backbone; what was fetched once stays on this machine."""
+    repository: str = _source(config).hf_hub_id
+    known = try_to_load_from_cache(repository, HUB_FILE)
+    if isinstance(known, str):
+        return Path(known)
+    address = hf_hub_url(repository, HUB_FILE)
     try:
-        vit = timm.create_model(config.backbone, pretrained=True, num_classes=0, global_pool="token", **options)
-    except Exception as error:  # timm and its hub client raise many kinds
+        get_session().head(address, timeout=PATIENCE)  # a download tries again for half a minute
+        return Path(hf_hub_download(repository, HUB_FILE))
+    except Exception as error:  # the hub's client raises many kinds
         raise UserError(
             f"model.pretrained: the weights of {config.backbone} could not be fetched from the hub "
-            f"({type(error).__name__}). Either give a local file, --model.pretrained FILE.safetensors (or .pth), "
-            "or start from random weights, --model.pretrained none"
+            f"({type(error).__name__}). Either fetch {address} by other means and give the file, --model.pretrained "
+            "FILE.safetensors (or .pth), or start from random weights, --model.pretrained none"
         ) from None
-    return vit.state_dict()
 
 
-def _fit_position_embedding(embedding: Tensor, vit: Any) -> Tensor:
-    side = round((embedding.shape[1] - 1) ** 0.5)
-    if embedding.ndim != 3 or side * side != embedding.shape[1] - 1:
-        return embedding
-    return resize_position_embedding(embedding, (side, side), vit.patch_embed.grid_size)
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_patches(weights: dict[str, Tensor], vit: Any, origin: str) -> None:
+    """Refuse weights for other patches before timm's filter resizes them."""
+    expected = tuple(vit.patch_embed.proj.weight.shape)
+    for name, value in weights.items():
+        if name.endswith(MARKS) and value.ndim == 4 and tuple(value.shape) != expected:
+            raise UserError(
+                f"{origin}: {name!r} has shape {tuple(value.shape)}, expected {expected}: it is for patches of "
+                f"{value.shape[-1]} pixels and width {value.shape[0]}; name the backbone that it was made for"
+            )
+
+
+def _fit_positions(vit: Any, weights: dict[str, Tensor]) -> None:
+    """Give the transformer the grid of the file's positions."""
+    leading = position_entries(vit)
+    if vit.pos_embed is None or "pos_embed" not in weights or weights["pos_embed"].ndim != 3:
+        return
+    patches = weights["pos_embed"].shape[1] - leading
+    side = isqrt(max(patches, 0))
+    if side * side == patches != vit.pos_embed.shape[1] - leading:
+        pixels = side * vit.patch_embed.patch_size[0]
+        vit.patch_embed.set_input_size((pixels, pixels))
+        vit.pos_embed = nn.Parameter(torch.empty(1, leading + patches, vit.embed_dim))
+
+
+def _compare(expected: dict[str, Tensor], weights: dict[str, Tensor], origin: str) -> None:
+    """Raise an error with a table where a parameter is missing, of another shape, or of a block too many."""
+    rows = []
+    for name in {**expected, **weights}:
+        found = tuple(weights[name].shape) if name in weights else "missing"
+        wanted = tuple(expected[name].shape) if name in expected else "none"
+        if found != wanted and (name in expected or name.startswith("blocks.")):
+            rows.append((name, wanted, found))
+    left = [name for name in weights if name not in expected and not name.startswith("blocks.")]
+    unknown = [name for name in left if not HEADS.match(name)]
+    if rows:
+        name, wanted, found = rows[0]
+        problem = "is missing" if found == "missing" else f"has shape {found}"
+        table = "\n".join(f"  {name:40} expected {wanted!s:20} found {found}" for name, wanted, found in rows[:ROWS])
+        more = f"\n  and {len(rows) - ROWS} more" if len(rows) > ROWS else ""
+        raise UserError(
+            f"{origin}: {name!r} {problem}, expected {wanted}; name the backbone that it was made for\n{table}{more}"
+        )
+    if unknown:
+        logger.warning("%s: left out, of no known use: %s", origin.partition(" does not")[0], ", ".join(unknown))
+    elif left:
+        logger.info("%s: left out: %s", origin.partition(" does not")[0], ", ".join(left))

@@ -33,19 +33,21 @@ class TrunkShape(NamedTuple):
 
     width: int
     """D."""
-    hidden: int
-    """Channels within the MLP."""
+    weights: int
+    """Values of the matrices of a block; 4·D² + 8·D² in a plain one."""
     patch_values: int
     """Values of a patch, 3·p²."""
     depth: int
     """Number of blocks."""
-    tokens: int
-    """N, patches of an image at scale 1.0."""
+    patches: int
+    """N, of an image at scale 1.0."""
+    prefix: int = 0
+    """Class and register tokens that pass with the patches."""
 
     def work(self, passes: Sequence[TrunkPass], *, images: int) -> Work:
         """Add up the passes of a step on `images` images; one that is named twice was made once."""
         passes = list({id(one): one for one in passes}.values())
-        unit = TrunkPass(((images, self.tokens),), self.depth, gradient=False)
+        unit = TrunkPass(((images, self.patches + self.prefix),), self.depth, gradient=False)
         flops = self.flops(passes)
         return Work(tuple(passes), flops, flops / self.flops([unit]))
 
@@ -55,6 +57,7 @@ class TrunkShape(NamedTuple):
         for groups, blocks, gradient in passes:
             tokens = sum(images * count for images, count in groups)
             pairs = sum(images * count**2 for images, count in groups)
-            block = tokens * (8 * self.width**2 + 4 * self.width * self.hidden) + 4 * pairs * self.width
-            total += (blocks * block + 2 * tokens * self.patch_values * self.width) * (3 if gradient else 1)
+            patches = tokens - self.prefix * sum(images for images, _ in groups)
+            block = 2 * tokens * self.weights + 4 * pairs * self.width
+            total += (blocks * block + 2 * patches * self.patch_values * self.width) * (3 if gradient else 1)
         return total

@@ -1,8 +1,8 @@
 """The whole method once more, written literally in plain torch: slow, and the oracle that the fast code is held to."""
 
 from .attention import masked_cross_attention
+from .block import Rotary, Trunk
 from .cam import MergedCams, cam_to_labels, class_activation_map, merge_cams, normalise_cam, present_classes
-from .encoder import EPS
 from .losses import (
     affinity_loss,
     affinity_sums,
@@ -33,7 +33,6 @@ from .settings import OFFICIAL, PAPER, Loss, Settings
 from .step import StepRecord, TrainingState, start_training, training_step
 
 __all__ = [
-    "EPS",
     "OFFICIAL",
     "PAPER",
     "Centres",
@@ -43,10 +42,12 @@ __all__ = [
     "MultiScaleCams",
     "NetworkOutput",
     "PatchSelection",
+    "Rotary",
     "Settings",
     "StepLosses",
     "StepRecord",
     "TrainingState",
+    "Trunk",
     "affinity_loss",
     "affinity_sums",
     "cam_to_labels",

@@ -3,7 +3,6 @@
 Weights go in as plain tensors, so autograd gives the gradient of every one of them.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,48 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .attention import masked_cross_attention
+from .block import EPS, PLAIN, State, Trunk, feed_forward, layer_norm, layer_scale, optional_norm, self_attention
 from .checks import require_shape
-
-State = Mapping[str, Tensor]
-EPS = 1e-6  # of every LayerNorm
-
-
-def linear(state: State, name: str, vectors: Tensor) -> Tensor:
-    """Applies the linear layer of a name; its bias is optional."""
-    return F.linear(vectors, state[f"{name}.weight"], state.get(f"{name}.bias"))
-
-
-def layer_norm(state: State, name: str, tokens: Tensor) -> Tensor:
-    """Applies the LayerNorm of a name."""
-    return F.layer_norm(tokens, tokens.shape[-1:], state[f"{name}.weight"], state[f"{name}.bias"], EPS)
-
-
-def feed_forward(state: State, name: str, tokens: Tensor) -> Tensor:
-    """Applies a block's two-layer perceptron."""
-    return linear(state, f"{name}.fc2", F.gelu(linear(state, f"{name}.fc1", tokens)))
-
-
-def self_attention(state: State, name: str, tokens: Tensor, heads: int) -> Tensor:
-    """Lets patch tokens attend to each other, the N x N attention written out.
-
-    Args:
-        state: flat state dict.
-        name: of the attention, e.g. "encoder.blocks.0.attn".
-        tokens: (B, N, D) floating, normed.
-        heads: number of heads; divides D.
-
-    Returns:
-        (B, N, D), without the residual.
-    """
-    D = tokens.shape[2]
-    width = D // heads
-    query, key, value = linear(state, f"{name}.qkv", tokens).split(D, dim=2)
-    reads = []
-    for head in range(heads):
-        part = slice(head * width, (head + 1) * width)
-        logits = query[:, :, part] @ key[:, :, part].transpose(1, 2) / width**0.5  # (B, N, N)
-        reads.append(logits.softmax(dim=2) @ value[:, :, part])
-    return linear(state, f"{name}.proj", torch.cat(reads, dim=2))
 
 
 def position_embedding(stored: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -83,6 +42,8 @@ def position_embedding(stored: Tensor, grid: tuple[int, int]) -> Tensor:
 def embed_patches(state: State, images: Tensor, patch_size: int, mask: Tensor | None) -> tuple[Tensor, tuple[int, int]]:
     """Cuts images into patch tokens; masked patches become the mask token before their position is added.
 
+    Where the state has `encoder.prefix_tokens`, these P tokens, their positions included, are put in front.
+
     Args:
         state: flat state dict.
         images: (B, 3, H, W) floating; what is left over of a whole number of patches is cut off.
@@ -90,32 +51,44 @@ def embed_patches(state: State, images: Tensor, patch_size: int, mask: Tensor | 
         mask: (B, N) bool, True = masked, or None.
 
     Returns:
-        (B, N, D) tokens and the patch grid (h, w).
+        (B, P + N, D) tokens and the patch grid (h, w).
 
     Source: paper, masked image modelling; official code for the order.
     """
-    weight, bias = state["encoder.patch_embed.proj.weight"], state["encoder.patch_embed.proj.bias"]
+    weight, bias = state["encoder.patch_embed.proj.weight"], state.get("encoder.patch_embed.proj.bias")
     embedded = F.conv2d(images, weight, bias, stride=patch_size)  # (B, D, h, w)
     grid = (embedded.shape[2], embedded.shape[3])
     tokens = embedded.flatten(2).transpose(1, 2)
     if mask is not None:
         require_shape("mask", mask, *tokens.shape[:2])
         tokens = torch.where(mask[:, :, None], state["encoder.mask_token"], tokens)
-    return tokens + position_embedding(state["encoder.pos_embed"], grid), grid
+    if "encoder.pos_embed" in state:
+        tokens = tokens + position_embedding(state["encoder.pos_embed"], grid)
+    if "encoder.prefix_tokens" in state:
+        tokens = torch.cat([state["encoder.prefix_tokens"].expand(len(tokens), -1, -1), tokens], dim=1)
+    return tokens, grid
 
 
 def forward_trunk(
-    state: State, tokens: Tensor, heads: int, drop_path: Tensor | None, aux_block: int = -3
+    state: State,
+    tokens: Tensor,
+    heads: int,
+    drop_path: Tensor | None,
+    aux_block: int = -3,
+    trunk: Trunk = PLAIN,
+    grid: tuple[int, int] = (0, 0),
 ) -> tuple[Tensor, Tensor]:
-    """Sends patch tokens through all blocks.
+    """Sends tokens through all blocks.
 
     Args:
         state: flat state dict.
-        tokens: (B, N, D) floating, embedded.
+        tokens: (B, N, D) floating, embedded; the patches are the last of them.
         heads: number of heads.
         drop_path: (depth, 2, B), factors of the two residual branches of every block: 1 / (1 - p) where the branch
             is kept, 0 where it is dropped; None keeps all.
         aux_block: the block whose output is the aux feature map, counted as in Python; -3: the 10th of 12.
+        trunk: what the state does not say.
+        grid: of the patches, for rotary positions.
 
     Returns:
         (B, N, D) output of the last block and (B, N, D) output of the aux block.
@@ -131,19 +104,24 @@ def forward_trunk(
     if drop_path is None:
         drop_path = tokens.new_ones(depth, 2, len(tokens))
     require_shape("drop_path", drop_path, depth, 2, len(tokens))
+    tokens = optional_norm(state, "encoder.norm_pre", tokens, trunk.eps)
     aux = tokens
     for i in range(depth):
         name = f"encoder.blocks.{i}"
-        branch = self_attention(state, f"{name}.attn", layer_norm(state, f"{name}.norm1", tokens), heads)
+        normed = layer_norm(state, f"{name}.norm1", tokens, trunk.eps)
+        branch = layer_scale(state, name, 1, self_attention(state, f"{name}.attn", normed, heads, trunk, grid))
         tokens = tokens + drop_path[i, 0][:, None, None] * branch
-        branch = feed_forward(state, f"{name}.mlp", layer_norm(state, f"{name}.norm2", tokens))
+        normed = layer_norm(state, f"{name}.norm2", tokens, trunk.eps)
+        branch = layer_scale(state, name, 2, feed_forward(state, f"{name}.mlp", normed, trunk))
         tokens = tokens + drop_path[i, 1][:, None, None] * branch
         if i == aux_block % depth:
             aux = tokens
     return tokens, aux
 
 
-def aggregate(state: State, tokens: Tensor, heads: int, mask: Tensor | None, mask_mode: str) -> Tensor:
+def aggregate(
+    state: State, tokens: Tensor, heads: int, mask: Tensor | None, mask_mode: str, eps: float = EPS
+) -> Tensor:
     """Gathers patch tokens in the class token.
 
     Args:
@@ -152,6 +130,7 @@ def aggregate(state: State, tokens: Tensor, heads: int, mask: Tensor | None, mas
         heads: number of heads.
         mask: (B, N) bool, True = masked, or None.
         mask_mode: "exclude", "multiply" or "none", see masked_cross_attention.
+        eps: of the norms.
 
     Returns:
         (B, D), before the final norm.
@@ -174,12 +153,12 @@ def aggregate(state: State, tokens: Tensor, heads: int, mask: Tensor | None, mas
             norm_bias=state[f"{name}.norm1.bias"],
             heads=heads,
             mask_mode=mask_mode,
-            eps=EPS,
+            eps=eps,
             **weights,
         )
         assert isinstance(update, Tensor)  # a pair only with return_attention
         class_token = class_token + update
-        branch = feed_forward(state, f"{name}.mlp", layer_norm(state, f"{name}.norm2", class_token))
+        branch = feed_forward(state, f"{name}.mlp", layer_norm(state, f"{name}.norm2", class_token, eps))
         class_token = class_token + branch
     return class_token
 

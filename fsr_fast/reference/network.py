@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .block import PLAIN, State, Trunk, layer_norm, linear
 from .cam import class_activation_map
 from .checks import require_shape
-from .encoder import State, aggregate, embed_patches, forward_trunk, layer_norm, linear, pool_unmasked
+from .encoder import aggregate, embed_patches, forward_trunk, pool_unmasked
 
 
 class NetworkOutput(NamedTuple):
@@ -113,6 +114,7 @@ def forward_network(
     mask_mode: str = "exclude",
     aggregation: str = "mca",
     aux_block: int = -3,
+    trunk: Trunk = PLAIN,
 ) -> NetworkOutput:
     """Runs encoder, aggregator, classifiers and decoder on one view of each image.
 
@@ -126,6 +128,7 @@ def forward_network(
         mask_mode: how the aggregator treats masked patches: "exclude", "multiply" or "none".
         aggregation: where the class token comes from: "mca" (the aggregator), "gap" or "gmp" (see pool_unmasked).
         aux_block: the block whose output is the aux feature map, see forward_trunk.
+        trunk: what the state does not say of the transformer.
 
     Returns:
         The named outputs; the projector is applied to them by `project`.
@@ -137,14 +140,15 @@ def forward_network(
     """
     require_shape("images", images, "B", 3, "H", "W")
     tokens, grid = embed_patches(state, images, patch_size, mask)
-    trunk_tokens, aux_tokens = forward_trunk(state, tokens, heads, drop_path, aux_block)
+    passed = forward_trunk(state, tokens, heads, drop_path, aux_block, trunk, grid)
+    trunk_tokens, aux_tokens = (one[:, -grid[0] * grid[1] :] for one in passed)  # without class and register tokens
     if aggregation == "mca":
-        class_token = aggregate(state, trunk_tokens, heads, mask, mask_mode)
+        class_token = aggregate(state, trunk_tokens, heads, mask, mask_mode, trunk.eps)
         # one final norm over [class token; patch tokens]
-        normed = layer_norm(state, "encoder.norm", torch.cat([class_token[:, None], trunk_tokens], dim=1))
+        normed = layer_norm(state, "encoder.norm", torch.cat([class_token[:, None], trunk_tokens], dim=1), trunk.eps)
         class_token, patch_tokens = normed[:, 0], normed[:, 1:]
     else:
-        patch_tokens = layer_norm(state, "encoder.norm", trunk_tokens)
+        patch_tokens = layer_norm(state, "encoder.norm", trunk_tokens, trunk.eps)
         class_token = pool_unmasked(patch_tokens, mask, aggregation)
     patch_features = patch_tokens.transpose(1, 2).unflatten(2, grid)
     aux_features = aux_tokens.transpose(1, 2).unflatten(2, grid)
@@ -190,6 +194,7 @@ def multi_scale_cams(
     drop_path: Sequence[Tensor] | None = None,
     aggregation: str = "mca",
     aux_block: int = -3,
+    trunk: Trunk = PLAIN,
 ) -> MultiScaleCams:
     """Makes class activation maps scale by scale, at every scale of the image and of its mirror image.
 
@@ -227,6 +232,7 @@ def multi_scale_cams(
             drop_path=drop_path[s] if drop_path else None,
             aggregation=aggregation,
             aux_block=aux_block,
+            trunk=trunk,
         )
         for maps, original, mirrored in (
             (output.cam, result.cams, result.flipped),

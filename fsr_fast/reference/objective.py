@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .block import State
 from .cam import cam_to_labels, merge_scales, normalise_cam
-from .encoder import State
 from .losses import affinity_loss, classification_loss, distillation_loss, energy_loss, segmentation_loss
 from .masking import block_grid, count_masked, edge_mask, exactly_uncertain_mask, top_k_mask, uncertain_mask_from_cam
 from .network import NetworkOutput, forward_network, multi_scale_cams, project, prototype_logits

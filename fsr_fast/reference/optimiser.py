@@ -26,7 +26,7 @@ def rate_and_decay(
     Source: paper, implementation details; official code.
     """
     head = name.startswith(("decoder.", "projector.", "top_classifier.", "aux_classifier."))
-    tokens = ("encoder.pos_embed", "encoder.cls_token", "encoder.mask_token")
+    tokens = ("encoder.pos_embed", "encoder.cls_token", "encoder.mask_token", "encoder.prefix_tokens")
     decays = parameter.dim() > 1 and not name.endswith(".bias") and name not in tokens
     return learning_rate * (head_factor if head else 1.0), weight_decay if decays else 0.0
 

@@ -5,6 +5,8 @@ Sections and fields carry the names of the trainer's configuration.
 
 from typing import Any, NamedTuple
 
+from .block import PLAIN, Trunk
+
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -123,6 +125,8 @@ class Settings(NamedTuple):
     """Attention heads."""
     patch_size: int = 16
     """Side of a patch, in pixels."""
+    trunk: Trunk = PLAIN
+    """What the weights do not say of the transformer."""
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     """Of the views' normalisation, for images in 0..1: the pretrained checkpoint's own."""
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
@@ -146,6 +150,7 @@ class Settings(NamedTuple):
         return {
             "heads": self.heads,
             "patch_size": self.patch_size,
+            "trunk": self.trunk,
             "aux_block": self.model.aux_block,
             "aggregation": self.model.aggregation,
         }

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .encoder import State
+from .block import State
 from .objective import Centres, Draws, StepLosses, compute_losses
 from .optimiser import NOT_TRAINED, adamw_update, clip_gradients, follow_student, rate_and_decay
 from .schedules import learning_rate_factor, loss_gate, teacher_momentum, teacher_temperature

@@ -1,14 +1,15 @@
 """What the attention of a trained network looks at: numbers behind the paper's Figures 6 and 7."""
 
-from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
-from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
 from fsr_fast.errors import UserError
 from fsr_fast.models import Network
 from fsr_fast.models.aggregator import AggregatorBlock
+from fsr_fast.models.block import project
 
 
 @torch.no_grad()
@@ -24,15 +25,14 @@ def attention_entropy(network: Network, images: Tensor) -> Tensor:
     Returns:
         (depth, heads), float32, in nats: mean over images and query patches. Source: paper, Fig. 6.
     """
+    encoder = network.encoder
     entropies: list[Tensor] = []
-    hooks = [
-        attention.qkv.register_forward_hook(_record_entropy(attention, entropies))
-        for attention in network.encoder.blocks.modules()
-        if isinstance(attention, Attention)
-    ]
+    grid = images.shape[-2] // encoder.patch_size, images.shape[-1] // encoder.patch_size
+    record = partial(_record_entropy, entropies, encoder.turn_angles([(1, grid)]), encoder.prefix)
+    hooks = [block.norm1.register_forward_hook(partial(record, block.attn)) for block in encoder.blocks]
     try:
         for image in images.split(1):  # the weights of one image at a time, (heads, N, N)
-            network.encoder(image)
+            encoder(image)
     finally:
         for hook in hooks:
             hook.remove()
@@ -70,11 +70,14 @@ def class_attention(network: Network, images: Tensor, mask: Tensor | None = None
 
 
 def _record_entropy(
-    attention: Attention, entropies: list[Tensor]
-) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-    def record(_module: nn.Module, _inputs: tuple[Tensor, ...], projected: Tensor) -> None:
-        query, key, _ = projected.float().unflatten(-1, (3, attention.num_heads, -1)).permute(1, 2, 0, 3)
-        logits = attention.q_norm(query) @ attention.k_norm(key).transpose(-2, -1) * attention.scale
-        entropies.append(torch.special.entr(logits.softmax(-1)).sum(-1).mean(1))
-
-    return record
+    entropies: list[Tensor],
+    rotary: Tensor | None,
+    prefix: int,
+    attention: Any,
+    _norm: nn.Module,
+    _inputs: tuple[Tensor, ...],
+    normed: Tensor,
+) -> None:
+    query, key, _ = (one.float().transpose(0, 1) for one in project(attention, normed, rotary))  # (heads, N, d)
+    logits = query[:, prefix:] @ key.transpose(-2, -1) * attention.scale
+    entropies.append(torch.special.entr(logits.softmax(-1)).sum(-1).mean(1))

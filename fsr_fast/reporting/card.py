@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from fsr_fast.models import Network
+from fsr_fast.models.pretrained import StartWeights
 from fsr_fast.reporting.record import RunRecord
 
 KINDS = {"pseudo": "pseudo labels from class activation maps", "seg": "segmentation", "seg+crf": "with the dense CRF"}
@@ -60,10 +61,12 @@ def _training(run: RunRecord | None) -> list[str]:
     if run is None:
         return ["Not recorded."]
     data, optim, model = (run.config.get(section, {}) for section in ("data", "optim", "model"))
+    start = run.summary.get("start_weights")
     place = f", folder `{Path(data['root']).name}`" if data.get("root") else ""
     return [
         f"* Data: `{data.get('dataset')}`{place}, list `{data.get('train_list')}`.",
         f"* Backbone: `{model.get('backbone')}`, from `{model.get('initial') or model.get('pretrained')}` weights.",
+        *([f"* Start weights: {StartWeights(**start)}."] if start else []),
         f"* {run.summary.get('iterations', 'unknown')} of {optim.get('iterations')} iterations of "
         f"{optim.get('batch_size')} images, seed {run.config.get('run', {}).get('seed')}.",
         f"* fsr_fast {run.environment.get('packages', {}).get('fsr_fast')}, torch "

@@ -342,8 +342,8 @@ def test_a_validation_while_training_takes_every_nth_image(count, limit, trainin
 @pytest.mark.parametrize(("recipe", "size"), [("voc_vit_b", (375, 500)), ("coco_vit_b", (480, 640))])
 def test_validations_take_at_most_five_percent_of_the_trunk_s_arithmetic_by_default(recipe, size):
     config = build_config(read_yaml(CONFIG_FOLDER / f"{recipe}.yaml"), recipe)
-    shape = TrunkShape(width=768, hidden=3072, patch_values=768, depth=12, tokens=(config.data.image_size // 16) ** 2)
-    one_view = TrunkPass(((1, shape.tokens),), shape.depth, gradient=False)
+    shape = TrunkShape(768, 12 * 768**2, patch_values=768, depth=12, patches=(config.data.image_size // 16) ** 2)
+    one_view = TrunkPass(((1, shape.patches),), shape.depth, gradient=False)
     units = 14.8  # passes of one view that an image of a training step needs at least, in the paper's preset
     training = config.run.evaluate_every * config.optim.batch_size * units * shape.flops([one_view])
     sizes = patch_sizes(size, sorted({*config.cam.scales, *config.evaluate.scales}), 16)

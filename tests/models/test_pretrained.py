@@ -1,14 +1,15 @@
+import hashlib
 from pathlib import Path
 
 import pytest
-import timm
 import torch
 from safetensors.torch import save_file
 
 from fsr_fast.errors import UserError
-from fsr_fast.models import build_network
-from fsr_fast.models.encoder import create_vit, resize_position_embedding
-from fsr_fast.models.pretrained import load_pretrained
+from fsr_fast.models import build_network, pretrained
+from fsr_fast.models.backbone import create_vit
+from fsr_fast.models.positions import resize_position_embedding
+from fsr_fast.models.pretrained import describe_start, load_pretrained
 from tests import helpers
 from tests.helpers import CLASSES
 
@@ -34,16 +35,16 @@ def save(path: Path, content) -> str:
     return str(path)
 
 
-def loaded(pretrained: str) -> dict[str, torch.Tensor]:
+def loaded(source: str) -> dict[str, torch.Tensor]:
     torch.manual_seed(6)
     vit = create_vit(model())
-    load_pretrained(vit, model(pretrained=pretrained))
+    load_pretrained(vit, model(pretrained=source))
     return vit.state_dict()
 
 
-def refusal(pretrained: str) -> str:
+def refusal(source: str) -> str:
     with pytest.raises(UserError) as caught:
-        loaded(pretrained)
+        loaded(source)
     return str(caught.value)
 
 
@@ -58,8 +59,8 @@ def test_a_local_file_fills_every_weight_of_the_encoder(tmp_path, name):
 
 def test_the_network_starts_from_the_file(tmp_path):
     expected = weights()
-    pretrained = save(tmp_path / "weights.safetensors", expected)
-    encoder = build_network(model(pretrained=pretrained), CLASSES, 32).encoder
+    path = save(tmp_path / "weights.safetensors", expected)
+    encoder = build_network(model(pretrained=path), CLASSES, 32).encoder
     assert torch.equal(encoder.blocks[3].mlp.fc2.weight, expected["blocks.3.mlp.fc2.weight"])
     assert torch.equal(encoder.cls_token, expected["cls_token"])
     assert torch.equal(encoder.norm.weight, expected["norm.weight"])
@@ -69,9 +70,10 @@ def test_the_network_starts_from_the_file(tmp_path):
 @pytest.mark.parametrize("name", ["weights.safetensors", "weights.pth"])
 def test_the_position_embedding_of_another_image_size_is_resized(tmp_path, name):
     expected = weights(backbone_options=other_size(48))
-    actual = loaded(save(tmp_path / name, expected))
     assert expected["pos_embed"].shape == (1, 1 + 36, helpers.WIDTH)
-    assert torch.equal(actual["pos_embed"], resize_position_embedding(expected["pos_embed"], (6, 6), (4, 4)))
+    network = build_network(model(pretrained=save(tmp_path / name, expected)), CLASSES, 56)
+    found = network.encoder.pos_embed
+    assert torch.equal(found, resize_position_embedding(expected["pos_embed"], (6, 6), (7, 7))), "resized once"
 
 
 @pytest.mark.parametrize("key", ["state_dict", "model"])
@@ -143,7 +145,9 @@ def test_a_file_of_something_else_is_named(tmp_path, content):
     ("change", "found"),
     [
         ({"depth": 3}, "'blocks.3.norm1.weight' is missing"),
-        ({"embed_dim": 16}, "'cls_token' has shape (1, 1, 16), expected (1, 1, 32)"),
+        ({"depth": 5}, "'blocks.4.norm1.weight' has shape (32,), expected none"),
+        ({"mlp_ratio": 2}, "'blocks.0.mlp.fc1.weight' has shape (64, 32), expected (128, 32)"),
+        ({"embed_dim": 16}, "patches of 8 pixels and width 16"),
         ({"patch_size": 16}, "'patch_embed.proj.weight' has shape (32, 3, 16, 16), expected (32, 3, 8, 8)"),
     ],
 )
@@ -157,32 +161,77 @@ def test_weights_of_another_network_are_refused_by_the_first_that_differs(tmp_pa
 # --- hub
 
 
-def test_the_hub_gives_weights_for_the_very_architecture(monkeypatch):
-    torch.manual_seed(7)
-    from_hub = create_vit(model())
-    expected, asked = from_hub.state_dict(), []
-    create = timm.create_model
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A hub that is reached, and what was asked of it."""
+    asked = []
 
-    def fetch(name, pretrained=False, **options):
-        asked.append((name, pretrained, options.get("depth")))
-        return from_hub if pretrained else create(name, **options)
+    class Session:
+        def head(self, address, timeout):
+            asked.append((address, timeout))
 
-    monkeypatch.setattr(timm, "create_model", fetch)
-    actual = loaded("hub")
-    assert ("vit_tiny_patch16_224", True, helpers.DEPTH) in asked
-    assert all(torch.equal(actual[key], value) for key, value in expected.items())
+    def download(repository, name):
+        asked.append((repository, name))
+        return save(tmp_path / name, weights(seed=7))
+
+    monkeypatch.setattr(pretrained, "get_session", Session)
+    monkeypatch.setattr(pretrained, "hf_hub_download", download)
+    monkeypatch.setattr(pretrained, "try_to_load_from_cache", lambda *arguments: None)
+    return asked
 
 
-@pytest.mark.parametrize("error", [OSError("no route to host"), RuntimeError("no weights"), ValueError("offline")])
-def test_without_the_hub_the_error_names_both_ways_out(monkeypatch, error):
-    create = timm.create_model
+def test_the_hub_gives_the_file_of_the_tag(hub):
+    expected = weights(seed=7)
+    vit = create_vit(model(backbone="vit_tiny_patch16_224.augreg_in21k"))
+    load_pretrained(vit, model(backbone="vit_tiny_patch16_224.augreg_in21k", pretrained="hub"))
+    assert hub[-1] == ("timm/vit_tiny_patch16_224.augreg_in21k", "model.safetensors")
+    assert all(torch.equal(vit.state_dict()[key], value) for key, value in expected.items())
 
-    def fail(name, pretrained=False, **options):
-        if pretrained:
-            raise error
-        return create(name, **options)
 
-    monkeypatch.setattr(timm, "create_model", fail)
+def test_a_file_that_was_fetched_once_needs_no_hub(hub, monkeypatch, tmp_path):
+    path = save(tmp_path / "model.safetensors", weights(seed=8))
+    monkeypatch.setattr(pretrained, "try_to_load_from_cache", lambda *arguments: path)
+    assert torch.equal(loaded("hub")["cls_token"], weights(seed=8)["cls_token"])
+    assert not hub
+
+
+def test_a_hub_out_of_reach_is_asked_once_and_the_file_to_fetch_is_named(hub, monkeypatch):
+    class Session:
+        def head(self, address, timeout):
+            hub.append((address, timeout))
+            raise OSError("no route to host")
+
+    monkeypatch.setattr(pretrained, "get_session", Session)
     message = refusal("hub")
-    for part in ("vit_tiny_patch16_224", "hub", "--model.pretrained FILE.safetensors", "--model.pretrained none"):
+    ((address, patience),) = hub
+    assert patience <= 5
+    assert address.endswith("timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k/resolve/main/model.safetensors")
+    for part in (address, "OSError", "--model.pretrained FILE.safetensors", "--model.pretrained none"):
         assert part in message
+
+
+def test_a_backbone_without_weights_in_the_hub_says_where_they_are():
+    config = model(backbone="vit_huge_patch14_gap_224.in1k_ijepa", pretrained="hub")
+    with pytest.raises(UserError, match=r"hub has no weights of vit_huge.*IN1K-vit\.h\.14.*--model\.pretrained none"):
+        describe_start(config)
+
+
+# --- which weights they are
+
+
+def test_start_weights_are_described_by_name_tag_file_digest_and_normalisation(tmp_path):
+    path = Path(save(tmp_path / "weights.pth", weights()))
+    start = describe_start(model(pretrained=str(path)))
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    half = (0.5, 0.5, 0.5)
+    assert start == ("vit_tiny_patch16_224.augreg_in21k_ft_in1k", str(path), digest, half, half)
+    assert describe_start(model(pretrained="none")) is None
+    assert describe_start(model(pretrained="hub", initial="run")) is None
+
+
+def test_weights_of_the_hub_are_described_before_they_are_fetched(hub):
+    start = describe_start(model(backbone="vit_base_patch14_dinov2.lvd142m", backbone_options={}, pretrained="hub"))
+    assert start.file == "timm/vit_base_patch14_dinov2.lvd142m/model.safetensors"
+    assert start.sha256 is None
+    assert start.mean == (0.485, 0.456, 0.406)
+    assert not hub

@@ -1,0 +1,148 @@
+"""The vision transformers of timm that the encoder can take over, by name and tag."""
+
+import inspect
+import re
+from typing import Any
+
+import timm
+import torch
+from timm.layers import Attention, AttentionRope, PatchEmbed
+from timm.models import is_model_in_modules
+from timm.models.eva import Eva, EvaAttention, EvaBlock
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+from fsr_fast.config import ModelConfig
+from fsr_fast.errors import UserError, nearest
+from fsr_fast.models.positions import rotary_obstacle
+
+MODULES = {"vision_transformer", "deit", "eva"}
+"""Of timm: those that hold transformers of the families below."""
+PREFIX = ("cls_token", "dist_token", "reg_token")
+"""Tokens in front of the patches: class, distillation (DeiT), registers (DINOv2, DINOv3)."""
+
+
+def create_vit(config: ModelConfig) -> Any:
+    """Build timm's transformer by name, without pretrained weights.
+
+    Returns:
+        A timm VisionTransformer or Eva; its parts are typed loosely by timm.
+
+    Raises:
+        UserError: unknown name or tag, or a transformer that the encoder cannot take over.
+    """
+    check_name(config.backbone)
+    name = config.backbone.partition(".")[0]
+    kind = Eva if is_model_in_modules(name, {"eva"}) else VisionTransformer
+    known = inspect.signature(kind).parameters
+    for option in config.backbone_options:
+        if option not in known:  # create_model takes more than sizes, `pretrained` among them
+            raise UserError(
+                f"model.backbone_options: {option!r} is no argument of {kind.__name__}{nearest(option, known)}"
+            )
+    options: dict[str, Any] = {"num_classes": 0, "dynamic_img_size": True, **config.backbone_options}
+    distilled = "distilled" in name  # timm's class takes no other pooling; it has no part in the weights
+    try:
+        vit: Any = timm.create_model(config.backbone, global_pool="token" if distilled else "", **options)
+    except Exception as error:  # timm and torch raise many kinds
+        raise UserError(
+            f"model.backbone_options: {config.backbone} does not take {config.backbone_options}: {error}"
+        ) from None
+    obstacle = _obstacle(vit)
+    if obstacle:
+        raise UserError(
+            f"model.backbone: {config.backbone} cannot be the encoder: {obstacle}; the nearest that can is "
+            f"{_substitute(name)!r}"
+        )
+    if not len(vit.blocks):
+        raise UserError(
+            f"model.backbone_options: {config.backbone_options} leaves no block; expected a depth of 1 or more"
+        )
+    return vit
+
+
+def keeps_prefix(vit: Any, config: ModelConfig) -> bool:
+    """Decide whether the transformer's class and register tokens pass through the trunk.
+
+    `auto` keeps them where there are registers: such a network was trained to store what concerns the whole image
+    there, and without them stores it in patches. All others drop them, as the paper does.
+
+    Raises:
+        UserError: they are to be kept, but there are none.
+    """
+    if config.prefix_tokens == "keep" and not vit.num_prefix_tokens:
+        raise UserError(f"model.prefix_tokens: {config.backbone} has no class or register token to keep; leave it out")
+    return config.prefix_tokens == "keep" or (config.prefix_tokens == "auto" and vit.reg_token is not None)
+
+
+def prefix_tokens(vit: Any) -> Tensor:
+    """Return the transformer's class and register tokens as they enter its blocks, (1, P, D), positions added."""
+    tokens = torch.cat([token.detach() for name in PREFIX if (token := getattr(vit, name, None)) is not None], 1)
+    leading = position_entries(vit)
+    return tokens + vit.pos_embed.detach()[:, :leading] if leading else tokens
+
+
+def patch_positions(vit: Any) -> Tensor | None:
+    """Return the transformer's position embedding with one entry in front of the patches', (1, 1 + N, D).
+
+    It is the class token's, or 0 where that has none; None: the transformer has no position embedding.
+    """
+    if vit.pos_embed is None:
+        return None
+    positions, leading = vit.pos_embed.detach(), position_entries(vit)
+    first = positions[:, :1] if leading else torch.zeros_like(positions[:, :1])
+    return torch.cat([first, positions[:, leading:]], 1)
+
+
+def position_entries(vit: Any) -> int:
+    """Count the entries of the position embedding that belong to no patch."""
+    return 0 if vit.pos_embed is None or vit.no_embed_class else int(vit.num_prefix_tokens)
+
+
+def check_name(backbone: str) -> None:
+    """Refuse a backbone that timm does not have.
+
+    Raises:
+        UserError: unknown name or tag; the nearest is named.
+    """
+    name, _, tag = backbone.partition(".")
+    if not timm.is_model(name):
+        names = [known for module in MODULES for known in timm.list_models(module=module)]
+        raise UserError(f"model.backbone: {name!r} is no vision transformer of timm{nearest(name, names)}")
+    if not is_model_in_modules(name, MODULES):
+        raise UserError(
+            f"model.backbone: {name!r} is no vision transformer of timm that the encoder can take over; "
+            f"one that can is {_substitute(name)!r}"
+        )
+    tags = [known.partition(".")[2] for known in timm.list_models(f"{name}.*", pretrained=True)]
+    if tag and tag not in tags:
+        raise UserError(
+            f"model.backbone: {name} has no weights {tag!r} in timm; known are: {', '.join(tags) or 'none'}"
+        )
+
+
+def _substitute(name: str) -> str:
+    size = re.search("tiny|small|base|large", name)
+    return f"vit_{size[0] if size else 'base'}_patch16_224"
+
+
+def _obstacle(vit: Any) -> str | None:
+    if not isinstance(vit, VisionTransformer | Eva) or not isinstance(vit.patch_embed, PatchEmbed):
+        return "its patches or its blocks are of another kind"
+    if not all(type(block) in (Block, EvaBlock) for block in vit.blocks):
+        return "its blocks are not pre-norm attention followed by an MLP"
+    for block in vit.blocks:
+        attention: Any = block.attn
+        if type(attention) not in (Attention, EvaAttention, AttentionRope) or attention.gate is not None:
+            return "its attention is gated or of another kind"
+        if getattr(attention, "num_kv_heads", attention.num_heads) != attention.num_heads:
+            return "its heads share keys and values"
+    if not isinstance(vit.norm, nn.LayerNorm) or not isinstance(vit.patch_embed.norm, nn.Identity):
+        return "it has no LayerNorm behind its blocks, or a norm of its patches"
+    if vit.patch_embed.patch_size[0] != vit.patch_embed.patch_size[1]:
+        return "its patches are not square"
+    if any(getattr(part, "p", getattr(part, "drop_prob", 0)) for part in vit.modules()):
+        return "it drops activations or blocks on its own; model.stochastic_depth is what there is"
+    if getattr(vit, "rope", None) is not None:
+        return rotary_obstacle(vit.rope)
+    return None
