@@ -2,17 +2,25 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train seeds test interpret gpu lint types docs bench clean
+.PHONY: train seeds test test-full test-cpus interpret gpu lint types docs bench clean
 
 train: .venv/runtime
 	$(BIN)/python -m fsr_fast.train
 
 test: .venv/development
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n auto -m "not slow"
+
+# with the checks that are slow in full: 50 kills, a run of 2,000 iterations
+test-full: .venv/development
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n auto
 
 # the demonstration from five seeds, a few minutes each; repeat it to go on
 seeds: .venv/runtime
 	$(BIN)/python -m bench.seeds
+
+# the tests that compare numbers, rounded as other processors round
+test-cpus: .venv/development
+	$(BIN)/python -m tests.cpus
 
 # whole steps and whole runs with Triton's kernels, interpreted: about half an hour
 interpret: .venv/development

@@ -5,6 +5,10 @@ from typing import Any
 
 # Large tensors of a CPU in pages of 2 MiB, which are fewer to set up; torch asks for this at its first large tensor.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+# A thread that waits for another polls about 0.2 ms and then sleeps. OpenMP's own limit is 30 times as long: where
+# another program takes a core, threads poll for each other and the computation all but stops. Read as torch is loaded.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 __all__ = ["from_pretrained", "load_network", "segment"]
 

@@ -1,6 +1,8 @@
 """What the tests of the trainer share: a tiny data set in PASCAL VOC layout, and a tiny network's recipe."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -143,3 +145,20 @@ def labels(batch: int = 2) -> Tensor:
 def generator(seed: int = 0) -> torch.Generator:
     """Return a seeded generator."""
     return torch.Generator().manual_seed(seed)
+
+
+@contextmanager
+def float64() -> Iterator[None]:
+    """Compute in float64 throughout, where a difference of 1e-9 tells a rounding error from a mistake.
+
+    The fast path widens half precision by `.float()`, which would narrow float64, and divides whole numbers, which
+    gives the default dtype.
+    """
+    widen, before = Tensor.float, torch.get_default_dtype()
+    Tensor.float = lambda tensor: tensor if tensor.dtype == torch.float64 else widen(tensor)
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        Tensor.float = widen
+        torch.set_default_dtype(before)

@@ -131,7 +131,6 @@ def folder(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.slow
 def test_every_block_runs(folder):
     counted = 0
     for page in pages():

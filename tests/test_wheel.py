@@ -53,7 +53,6 @@ def wheel(tmp_path_factory) -> Path:
     return path
 
 
-@pytest.mark.slow
 def test_the_wheel_holds_every_module_recipe_and_template(wheel):
     held = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("fsr_fast/")}
     files = {
@@ -67,7 +66,6 @@ def test_the_wheel_holds_every_module_recipe_and_template(wheel):
     assert {f"fsr_fast/configs/{path.name}" for path in (ROOT / "configs").glob("*.yaml")} <= held
 
 
-@pytest.mark.slow
 def test_a_training_and_its_report_work_from_the_wheel_in_an_empty_folder(wheel, tmp_path):
     target, folder = tmp_path / "installed", tmp_path / "empty"
     folder.mkdir()

@@ -65,14 +65,16 @@ def test_refinement_agrees_with_loops_over_pixels_and_neighbours():
             torch.testing.assert_close(refined[b, m], expected, rtol=1e-6, atol=0)  # the 1e-8 beside spread
 
 
-def label_constant(values: list[float], live: list[bool], high: float, low: float) -> set[int]:
+def label_constant(
+    values: list[float], live: list[bool], high: float, low: float, side: int = 8, **options: int
+) -> set[int]:
     cams = torch.tensor(values, dtype=torch.float64)[None, :, None, None].expand(1, -1, 4, 4)
     classes = torch.tensor([[4, 7][: len(values)]])
     result = refine_pseudo_labels(
-        draw(1, 3, 4, 4), cams, classes, torch.tensor([live]), high=high, low=low, size=(8, 8)
+        draw(1, 3, 4, 4), cams, classes, torch.tensor([live]), high=high, low=low, size=(side, side), **options
     )
     assert result.dtype == torch.uint8
-    assert result.shape == (1, 8, 8)
+    assert result.shape == (1, side, side)
     return set(result.flatten().tolist())
 
 
@@ -82,9 +84,10 @@ def test_labels_are_kept_where_both_backgrounds_agree(value, expected):
 
 
 def test_equal_scores_go_to_the_lower_channel():
-    assert label_constant([0.75], [True], high=0.75, low=0.25) == {255}
-    assert label_constant([0.25], [True], high=0.75, low=0.25) == {0}
-    assert label_constant([0.9, 0.9], [True, True], high=0.75, low=0.25) == {5}
+    exact = {"side": 4, "iterations": 0}  # the equal scores stay two halves: nothing is averaged, nothing rounds
+    assert label_constant([0.75], [True], high=0.75, low=0.25, **exact) == {255}
+    assert label_constant([0.25], [True], high=0.75, low=0.25, **exact) == {0}
+    assert label_constant([1.0, 1.0], [True, True], high=-1000.0, low=-2000.0, **exact) == {5}
 
 
 def test_the_stronger_class_wins_and_dead_slots_do_not_take_part():

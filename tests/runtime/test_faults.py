@@ -24,20 +24,22 @@ from tests.runtime.conftest import outcome
 from tests.test_resume import assert_same
 
 pytestmark = pytest.mark.faults
-KILLS = 50
 
 
 # --- SIGKILL
 
 
-def test_a_folder_in_which_a_writer_is_killed_at_random_moments_is_always_readable(tmp_path, record):
+@pytest.mark.parametrize("kills", [8, pytest.param(50, marks=pytest.mark.slow)])
+def test_a_folder_in_which_a_writer_is_killed_at_random_moments_is_always_readable(tmp_path, record, kills):
     draws, saved = random.Random(0), 0
-    for _ in range(KILLS):
+    for kill in range(kills):
         ours, theirs = children.CONTEXT.Pipe(duplex=False)
         process = children.start(children.save_forever, tmp_path, theirs)
         theirs.close()
         found = ours.recv()
         assert found >= saved, "a checkpoint that was on disk is gone"
+        if kill % 2:
+            ours.recv()  # lives that save something, and lives that may end before
         time.sleep(draws.uniform(0, 0.05))
         process.kill()
         process.join()
@@ -51,11 +53,11 @@ def test_a_folder_in_which_a_writer_is_killed_at_random_moments_is_always_readab
             state, _ = read_newest(tmp_path)
             assert state["iteration"] in (saved, saved + 1)
             assert state["values"].eq(state["iteration"]).all()
-    assert saved > KILLS
+    assert saved >= kills // 2
     assert len(list_checkpoints(tmp_path)) <= 3
     record(
         "SIGKILL at a random moment of a process that writes checkpoints without a pause",
-        injected=KILLS,
+        injected=kills,
         lost="the checkpoint that was being written",
         outcome="every folder readable, its newest checkpoint whole, its lock free",
     )
@@ -324,7 +326,6 @@ def test_a_gpu_that_is_out_of_memory_gives_advice(recipe, tmp_path, monkeypatch,
 
 
 @pytest.mark.ddp
-@pytest.mark.slow
 def test_torchrun_restarts_all_processes_from_the_newest_checkpoint_when_one_is_killed(recipe, tmp_path, record):
     whole, path = recipe("whole"), recipe("run")
     assert children.exit_codes(children.start_ranks(whole, 2)) == [0, 0]

@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import os
 import sys
 import threading
 from types import ModuleType
@@ -25,7 +24,6 @@ SMALL = {
     },
     "optim": {"batch_size": 2},
 }
-STEPS = int(os.environ.get("FSR_LONG_RUN_STEPS", "100"))
 MEBIBYTE = 2**20
 
 
@@ -95,19 +93,19 @@ def usage() -> dict[str, int]:
 
 
 @pytest.mark.faults
-@pytest.mark.slow
-def test_a_long_run_uses_no_more_memory_handles_or_threads_at_its_end_than_early_on(recipe, monkeypatch, record):
+@pytest.mark.parametrize("steps", [100, pytest.param(2000, marks=pytest.mark.slow)])
+def test_a_long_run_uses_no_more_memory_handles_or_threads_at_its_end_than_early_on(recipe, monkeypatch, record, steps):
     samples = {}
     iterate = Trainer._iterate
 
     def changed(self, forward, batch):
-        if self.iteration % (STEPS // 10) == 5:  # well behind a checkpoint, whose files are closed then
+        if self.iteration % (steps // 10) == 5:  # well behind a checkpoint, whose files are closed then
             self.supervisor._saver._join()
             samples[self.iteration] = usage()
         return iterate(self, forward, batch)
 
     monkeypatch.setattr(Trainer, "_iterate", changed)
-    train(["--config", str(recipe("run", SMALL, {"optim": {"iterations": STEPS}}))])
+    train(["--config", str(recipe("run", SMALL, {"optim": {"iterations": steps}}))])
     _, _, early, *_, last = samples.values()
     growth = (last["memory"] - early["memory"]) / MEBIBYTE
     assert last["handles"] == early["handles"]
@@ -115,7 +113,7 @@ def test_a_long_run_uses_no_more_memory_handles_or_threads_at_its_end_than_early
     assert growth < 16
     record(
         "a long run (number: its iterations)",
-        injected=STEPS,
+        injected=steps,
         lost="nothing",
         outcome=f"no more file handles and threads than early on; memory {growth:+.1f} MiB",
     )
