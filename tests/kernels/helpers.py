@@ -35,6 +35,11 @@ def assert_low_precision(actual: Tensor, low: Tensor, truth: Tensor, atol: float
     assert ours <= 2 * theirs + atol, f"{label}: error {ours:.3g}, low-precision torch {theirs:.3g}, atol {atol:.3g}"
 
 
+def compile_backend(device: torch.device) -> str:
+    """Inductor on the GPU; without one the tracing alone, which spares a C++ compile for each test."""
+    return "inductor" if device.type == "cuda" else "aot_eager"
+
+
 def leaf(tensor: Tensor) -> Tensor:
     """A fresh leaf with the same values and layout that asks for a gradient."""
     return tensor.detach().clone(memory_format=torch.preserve_format).requires_grad_()

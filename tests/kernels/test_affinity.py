@@ -10,7 +10,7 @@ from fsr_fast import reference
 from fsr_fast.kernels import affinity, affinity_sums
 from fsr_fast.kernels.affinity import affinity_sums_backward_op, affinity_sums_op
 from fsr_fast.method.losses import affinity_loss
-from tests.kernels.helpers import assert_close, assert_low_precision, gradients, leaf, permuted
+from tests.kernels.helpers import assert_close, assert_low_precision, compile_backend, gradients, leaf, permuted
 
 SHAPES = [(2, 25, 40), (1, 150, 70), (3, 49, 300)]  # B, N, D: one tile; several, cut; several blocks of columns
 
@@ -146,9 +146,9 @@ def test_torch_path_passes_opcheck(torch_path: None) -> None:
     torch.library.opcheck(affinity_sums_op, (features.requires_grad_(), labels, 255))
 
 
-def test_compiles_as_one_graph(triton_device: torch.device, compile_backend: str) -> None:
+def test_compiles_as_one_graph(triton_device: torch.device) -> None:
     features, labels = (value.to(triton_device) for value in case(2, 25, 40))
-    compiled = torch.compile(affinity_loss, fullgraph=True, backend=compile_backend)
+    compiled = torch.compile(affinity_loss, fullgraph=True, backend=compile_backend(triton_device))
     expected = sums_and_gradient(affinity_loss, features, labels)
     actual = sums_and_gradient(compiled, features, labels)
     assert_close(actual[0], expected[0], 1e-6)

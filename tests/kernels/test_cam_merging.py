@@ -13,7 +13,7 @@ from fsr_fast.kernels.cam_merging import merge_cams_op
 from fsr_fast.kernels.class_slots import present_classes_op
 from fsr_fast.reference import merge_cams as reference
 from fsr_fast.reference import present_classes as reference_classes
-from tests.kernels.helpers import assert_close, assert_low_precision, permuted
+from tests.kernels.helpers import assert_close, assert_low_precision, compile_backend, permuted
 
 CASES = (  # B, C, max_classes, grids, size, output size
     pytest.param((2, 2, 2, ((3, 4), (2, 2), (4, 6)), (18, 66), None), id="three scales, several tiles"),
@@ -87,13 +87,8 @@ def test_torch_path_equals_reference_at_any_size(counts: Any, grids: Any, size: 
         check_against_reference((*counts, grids, size, output_size), torch.float64, torch.device("cpu"))
 
 
-@pytest.mark.parametrize("path", ["triton", "torch"])
-def test_map_without_activation_and_image_without_class_are_zero(
-    path: str, triton_device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if path == "torch":
-        monkeypatch.setenv("FSR_KERNELS", "torch")
-    (cams, flipped, labels), options = arguments((2, 2, 2, ((2, 2),), (5, 6), None), device=triton_device)
+def test_map_without_activation_and_image_without_class_are_zero(path: torch.device) -> None:
+    (cams, flipped, labels), options = arguments((2, 2, 2, ((2, 2),), (5, 6), None), device=path)
     labels[0] = 0
     merged = merge_cams([-cam.abs() for cam in cams], [-cam.abs() for cam in flipped], labels, **options)
     assert merged.live.tolist() == [[False, False], [True, True]]
@@ -101,13 +96,8 @@ def test_map_without_activation_and_image_without_class_are_zero(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("path", ["triton", "torch"])
-def test_low_precision_is_as_exact_as_torch(
-    dtype: torch.dtype, path: str, triton_device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if path == "torch":
-        monkeypatch.setenv("FSR_KERNELS", "torch")
-    (cams, flipped, labels), options = arguments((1, 2, 2, ((3, 3), (2, 2)), (9, 8), None), dtype, triton_device)
+def test_low_precision_is_as_exact_as_torch(dtype: torch.dtype, path: torch.device) -> None:
+    (cams, flipped, labels), options = arguments((1, 2, 2, ((3, 3), (2, 2)), (9, 8), None), dtype, path)
     truth = reference(converted(cams, torch.float32), converted(flipped, torch.float32), labels, **options)
     low = reference(cams, flipped, labels, **options)
     ours = merge_cams(cams, flipped, labels, **options)
@@ -129,13 +119,8 @@ def test_autocast_and_gradients_change_nothing_on_the_cpu() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.uint8, torch.bool])
 @pytest.mark.parametrize("max_classes", [1, 3, 9])
-@pytest.mark.parametrize("path", ["triton", "torch"])
-def test_present_classes_equal_reference(
-    dtype: torch.dtype, max_classes: int, path: str, triton_device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if path == "torch":
-        monkeypatch.setenv("FSR_KERNELS", "torch")
-    labels = torch.tensor([[0, 1, 0, 1, 1], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1]]).to(dtype).to(triton_device)
+def test_present_classes_equal_reference(dtype: torch.dtype, max_classes: int, path: torch.device) -> None:
+    labels = torch.tensor([[0, 1, 0, 1, 1], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1]]).to(dtype).to(path)
     for actual, expected in zip(
         present_classes(permuted(labels), max_classes=max_classes),
         reference_classes(labels, max_classes=max_classes),
@@ -171,12 +156,8 @@ def test_resized_result_needs_no_full_resolution_map() -> None:
     assert torch.cuda.max_memory_allocated() - before < 4 * 4 * 448 * 448 * 4
 
 
-@pytest.mark.parametrize("path", ["triton", "torch"])
-def test_operators_are_registered_rightly(
-    path: str, triton_device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("FSR_KERNELS", path)
-    (cams, flipped, labels), _ = arguments((1, 2, 2, ((2, 3), (1, 2)), (4, 5), None), device=triton_device)
+def test_operators_are_registered_rightly(path: torch.device) -> None:
+    (cams, flipped, labels), _ = arguments((1, 2, 2, ((2, 3), (1, 2)), (4, 5), None), device=path)
     for slots in (1, 3):  # fewer and more than there are classes
         torch.library.opcheck(present_classes_op, (permuted(labels), slots))
     classes, live = present_classes(labels, max_classes=2)
@@ -185,14 +166,9 @@ def test_operators_are_registered_rightly(
         torch.library.opcheck(merge_cams_op, (opened, flipped, permuted(classes), live, [4, 5], size))
 
 
-@pytest.mark.parametrize("path", ["triton", "torch"])
-def test_merge_compiles_into_one_graph(
-    path: str, triton_device: torch.device, compile_backend: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if path == "torch":
-        monkeypatch.setenv("FSR_KERNELS", "torch")
-    (cams, flipped, labels), options = arguments((1, 2, 2, ((2, 3), (1, 2)), (4, 5), (2, 2)), device=triton_device)
-    compiled = torch.compile(merge_cams, fullgraph=True, backend=compile_backend)
+def test_merge_compiles_into_one_graph(path: torch.device) -> None:
+    (cams, flipped, labels), options = arguments((1, 2, 2, ((2, 3), (1, 2)), (4, 5), (2, 2)), device=path)
+    compiled = torch.compile(merge_cams, fullgraph=True, backend=compile_backend(path))
     merged, expected = (function(cams, flipped, labels, **options) for function in (compiled, merge_cams))
     assert_close(merged.values, expected.values)
     assert torch.equal(merged.classes, expected.classes)

@@ -12,7 +12,7 @@ from fsr_fast.kernels.cross_attention import (
     masked_cross_attention,
 )
 from fsr_fast.reference.attention import masked_cross_attention as reference
-from tests.kernels.helpers import assert_close, assert_low_precision, gradients, leaf, permuted
+from tests.kernels.helpers import assert_close, assert_low_precision, compile_backend, gradients, leaf, permuted
 
 MODES = ("exclude", "multiply", "none")
 SHAPES = ((2, 37, 24, 3), (1, 5, 48, 2), (3, 70, 40, 5))  # B, N, D, heads
@@ -96,8 +96,10 @@ def test_gradients_are_those_of_finite_differences(mode: str) -> None:
     assert torch.autograd.gradcheck(function, tuple(tensors.values()))
 
 
-def check_low_precision(dtype: torch.dtype, mode: str, device: torch.device) -> None:
-    tensors, mask = arguments(2, 45, 48, dtype, device)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("mode", ["exclude", "multiply"])
+def test_rounding_is_no_worse_than_torch_s(mode: str, dtype: torch.dtype, path: torch.device) -> None:
+    tensors, mask = arguments(2, 45, 48, dtype, path)
     options = {"heads": 3, "mask_mode": mode}
     ours = run(masked_cross_attention, tensors, mask, **options)
     low = run(reference, tensors, mask, **options)
@@ -107,22 +109,9 @@ def check_low_precision(dtype: torch.dtype, mode: str, device: torch.device) -> 
         assert_low_precision(actual, rounded, expected, last_place(expected, dtype), label=name)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("mode", ["exclude", "multiply"])
-def test_kernels_round_no_worse_than_torch(mode: str, dtype: torch.dtype, triton_device: torch.device) -> None:
-    check_low_precision(dtype, mode, triton_device)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.usefixtures("torch_path")
-def test_torch_path_rounds_no_worse_than_torch(dtype: torch.dtype) -> None:
-    for mode in ("exclude", "multiply"):
-        check_low_precision(dtype, mode, torch.device("cpu"))
-
-
-def check_autocast(device: torch.device) -> None:
-    tensors, mask = arguments(2, 45, 48, device=device)
-    with torch.autocast(device.type, torch.bfloat16):
+def test_autocast_is_followed(path: torch.device) -> None:
+    tensors, mask = arguments(2, 45, 48, device=path)
+    with torch.autocast(path.type, torch.bfloat16):
         ours = masked_cross_attention(mask=mask, **tensors, heads=3)
         low = reference(mask=mask, **tensors, heads=3)
     truth = reference(mask=mask, **tensors, heads=3)
@@ -134,17 +123,8 @@ def check_autocast(device: torch.device) -> None:
         assert_low_precision(actual, rounded, expected, last_place(expected, torch.bfloat16), label=name)
 
 
-def test_kernels_follow_autocast(triton_device: torch.device) -> None:
-    check_autocast(triton_device)
-
-
-@pytest.mark.usefixtures("torch_path")
-def test_torch_path_follows_autocast() -> None:
-    check_autocast(torch.device("cpu"))
-
-
-def check_all_masked_row(device: torch.device) -> None:
-    tensors, mask = arguments(2, 19, 24, device=device)
+def test_an_all_masked_row_is_answered_with_the_bias(path: torch.device) -> None:
+    tensors, mask = arguments(2, 19, 24, device=path)
     output, attention, *found = run(masked_cross_attention, tensors, mask, heads=3)
     gradient = dict(zip(tensors, found, strict=True))
     assert torch.equal(output[1], tensors["proj_bias"])
@@ -154,30 +134,12 @@ def check_all_masked_row(device: torch.device) -> None:
     assert gradient["tokens"][0].any()
 
 
-def test_kernels_answer_an_all_masked_row_with_the_bias(triton_device: torch.device) -> None:
-    check_all_masked_row(triton_device)
-
-
-@pytest.mark.usefixtures("torch_path")
-def test_torch_path_answers_an_all_masked_row_with_the_bias() -> None:
-    check_all_masked_row(torch.device("cpu"))
-
-
-def check_key_bias(device: torch.device) -> None:
-    tensors, mask = arguments(2, 19, 24, device=device)
+def test_the_key_bias_has_a_zero_gradient_where_it_cancels(path: torch.device) -> None:
+    tensors, mask = arguments(2, 19, 24, device=path)
     for mode in MODES:
         output = masked_cross_attention(mask=mask, **tensors, heads=3, mask_mode=mode)
         (gradient,) = torch.autograd.grad(output.sum(), [tensors["k_bias"]])
         assert bool(gradient.any()) == (mode == "multiply")
-
-
-def test_kernels_give_the_key_bias_a_zero_gradient_where_it_cancels(triton_device: torch.device) -> None:
-    check_key_bias(triton_device)
-
-
-@pytest.mark.usefixtures("torch_path")
-def test_torch_path_gives_the_key_bias_a_zero_gradient_where_it_cancels() -> None:
-    check_key_bias(torch.device("cpu"))
 
 
 def test_biases_and_mask_may_be_absent(triton_device: torch.device) -> None:
@@ -248,18 +210,9 @@ def test_permuted_tokens_give_the_same_result(triton_device: torch.device) -> No
         assert torch.equal(actual, expected)
 
 
-def test_compiles_without_graph_breaks(triton_device: torch.device, compile_backend: str) -> None:
-    tensors, mask = arguments(2, 19, 24, device=triton_device)
-    compiled = torch.compile(masked_cross_attention, fullgraph=True, backend=compile_backend)
-    ours = run(compiled, tensors, mask, heads=3)
-    for actual, expected in zip(ours, run(masked_cross_attention, tensors, mask, heads=3), strict=True):
-        assert_close(actual, expected)
-
-
-@pytest.mark.usefixtures("torch_path")
-def test_torch_path_compiles_without_graph_breaks() -> None:
-    tensors, mask = arguments(2, 9, 12)
-    compiled = torch.compile(masked_cross_attention, fullgraph=True, backend="aot_eager")
+def test_compiles_without_graph_breaks(path: torch.device) -> None:
+    tensors, mask = arguments(2, 19, 24, device=path)
+    compiled = torch.compile(masked_cross_attention, fullgraph=True, backend=compile_backend(path))
     ours = run(compiled, tensors, mask, heads=3)
     for actual, expected in zip(ours, run(masked_cross_attention, tensors, mask, heads=3), strict=True):
         assert_close(actual, expected)

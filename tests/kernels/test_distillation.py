@@ -14,7 +14,7 @@ from fsr_fast.kernels.distillation import (
     distillation_rows_op,
 )
 from fsr_fast.reference.losses import distillation_loss as reference
-from tests.kernels.helpers import assert_close, assert_low_precision, gradients, leaf, permuted
+from tests.kernels.helpers import assert_close, assert_low_precision, compile_backend, gradients, leaf, permuted
 
 SHAPES = ((5, 7, 11), (70, 20, 300), (3, 40, 65))  # M, E, K: several tiles of rows, of prototypes, of the width
 LABELS = ("loss", "student", "student_head", "weight")
@@ -104,8 +104,9 @@ def test_gradients_are_those_of_finite_differences() -> None:
     assert torch.autograd.gradcheck(function, (tensors["student"], tensors["student_head"], weight))
 
 
-def check_low_precision(dtype: torch.dtype, device: torch.device) -> None:
-    tensors, weight = arguments(40, 32, 150, dtype, device)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding_is_no_worse_than_torch_s(dtype: torch.dtype, path: torch.device) -> None:
+    tensors, weight = arguments(40, 32, 150, dtype, path)
     ours = run(distillation_loss, tensors, weight)
     low = run(reference, tensors, weight)
     truth = run(reference, converted(tensors, torch.float32), leaf(weight.float()))
@@ -115,20 +116,9 @@ def check_low_precision(dtype: torch.dtype, device: torch.device) -> None:
         assert_low_precision(actual, rounded, expected, place, label=name)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_kernels_round_no_worse_than_torch(dtype: torch.dtype, triton_device: torch.device) -> None:
-    check_low_precision(dtype, triton_device)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.usefixtures("torch_path")
-def test_torch_path_rounds_no_worse_than_torch(dtype: torch.dtype) -> None:
-    check_low_precision(dtype, torch.device("cpu"))
-
-
-def check_autocast(device: torch.device) -> None:
-    tensors, _ = arguments(40, 32, 150, device=device)
-    with torch.autocast(device.type, torch.bfloat16):
+def test_autocast_is_followed(path: torch.device) -> None:
+    tensors, _ = arguments(40, 32, 150, device=path)
+    with torch.autocast(path.type, torch.bfloat16):
         ours = run(distillation_loss, tensors, None)
         low = run(reference, tensors, None)
     truth = run(reference, tensors, None)
@@ -139,32 +129,14 @@ def check_autocast(device: torch.device) -> None:
         assert_low_precision(actual, rounded, expected, place, label=name)
 
 
-def test_kernels_follow_autocast(triton_device: torch.device) -> None:
-    check_autocast(triton_device)
-
-
-@pytest.mark.usefixtures("torch_path")
-def test_torch_path_follows_autocast() -> None:
-    check_autocast(torch.device("cpu"))
-
-
-def check_small_weights(device: torch.device) -> None:
-    """Weights so small that fp16 rounds the gradients of single logits away, though not their sums."""
-    tensors, _ = arguments(200, 7, 11, torch.float16, device)
-    weight = torch.full((200,), 5e-7, device=device, requires_grad=True)
+def test_fp16_gradients_of_small_weights_are_kept(path: torch.device) -> None:
+    # so small that fp16 rounds the gradients of single logits away, though not their sums
+    tensors, _ = arguments(200, 7, 11, torch.float16, path)
+    weight = torch.full((200,), 5e-7, device=path, requires_grad=True)
     ours = run(distillation_loss, tensors, weight)
     truth = run(reference, converted(tensors, torch.float32), weight)
     for name, actual, expected in zip(LABELS, ours, truth, strict=True):
         assert_close(actual, expected, 0.03, label=name)
-
-
-def test_kernels_keep_fp16_gradients_of_small_weights(triton_device: torch.device) -> None:
-    check_small_weights(triton_device)
-
-
-@pytest.mark.usefixtures("torch_path")
-def test_torch_path_keeps_fp16_gradients_of_small_weights() -> None:
-    check_small_weights(torch.device("cpu"))
 
 
 def test_teacher_gets_no_gradient(triton_device: torch.device) -> None:
@@ -218,21 +190,12 @@ def test_torch_path_passes_opcheck_on_permuted_layouts(with_gradient: bool) -> N
     torch.library.opcheck(distillation_blocks_op, (*given, 0.1, with_gradient))
 
 
-def check_compiles(device: torch.device, backend: str) -> None:
-    tensors, weight = arguments(5, 7, 11, device=device)
-    compiled = torch.compile(distillation_loss, fullgraph=True, backend=backend)
+def test_compiles_without_graph_breaks(path: torch.device) -> None:
+    tensors, weight = arguments(5, 7, 11, device=path)
+    compiled = torch.compile(distillation_loss, fullgraph=True, backend=compile_backend(path))
     ours = run(compiled, tensors, weight)
     for actual, expected in zip(ours, run(distillation_loss, tensors, weight), strict=True):
         assert_close(actual, expected)
-
-
-def test_compiles_without_graph_breaks(triton_device: torch.device, compile_backend: str) -> None:
-    check_compiles(triton_device, compile_backend)
-
-
-@pytest.mark.usefixtures("torch_path")
-def test_torch_path_compiles_without_graph_breaks() -> None:
-    check_compiles(torch.device("cpu"), "aot_eager")
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fsr_fast import reference
 from fsr_fast.kernels import dense_energy
-from tests.kernels.helpers import assert_close, leaf, permuted
+from tests.kernels.helpers import assert_close, compile_backend, leaf, permuted
 from tests.kernels.test_gaussian import tolerance
 
 SHAPES = [(2, 3, 6, 7), (1, 1, 1, 9), (1, 81, 11, 1), (1, 21, 12, 13)]
@@ -99,9 +99,9 @@ def test_any_layout_and_int64_labels_are_taken(triton_device) -> None:
     assert_close(ours, dense_energy(probabilities, images, labels))
 
 
-def test_compiles_without_graph_breaks(triton_device, compile_backend) -> None:
+def test_compiles_without_graph_breaks(triton_device) -> None:
     arguments = [a.to(triton_device) for a in draw((1, 3, 4, 5), "noise")]
-    compiled = torch.compile(dense_energy, fullgraph=True, backend=compile_backend)
+    compiled = torch.compile(dense_energy, fullgraph=True, backend=compile_backend(triton_device))
     for ours, plain in zip(
         energy_and_gradient(compiled, *arguments), energy_and_gradient(dense_energy, *arguments), strict=True
     ):

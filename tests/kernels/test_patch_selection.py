@@ -11,7 +11,7 @@ from torch import Tensor
 from fsr_fast import reference
 from fsr_fast.kernels import PatchSelection, top_k_mask, uncertain_mask, uncertain_mask_from_cam
 from fsr_fast.kernels.patch_selection import top_k_mask_op, uncertain_mask_from_cam_op, uncertain_mask_op
-from tests.kernels.helpers import permuted
+from tests.kernels.helpers import compile_backend, permuted
 
 SHAPES = [(2, 25, 40, 1, 10), (2, 61, 33, 80, 20), (1, 150, 72, 5, 60)]  # B, N, D, C, k
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -163,13 +163,13 @@ def test_torch_path_passes_opcheck(torch_path: None) -> None:
     torch.library.opcheck(uncertain_mask_op, (*inputs, 0, 0.2, 0.7))
 
 
-def test_compiles_as_one_graph(triton_device: torch.device, compile_backend: str) -> None:
+def test_compiles_as_one_graph(triton_device: torch.device) -> None:
     inputs = [value.to(triton_device) for value in features_case(2, 25, 40, 3)]
 
     def select(*inputs: Tensor) -> Tensor:
         return uncertain_mask(*inputs, k=10).mask.float() + uncertain_mask(*inputs, k=5).mask
 
-    compiled = torch.compile(select, fullgraph=True, backend=compile_backend)
+    compiled = torch.compile(select, fullgraph=True, backend=compile_backend(triton_device))
     assert torch.equal(compiled(*inputs), select(*inputs))
 
 

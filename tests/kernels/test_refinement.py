@@ -18,7 +18,7 @@ from fsr_fast.kernels.refinement import (
     refine_pseudo_labels_op,
 )
 from fsr_fast.kernels.refinement_kernels import launch_affinity, place_weights
-from tests.kernels.helpers import assert_close, permuted
+from tests.kernels.helpers import assert_close, compile_backend, permuted
 
 SHAPES = [(2, 3, 20, 17), (1, 1, 1, 9), (1, 80, 9, 1), (3, 2, 30, 31)]
 SMALL = [(2, 3, 5, 7), (1, 1, 1, 9), (1, 80, 9, 1), (1, 20, 11, 13)]  # the interpreter takes its time
@@ -147,27 +147,15 @@ def test_each_kind_of_label_occurs_in_these_tests() -> None:
     assert len(found) > 20
 
 
-def dead_slot_case(device: torch.device) -> Tensor:
+def test_dead_slots_are_never_read(path) -> None:
     images, (cams, classes, live) = draw_images("smooth", 2, 6, 5), draw_slots(2, 4, 6, 5)
     live = torch.tensor([[True, False, True, False], [False, True, False, False]])
-    clean = refine_pseudo_labels(
-        images.to(device), cams.to(device), classes.to(device), live.to(device), size=(12, 10), **FEW
-    )
+    clean = refine_pseudo_labels(images.to(path), cams.to(path), classes.to(path), live.to(path), size=(12, 10), **FEW)
     cams[~live] = float("nan")
     classes[~live] = 250
-    dirty = refine_pseudo_labels(
-        images.to(device), cams.to(device), classes.to(device), live.to(device), size=(12, 10), **FEW
-    )
+    dirty = refine_pseudo_labels(images.to(path), cams.to(path), classes.to(path), live.to(path), size=(12, 10), **FEW)
     assert torch.equal(clean, dirty)
-    return clean
-
-
-def test_dead_slots_are_never_read(torch_path) -> None:
-    assert dead_slot_case(torch.device("cpu")).unique().numel() > 1
-
-
-def test_dead_slots_are_never_read_by_the_kernels(triton_device) -> None:
-    assert dead_slot_case(triton_device).unique().numel() > 1
+    assert clean.unique().numel() > 1
 
 
 def label_constant_cams(device: torch.device, score: float, live: bool, **options: Any) -> Tensor:
@@ -177,21 +165,13 @@ def label_constant_cams(device: torch.device, score: float, live: bool, **option
     return refine_pseudo_labels(images, cams, classes, alive, size=(11, 10), **FEW, **options)
 
 
-def tie_cases(device: torch.device) -> None:
-    assert (label_constant_cams(device, 0.9, live=False) == 0).all(), "no class is present"
-    assert (label_constant_cams(device, 0.5, live=True) == 255).all(), "between the thresholds"
-    assert (label_constant_cams(device, 0.5, live=True, ignore_index=99) == 99).all(), "between the thresholds"
-    assert (label_constant_cams(device, 0.9, live=True) == 8).all(), "of equal classes the first slot"
-    assert (label_constant_cams(device, 0.7, live=True, low=0.7) == 0).all(), "equal to the background"
-    assert (label_constant_cams(device, 0.7, live=True) == 255).all(), "equal to the high background"
-
-
-def test_of_equal_channels_the_lowest_wins(torch_path) -> None:
-    tie_cases(torch.device("cpu"))
-
-
-def test_of_equal_channels_the_lowest_wins_in_the_kernels(triton_device) -> None:
-    tie_cases(triton_device)
+def test_of_equal_channels_the_lowest_wins(path) -> None:
+    assert (label_constant_cams(path, 0.9, live=False) == 0).all(), "no class is present"
+    assert (label_constant_cams(path, 0.5, live=True) == 255).all(), "between the thresholds"
+    assert (label_constant_cams(path, 0.5, live=True, ignore_index=99) == 99).all(), "between the thresholds"
+    assert (label_constant_cams(path, 0.9, live=True) == 8).all(), "of equal classes the first slot"
+    assert (label_constant_cams(path, 0.7, live=True, low=0.7) == 0).all(), "equal to the background"
+    assert (label_constant_cams(path, 0.7, live=True) == 255).all(), "equal to the high background"
 
 
 def photographs(names: Sequence[str], folder: Path, crop: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -247,22 +227,15 @@ def test_kernels_label_photographs_like_the_reference(triton_device, voc_animals
     assert share_equal(labels, expected) >= 0.9999
 
 
-def test_operators_pass_opcheck(triton_device) -> None:
-    images = permuted(draw_images("noise", 1, 4, 5)).to(triton_device)
-    cams, classes, live = (one.to(triton_device) for one in draw_slots(1, 2, 4, 5))
+def test_operators_pass_opcheck(path) -> None:
+    images = permuted(draw_images("noise", 1, 4, 5)).to(path)
+    cams, classes, live = (one.to(path) for one in draw_slots(1, 2, 4, 5))
     torch.library.opcheck(pixel_adaptive_refinement_op, (images, permuted(cams), 1, [1]))
     settings = ([0.7, 0.25], [8, 11], 1, [1], 255)
     torch.library.opcheck(refine_pseudo_labels_op, (images, permuted(cams), classes, live, *settings))
 
 
-def test_torch_path_passes_opcheck(torch_path) -> None:
-    images, (cams, classes, live) = permuted(draw_images("noise", 2, 4, 5)), draw_slots(2, 2, 4, 5)
-    torch.library.opcheck(pixel_adaptive_refinement_op, (images, permuted(cams), 1, [1]))
-    settings = ([0.7, 0.25], [8, 11], 1, [1], 255)
-    torch.library.opcheck(refine_pseudo_labels_op, (images, permuted(cams), classes, live, *settings))
-
-
-def test_compiles_without_graph_breaks(triton_device, compile_backend) -> None:
+def test_compiles_without_graph_breaks(triton_device) -> None:
     arguments = [a.to(triton_device) for a in (draw_images("noise", 1, 5, 6), *draw_slots(1, 2, 5, 6))]
 
     def run(images: Tensor, cams: Tensor, classes: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
@@ -270,7 +243,9 @@ def test_compiles_without_graph_breaks(triton_device, compile_backend) -> None:
         return labels, pixel_adaptive_refinement(images, cams, **FEW) + 1
 
     for ours, plain in zip(
-        torch.compile(run, fullgraph=True, backend=compile_backend)(*arguments), run(*arguments), strict=True
+        torch.compile(run, fullgraph=True, backend=compile_backend(triton_device))(*arguments),
+        run(*arguments),
+        strict=True,
     ):
         torch.testing.assert_close(ours, plain)
 

@@ -13,7 +13,7 @@ from fsr_fast.kernels.segmentation import segmentation_terms_op
 from fsr_fast.method.losses import segmentation_loss
 from fsr_fast.reference import segmentation_loss as reference_loss
 from fsr_fast.reference import segmentation_sums as reference_sums
-from tests.kernels.helpers import assert_close, assert_low_precision, gradients, leaf, permuted
+from tests.kernels.helpers import assert_close, assert_low_precision, compile_backend, gradients, leaf, permuted
 
 IGNORE = 255
 SHAPES = (  # B, C + 1, h, w, H, W
@@ -105,13 +105,8 @@ def test_loss_counts_an_empty_set_as_zero(label: int | None, triton_device: torc
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("path", ["triton", "torch"])
-def test_low_precision_is_as_exact_as_torch(
-    dtype: torch.dtype, path: str, triton_device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if path == "torch":
-        monkeypatch.setenv("FSR_KERNELS", "torch")
-    logits, labels = arguments((1, 21, 1, 2, 3, 9), dtype, triton_device)
+def test_low_precision_is_as_exact_as_torch(dtype: torch.dtype, path: torch.device) -> None:
+    logits, labels = arguments((1, 21, 1, 2, 3, 9), dtype, path)
     ours = run(segmentation_sums, logits, labels)
     low = run(reference_sums, leaf(logits), labels)
     truth = run(reference_sums, leaf(logits.float()), labels)
@@ -175,14 +170,9 @@ def test_operator_is_registered_rightly(triton_device: torch.device) -> None:
     torch.library.opcheck(segmentation_terms_op, (logits.detach(), labels, IGNORE, False))
 
 
-@pytest.mark.parametrize("path", ["triton", "torch"])
-def test_loss_compiles_into_one_graph(
-    path: str, triton_device: torch.device, compile_backend: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if path == "torch":
-        monkeypatch.setenv("FSR_KERNELS", "torch")
-    logits, labels = arguments((1, 3, 2, 1, 4, 3), device=triton_device)
-    compiled = torch.compile(segmentation_loss, fullgraph=True, backend=compile_backend)
+def test_loss_compiles_into_one_graph(path: torch.device) -> None:
+    logits, labels = arguments((1, 3, 2, 1, 4, 3), device=path)
+    compiled = torch.compile(segmentation_loss, fullgraph=True, backend=compile_backend(path))
     loss, expected = compiled(logits, labels), segmentation_loss(logits, labels)
     assert_close(loss, expected)
     assert_close(gradients(loss, [logits])[0], gradients(expected, [logits])[0])
