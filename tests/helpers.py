@@ -1,6 +1,7 @@
 """What the tests of the trainer share: a tiny data set in PASCAL VOC layout, and a tiny network's recipe."""
 
 import copy
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor
 from fsr_fast.config import Config, build_config
 from fsr_fast.method.step import FSRStep
 from fsr_fast.models import Network, build_network
+from fsr_fast.trainer import Trainer
 
 CLASSES = ("red", "green", "blue")
 IMAGE_SIZE, PATCH, GRID, WIDTH, DEPTH = 32, 8, (4, 4), 32, 4
@@ -152,13 +154,19 @@ def float64() -> Iterator[None]:
     """Compute in float64 throughout, where a difference of 1e-9 tells a rounding error from a mistake.
 
     The fast path widens half precision by `.float()`, which would narrow float64, and divides whole numbers, which
-    gives the default dtype.
+    gives the default dtype. Batches of the trainer are widened; evaluations are not.
     """
-    widen, before = Tensor.float, torch.get_default_dtype()
+    widen, iterate, before = Tensor.float, Trainer._iterate, torch.get_default_dtype()
+
+    def iterate_wide(trainer, forward, batch):
+        views = tuple(view.double() for view in batch.views)
+        return iterate(trainer, forward, dataclasses.replace(batch, views=views))
+
     Tensor.float = lambda tensor: tensor if tensor.dtype == torch.float64 else widen(tensor)
+    Trainer._iterate = iterate_wide
     torch.set_default_dtype(torch.float64)
     try:
         yield
     finally:
-        Tensor.float = widen
+        Tensor.float, Trainer._iterate = widen, iterate
         torch.set_default_dtype(before)

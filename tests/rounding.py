@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map_only
 ROUNDED = re.compile(
     r"addmm|baddbmm|mm|bmm|mv|dot|convolution\w*|sum|mean|var|std|var_mean|std_mean|cumsum|prod|logsumexp|\w*norm\w*"
     r"|\w*softmax\w*|\w*_dot_product_\w*|_?upsample_\w*|\w*avg_pool2d|exp|expm1|log|log1p|pow|rsqrt|sin|cos|tanh|gelu\w*"
-    r"|softplus|sigmoid|log_sigmoid\w*|nll_loss\w*|scatter_add|index_add|lerp|addcmul|addcdiv"
+    r"|softplus|sigmoid|log_sigmoid\w*|nll_loss\w*|lerp|addcmul|addcdiv"
 )
 """Operations whose results differ among processors."""
 
@@ -34,7 +34,7 @@ FORMATS = {
 
 def disturb(value: Tensor, seed: int, units: int) -> Tensor:
     """Move every number of many bits by units in its last place, up or down."""
-    if value.dtype not in FORMATS or value.device.type != "cpu":
+    if value.dtype not in FORMATS or value.device.type != "cpu" or type(value) not in (Tensor, torch.nn.Parameter):
         return value
     integers, low, infinity = FORMATS[value.dtype]
     bits = value.detach().contiguous().view(integers)

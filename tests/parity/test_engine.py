@@ -9,6 +9,10 @@ from fsr_fast.runtime.distributed import Process
 from fsr_fast.trainer import Trainer
 from tests.helpers import OFFICIAL, values, write_dataset
 
+from .harness import KERNELS
+
+pytestmark = pytest.mark.usefixtures("precise")
+
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
@@ -16,7 +20,8 @@ def dataset(tmp_path_factory):
 
 
 @pytest.mark.parametrize("preset", [{}, OFFICIAL], ids=["paper", "official"])
-def test_a_run_by_the_reference_logs_the_losses_of_the_fast_run(preset, dataset, tmp_path):
+def test_a_run_by_the_reference_logs_the_losses_of_the_fast_run(preset, dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(Trainer, "_finish", lambda self: None)
     logged = {}
     for engine in ("fast", "reference"):
         change = {"run": {"engine": engine, "log_every": 1, "picture_every": 1}, "optim": {"iterations": 2}}
@@ -30,5 +35,4 @@ def test_a_run_by_the_reference_logs_the_losses_of_the_fast_run(preset, dataset,
         logged[engine] = [line for line in losses if line]
     assert len(logged["fast"]) == 2
     for ours, theirs in zip(logged["fast"], logged["reference"], strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-2)  # a few pixels may be labelled otherwise
-    assert logged["fast"][0] == pytest.approx(logged["reference"][0], rel=1e-5)
+        assert ours == pytest.approx(theirs, rel=1e-2 if KERNELS else 1e-9)

@@ -39,7 +39,7 @@ def test_a_folder_in_which_a_writer_is_killed_at_random_moments_is_always_readab
         found = ours.recv()
         assert found >= saved, "a checkpoint that was on disk is gone"
         if kill % 2:
-            ours.recv()  # lives that save something, and lives that may end before
+            found = ours.recv()  # lives that save something, and lives that may end before
         time.sleep(draws.uniform(0, 0.05))
         process.kill()
         process.join()
