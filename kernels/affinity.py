@@ -21,13 +21,12 @@ BAND = 512  # rows of S that the torch path holds at a time
 
 
 class _Band(NamedTuple):
-    """Rows of S of one image on the torch path; only patches of known label."""
+    """Rows of pairs of one image, patches of known label alone."""
 
     image: int
     rows: slice
     patches: Tensor
     unit: Tensor
-    similarity: Tensor
     same: Tensor
 
 
@@ -38,37 +37,45 @@ def _prepare_torch(features: Tensor, labels: Tensor, ignore_index: int) -> tuple
 
 
 def _bands(features: Tensor, labels: Tensor, order: Tensor, inverse: Tensor) -> Iterator[_Band]:
-    for b in range(features.shape[0]):
-        known = order[b, : int((inverse[b] != NO_NORM).sum())]
-        unit = features[b, known].to(inverse.dtype) * inverse[b, : len(known), None]
-        for start in range(0, len(known), BAND):
-            rows = slice(start, min(start + BAND, len(known)))
-            similarity = unit[rows] @ unit.T
-            similarity[:, start:].fill_diagonal_(0)  # a patch is no pair with itself
-            same = labels[b, known[rows], None] == labels[b, known]
-            yield _Band(b, rows, known[rows], unit, similarity, same)
+    for b, size in enumerate((inverse != NO_NORM).sum(1).tolist()):
+        known = order[b, :size]
+        unit = features[b, known].to(inverse.dtype) * inverse[b, :size, None]
+        label = labels[b, known]
+        for start in range(0, size, BAND):
+            rows = slice(start, min(start + BAND, size))
+            yield _Band(b, rows, known[rows], unit, label[rows, None] == label)
 
 
-def _sums_torch(features: Tensor, labels: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-    sums = features.new_zeros(4, dtype=torch.float64)
+def _sums_torch(features: Tensor, labels: Tensor, ignore_index: int, with_gradient: bool) -> tuple[Tensor, ...]:
+    order, inverse = _prepare_torch(features, labels, ignore_index)
+    B, N = labels.shape
+    rows = inverse.new_zeros((B, N, 2) if with_gradient else (0, 0, 2))
+    signs = inverse.new_zeros((B, N, N) if with_gradient else 0, dtype=torch.int8)
+    sums = inverse.new_zeros(4, dtype=torch.float64)
     for band in _bands(features, labels, order, inverse):
-        size = len(band.patches)
-        same_count = band.same.sum() - size
-        similarity = band.similarity.abs_()
-        sums[0] += similarity.masked_fill(~band.same, 0).sum()
+        similarity = band.unit[band.rows] @ band.unit.T
+        similarity[:, band.rows].fill_diagonal_(0)  # a patch is no pair with itself
+        if with_gradient:
+            signs[band.image, band.rows, : len(band.unit)] = similarity.sign()
+        similarity.abs_()
+        row_sums = torch.stack(((similarity * band.same).sum(1), similarity.masked_fill_(band.same, 0).sum(1)), dim=1)
+        if with_gradient:
+            rows[band.image, band.rows] = row_sums
+        same_count = band.same.sum() - len(band.patches)
+        sums[::2] += row_sums.sum(0)
         sums[1] += same_count
-        sums[2] += similarity.masked_fill_(band.same, 0).sum()
-        sums[3] += size * (len(band.unit) - 1) - same_count
-    return sums.to(inverse.dtype)
+        sums[3] += len(band.patches) * (len(band.unit) - 1) - same_count
+    return sums.to(inverse.dtype), order, inverse, rows, signs
 
 
-def _backward_torch(gradient: Tensor, features: Tensor, labels: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+def _backward_torch(gradient: Tensor, features: Tensor, labels: Tensor, *found: Tensor) -> Tensor:
+    order, inverse, rows, signs = found
     result = torch.zeros_like(features, memory_format=torch.contiguous_format)
     for band in _bands(features, labels, order, inverse):
-        weight = 2 * band.similarity.sign() * torch.where(band.same, gradient[0], gradient[2])
+        weight = torch.where(band.same, gradient[0], gradient[2]).mul_(signs[band.image, band.rows, : len(band.unit)])
         scale = inverse[band.image, band.rows, None]
-        along = (weight * band.similarity).sum(1, keepdim=True).masked_fill(scale >= 1 / EPS, 0)
-        change = (weight @ band.unit - along * band.unit[band.rows]) * scale
+        along = (rows[band.image, band.rows] @ gradient[::2])[:, None].masked_fill(scale >= 1 / EPS, 0)
+        change = (weight @ band.unit).sub_(along * band.unit[band.rows]).mul_(2 * scale)
         result[band.image, band.patches] = change.to(result.dtype)
     return result
 
@@ -81,35 +88,43 @@ def _sum_dtype(tensor: Tensor) -> torch.dtype:
 
 
 @torch.library.custom_op("fsr::affinity_sums", mutates_args=())
-def affinity_sums_op(features: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Registered form of :func:`affinity_sums`: the sums, the list of patches (known first), 1 / norm in its order."""
-    if use_triton(features):
-        return launch_sums(features, labels, ignore_index)
-    order, inverse = _prepare_torch(features, labels, ignore_index)
-    return _sums_torch(features, labels, order, inverse), order, inverse
+def affinity_sums_op(
+    features: Tensor, labels: Tensor, ignore_index: int, with_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Registered form of :func:`affinity_sums`.
+
+    Returns:
+        The sums (4,); the list of patches (B,N) int32, known first; in its order 1 / norm (B,N), and, empty without
+        gradient, sums of the rows (B,N,2) over patches of the same label and over the others, and the pairs' signs
+        (B,N,N) int8.
+    """
+    return (launch_sums if use_triton(features) else _sums_torch)(features, labels, ignore_index, with_gradient)
 
 
 @affinity_sums_op.register_fake
-def _(features, labels, ignore_index):
+def _(features, labels, ignore_index, with_gradient):
     exact = _sum_dtype(features)
+    (B, N), some = labels.shape, int(with_gradient)
     return (
         features.new_empty(4, dtype=exact),
-        labels.new_empty(labels.shape, dtype=torch.int32),
-        features.new_empty(labels.shape, dtype=exact),
+        labels.new_empty((B, N), dtype=torch.int32),
+        features.new_empty((B, N), dtype=exact),
+        features.new_empty((some * B, some * N, 2), dtype=exact),
+        features.new_empty((B, N, N) if with_gradient else 0, dtype=torch.int8),
     )
 
 
 @torch.library.custom_op("fsr::affinity_sums_backward", mutates_args=())
 def affinity_sums_backward_op(
-    gradient: Tensor, features: Tensor, labels: Tensor, order: Tensor, inverse: Tensor
+    gradient: Tensor, features: Tensor, labels: Tensor, order: Tensor, inverse: Tensor, rows: Tensor, signs: Tensor
 ) -> Tensor:
-    """Gradient of the features from that of the four sums."""
+    """Gradient of the features from that of the four sums and the results of the forward pass."""
     backward = launch_backward if use_triton(features) else _backward_torch
-    return backward(gradient, features, labels, order, inverse)
+    return backward(gradient, features, labels, order, inverse, rows, signs)
 
 
 @affinity_sums_backward_op.register_fake
-def _(gradient, features, labels, order, inverse):
+def _(gradient, features, *_):
     return features.new_empty(features.shape)
 
 
@@ -117,13 +132,13 @@ def _(gradient, features, labels, order, inverse):
 
 
 def _setup_context(ctx, inputs, output):
-    features, labels, _ = inputs
+    features, labels, *_ = inputs
     ctx.save_for_backward(features, labels, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
 
 
 def _backward(ctx, gradient, *_):
-    return affinity_sums_backward_op(gradient, *ctx.saved_tensors), None, None
+    return affinity_sums_backward_op(gradient, *ctx.saved_tensors), None, None, None
 
 
 affinity_sums_op.register_autograd(_backward, setup_context=_setup_context)
@@ -136,7 +151,7 @@ def affinity_sums(features: Tensor, labels: Tensor, *, ignore_index: int = 255) 
     """Sum |cosine similarity| over all pairs of patches with equal and with different labels.
 
     Args:
-        features: (B, N, D) fp32, bf16 or fp16 (fp64 on the torch path).
+        features: (B, N, D) fp32, bf16 or fp16 (fp64 on the torch path); the kernels take them in autocast's dtype.
         labels: (B, N) integer: 0 background, 1..C classes, ``ignore_index`` unknown.
         ignore_index: label of the patches that take no part.
 
@@ -155,4 +170,8 @@ def affinity_sums(features: Tensor, labels: Tensor, *, ignore_index: int = 255) 
     require_dtype("features", features, (*FEATURE_DTYPES, torch.float64))
     require_dtype("labels", labels, (torch.int64, torch.int32, torch.uint8))
     require_same_device(features=features, labels=labels)
-    return affinity_sums_op(features, labels, ignore_index)[0]
+    device = features.device.type
+    if use_triton(features) and torch.is_autocast_enabled(device):
+        features = features.to(torch.get_autocast_dtype(device))
+    with_gradient = torch.is_grad_enabled() and features.requires_grad
+    return affinity_sums_op(features, labels, ignore_index, with_gradient)[0]

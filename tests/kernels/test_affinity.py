@@ -52,6 +52,15 @@ def test_kernel_errs_little_in_low_precision(dtype: torch.dtype, triton_device: 
     assert_low_precision(actual[1], low[1], truth[1], atol=1e-6, label="gradient")
 
 
+def test_kernels_follow_autocast(triton_device: torch.device) -> None:
+    features, labels = (value.to(triton_device) for value in case(2, 25, 40))
+    expected = sums_and_gradient(affinity_sums, features.bfloat16(), labels)
+    with torch.autocast(triton_device.type, dtype=torch.bfloat16):
+        sums, gradient = sums_and_gradient(affinity_sums, features, labels)
+    assert torch.equal(sums, expected[0])
+    assert torch.equal(gradient, expected[1].float())
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_kernel_agrees_with_the_reference_at_full_size(dtype: torch.dtype) -> None:
@@ -133,17 +142,21 @@ def test_ignored_patch_has_no_influence(triton_device: torch.device) -> None:
     assert gradient[labels != -7].any(1).all()
 
 
+def check_operators(device: torch.device) -> None:
+    features, labels = (permuted(value.to(device)) for value in case(2, 20, 24))
+    torch.library.opcheck(affinity_sums_op, (features, labels, 255, False))
+    torch.library.opcheck(affinity_sums_op, (features.requires_grad_(), labels, 255, True))
+    _, *found = affinity_sums_op(features.detach(), labels, 255, True)
+    gradient = torch.ones((), device=device).expand(4)
+    torch.library.opcheck(affinity_sums_backward_op, (gradient, features.detach(), labels, *found))
+
+
 def test_operators_pass_opcheck_on_permuted_layouts(triton_device: torch.device) -> None:
-    features, labels = (permuted(value.to(triton_device)) for value in case(2, 20, 24))
-    torch.library.opcheck(affinity_sums_op, (features.requires_grad_(), labels, 255))
-    _, order, inverse = affinity_sums_op(features.detach(), labels, 255)
-    gradient = torch.ones((), device=triton_device).expand(4)
-    torch.library.opcheck(affinity_sums_backward_op, (gradient, features.detach(), labels, order, inverse))
+    check_operators(triton_device)
 
 
 def test_torch_path_passes_opcheck(torch_path: None) -> None:
-    features, labels = (permuted(value) for value in case(2, 20, 24))
-    torch.library.opcheck(affinity_sums_op, (features.requires_grad_(), labels, 255))
+    check_operators(torch.device("cpu"))
 
 
 def test_compiles_as_one_graph(triton_device: torch.device) -> None:
