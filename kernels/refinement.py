@@ -24,9 +24,8 @@ from .refinement_kernels import (
     EPSILON,
     PLACE_WEIGHT,
     ROUNDING,
-    launch_affinity,
     launch_labels,
-    launch_refinement,
+    launch_maps,
     neighbour_offsets,
     place_weights,
 )
@@ -147,11 +146,7 @@ def pixel_adaptive_refinement_op(images: Tensor, maps: Tensor, iterations: int, 
         return maps.new_empty(maps.shape, dtype=dtype)
     if use_triton(images):
         _require_single_precision(images, maps)
-        B, M, h, w = maps.shape
-        live = torch.ones(B, M, dtype=torch.bool, device=maps.device)
-        planes = maps.to(torch.float32, memory_format=torch.contiguous_format, copy=True).flatten(2)
-        affinity = launch_affinity(images, dilations)
-        return launch_refinement(affinity, planes, live, w, iterations, dilations).view(B, M, h, w)
+        return launch_maps(images, maps, iterations, dilations)
     affinity = _affinity_planes(_to_planes(images, dtype), dilations)
     refined = _refine_planes(affinity, _to_planes(maps, dtype), iterations, dilations)
     return refined.permute(3, 0, 1, 2).contiguous()

@@ -1,9 +1,10 @@
 """Affinity, label softmax, iteration, labels: the Triton kernels of pixel-adaptive refinement.
 
-Affinities are (B, n, h * w), maps (B, P, h * w), both float32: neighbouring threads hold neighbouring pixels.
+A thread holds a pixel. Its neighbours' colours, or the values of a group of G maps, lie side by side and come with one
+load of 16 bytes: colours (B, h * w, 4), maps (B, groups, h * w, G), both float32. Affinities are (B, n, h * w) float32.
+The places of the 8 neighbours of one dilation share their rows and columns, beyond the border the border's pixel.
 
-Legend: B batch, M class slots, P maps (of both background scores), H W pixels, h w pixels of the halved image,
-n neighbours.
+Legend: B batch, M class slots, H W pixels, h w pixels of the halved image, n neighbours, G maps of a group.
 """
 
 import functools
@@ -22,101 +23,105 @@ EPSILON = 1e-8
 _PLACE_SCALE = 0.3
 _DIRECTIONS = ((-1, -1), (-1, 0), (-1, 1), (0, -1), (0, 1), (1, -1), (1, 0), (1, 1))
 ROUNDING = 32  # units in the last place of the channels' sum, by which a class must beat the background
-_MOST_MAPS = 8  # maps that one program refines for one load of an affinity; more take too many registers
-_UNROLL = 4  # affinities under way at a time: one alone would leave the memory waiting
 
 
 # --- kernels
 
 
 @triton.jit
-def _neighbour(offsets, index, row, column, h, w):
-    """Place of a neighbour in the flattened image; beyond the border the border's pixel repeats."""
-    y = row + tl.load(offsets + 2 * index)
-    x = column + tl.load(offsets + 2 * index + 1)
-    return tl.minimum(tl.maximum(y, 0), h - 1) * w + tl.minimum(tl.maximum(x, 0), w - 1)
+def _neighbour(row, column, dilation, direction: tl.constexpr, h, w):
+    """Place of one of the 8 neighbours at a dilation in the flattened image, in the order of `_DIRECTIONS`."""
+    cell: tl.constexpr = direction + direction // 4  # of a square of 9, whose middle is the pixel itself
+    y = tl.minimum(tl.maximum(row + dilation * (cell // 3 - 1), 0), h - 1)
+    x = tl.minimum(tl.maximum(column + dilation * (cell % 3 - 1), 0), w - 1)
+    return y * w + x
 
 
 @triton.jit
-def _colour(image, pixels, place, mask):
-    """Red, green and blue of some pixels of an image (3, pixels)."""
-    red = tl.load(image + place, mask=mask, other=0.0).to(tl.float32)
-    green = tl.load(image + pixels + place, mask=mask, other=0.0).to(tl.float32)
-    blue = tl.load(image + 2 * pixels + place, mask=mask, other=0.0).to(tl.float32)
-    return red, green, blue
+def _colours(image, place):
+    """Red, green, blue and 0 of some pixels of an image: (BLOCK, 4)."""
+    return tl.load(image + place[:, None] * 4 + tl.arange(0, 4)[None, :])
 
 
 @triton.jit
-def _affinity(images, offsets, place, affinity, h, w, N, colour_scale, epsilon, BLOCK: tl.constexpr):
-    """Affinities of a block of pixels. The neighbours' colours are read again in each pass: they lie in the L1."""
-    pixel, pixels = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), h * w
-    inside = pixel < pixels
-    row, column = pixel // w, pixel % w
-    image = images + tl.program_id(1).to(tl.int64) * 3 * pixels
-    target = affinity + tl.program_id(1).to(tl.int64) * N * pixels + pixel
-    mean_r, mean_g, mean_b = (tl.zeros([BLOCK], tl.float32),) * 3
-    for index in range(N):
-        r, g, b = _colour(image, pixels, _neighbour(offsets, index, row, column, h, w), inside)
-        mean_r, mean_g, mean_b = mean_r + r, mean_g + g, mean_b + b
-    mean_r, mean_g, mean_b = mean_r / N, mean_g / N, mean_b / N
-    var_r, var_g, var_b = (tl.zeros([BLOCK], tl.float32),) * 3
-    for index in range(N):
-        r, g, b = _colour(image, pixels, _neighbour(offsets, index, row, column, h, w), inside)
-        r, g, b = r - mean_r, g - mean_g, b - mean_b
-        var_r, var_g, var_b = var_r + r * r, var_g + g * g, var_b + b * b
-    scale_r = 1.0 / ((tl.sqrt(var_r / (N - 1)) + epsilon) * colour_scale)
-    scale_g = 1.0 / ((tl.sqrt(var_g / (N - 1)) + epsilon) * colour_scale)
-    scale_b = 1.0 / ((tl.sqrt(var_b / (N - 1)) + epsilon) * colour_scale)
-    own_r, own_g, own_b = _colour(image, pixels, pixel, inside)
+def _affinity(images, dilations, place, affinity, h, w, COUNT, colour_scale, epsilon, BLOCK: tl.constexpr):
+    """Affinities of a block of pixels. The neighbours' colours are read again in each pass: they lie in the L1.
+
+    Distances are scaled so that exp(-distance) is 2 to its power.
+    """
+    pixels = h * w
+    own_place = tl.minimum(tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), pixels - 1)  # some pixels twice, at the end
+    row, column = own_place // w, own_place % w
+    image = images + tl.program_id(1).to(tl.int64) * 4 * pixels
+    target = affinity + tl.program_id(1).to(tl.int64) * COUNT * 8 * pixels + own_place
+    mean = tl.zeros([BLOCK, 4], tl.float32)
+    for index in range(COUNT):
+        dilation = tl.load(dilations + index)
+        for direction in tl.static_range(8):
+            mean += _colours(image, _neighbour(row, column, dilation, direction, h, w))
+    mean = mean / (COUNT * 8)
+    variance = tl.zeros([BLOCK, 4], tl.float32)
+    for index in range(COUNT):
+        dilation = tl.load(dilations + index)
+        for direction in tl.static_range(8):
+            centred = _colours(image, _neighbour(row, column, dilation, direction, h, w)) - mean
+            variance += centred * centred
+    scale = 1.0 / ((tl.sqrt(variance / (COUNT * 8 - 1)) + epsilon) * colour_scale)
+    own = _colours(image, own_place)
     nearest = tl.full([BLOCK], float("inf"), tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
-    for index in range(N):
-        r, g, b = _colour(image, pixels, _neighbour(offsets, index, row, column, h, w), inside)
-        r, g, b = (r - own_r) * scale_r, (g - own_g) * scale_g, (b - own_b) * scale_b
-        distance = r * r + g * g + b * b
-        closer = tl.minimum(nearest, distance)
-        total = total * tl.exp(closer - nearest) + tl.exp(closer - distance)
-        nearest = closer
-    for index in range(N):
-        r, g, b = _colour(image, pixels, _neighbour(offsets, index, row, column, h, w), inside)
-        r, g, b = (r - own_r) * scale_r, (g - own_g) * scale_g, (b - own_b) * scale_b
-        weight = tl.exp(nearest - (r * r + g * g + b * b)) / total + tl.load(place + index)
-        tl.store(target, weight, mask=inside)
-        target += pixels
+    for index in range(COUNT):
+        dilation = tl.load(dilations + index)
+        for direction in tl.static_range(8):
+            change = (_colours(image, _neighbour(row, column, dilation, direction, h, w)) - own) * scale
+            distance = tl.sum(change * change, 1)
+            closer = tl.minimum(nearest, distance)
+            total = total * tl.exp2(closer - nearest) + tl.exp2(closer - distance)
+            nearest = closer
+    for index in range(COUNT):
+        dilation = tl.load(dilations + index)
+        for direction in tl.static_range(8):
+            change = (_colours(image, _neighbour(row, column, dilation, direction, h, w)) - own) * scale
+            weight = tl.exp2(nearest - tl.sum(change * change, 1)) / total + tl.load(place + index * 8 + direction)
+            tl.store(target, weight)
+            target += pixels
 
 
 @triton.jit
 def _refine(
-    affinity, maps, live, offsets, output, h, w, N, P, M, GROUP: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr
-):
-    """One iteration for a block of pixels of a group of maps; dead maps are neither read nor written."""
-    image, pixels = tl.program_id(2), h * w
-    pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    row, column = pixel // w, pixel % w
-    channel = tl.program_id(1) * GROUP + tl.arange(0, GROUP)
-    alive = tl.load(live + image * M + channel % M, mask=channel < P, other=0).to(tl.int32)
-    if tl.max(alive, 0) > 0:
-        inside = pixel < pixels
-        mask = (alive > 0)[:, None] & inside[None, :]
-        first = (image * P + channel).to(tl.int64)[:, None] * pixels
-        weights = affinity + image.to(tl.int64) * N * pixels + pixel
-        total = tl.zeros([GROUP, BLOCK], tl.float32)
-        for index in tl.range(0, N, loop_unroll_factor=UNROLL):
-            place = _neighbour(offsets, index, row, column, h, w)
-            weight = tl.load(weights, mask=inside, other=0.0)
-            total += weight[None, :] * tl.load(maps + first + place[None, :], mask=mask, other=0.0)
-            weights += pixels
-        tl.store(output + first + pixel[None, :], total, mask=mask)
+    affinity, maps, live, dilations, output, h, w, COUNT, M, SHARE: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One iteration for a block of pixels of a group of maps; groups without a live slot are left alone."""
+    image, pixels = tl.program_id(2).to(tl.int64), h * w
+    lane = tl.arange(0, GROUP)
+    slot = (tl.program_id(1) * GROUP + lane) // SHARE
+    if tl.max(tl.load(live + image * M + slot, mask=slot < M, other=0).to(tl.int32), 0) > 0:
+        own_place = tl.minimum(tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), pixels - 1)  # some twice, at the end
+        row, column = own_place // w, own_place % w
+        first = (image * tl.num_programs(1) + tl.program_id(1)) * pixels * GROUP
+        group = maps + first
+        weights = affinity + image * COUNT * 8 * pixels + own_place
+        total = tl.zeros([BLOCK, GROUP], tl.float32)
+        for index in range(COUNT):
+            dilation = tl.load(dilations + index)
+            for direction in tl.static_range(8):
+                place = _neighbour(row, column, dilation, direction, h, w)
+                total += tl.load(weights)[:, None] * tl.load(group + place[:, None] * GROUP + lane[None, :])
+                weights += pixels
+        tl.store(output + first + own_place[:, None] * GROUP + lane[None, :], total)
 
 
 @triton.jit
-def _foreground_softmax(cams, live, maps, high, low, pixels, M, BLOCK: tl.constexpr):
-    """Softmax over a constant background and the live slots, for both backgrounds; stores (B, 2 M, pixels)."""
+def _foreground_softmax(
+    cams, live, maps, high, low, pixels, M, GROUPS, GROUP: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Softmax over a constant background and the live slots; a slot's maps for both backgrounds lie side by side."""
     image = tl.program_id(1)
     pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = pixel < pixels
     source = cams + (image * M).to(tl.int64) * pixels + pixel
-    target = maps + (image * 2 * M).to(tl.int64) * pixels + pixel
+    target = maps + (image * GROUPS).to(tl.int64) * pixels * GROUP + pixel * GROUP
     top = tl.full([BLOCK], float("-inf"), tl.float32)
     for slot in range(M):
         mask = inside & (tl.load(live + image * M + slot) != 0)
@@ -127,11 +132,12 @@ def _foreground_softmax(cams, live, maps, high, low, pixels, M, BLOCK: tl.conste
         mask = inside & (tl.load(live + image * M + slot) != 0)
         score = tl.load(source + slot * pixels, mask=mask, other=float("-inf")).to(tl.float32)
         total_high, total_low = total_high + tl.exp(score - top_high), total_low + tl.exp(score - top_low)
-    for slot in range(M):
-        mask = inside & (tl.load(live + image * M + slot) != 0)
+    for slot in range(GROUPS * GROUP // 2):  # a dead slot's maps are 0, as are those beyond the last
+        mask = inside & (tl.load(live + image * M + slot, mask=slot < M, other=0) != 0)
         score = tl.load(source + slot * pixels, mask=mask, other=float("-inf")).to(tl.float32)
-        tl.store(target + slot * pixels, tl.exp(score - top_high) / total_high, mask=inside)
-        tl.store(target + (M + slot) * pixels, tl.exp(score - top_low) / total_low, mask=inside)
+        both = target + (2 * slot // GROUP) * pixels * GROUP + 2 * slot % GROUP
+        tl.store(both, tl.exp(score - top_high) / total_high, mask=inside)
+        tl.store(both + 1, tl.exp(score - top_low) / total_low, mask=inside)
 
 
 @triton.jit
@@ -143,12 +149,12 @@ def _taps(position, scale, length):
 
 
 @triton.jit
-def _resize(plane, top, bottom, left, right, down, across, w, mask):
-    """Bilinear samples of one map (h, w)."""
-    upper_left = tl.load(plane + top * w + left, mask=mask, other=0.0)
-    upper_right = tl.load(plane + top * w + right, mask=mask, other=0.0)
-    lower_left = tl.load(plane + bottom * w + left, mask=mask, other=0.0)
-    lower_right = tl.load(plane + bottom * w + right, mask=mask, other=0.0)
+def _resize(plane, top, bottom, left, right, down, across, mask):
+    """Bilinear samples of one map; rows and columns are given as their distance in memory."""
+    upper_left = tl.load(plane + top + left, mask=mask, other=0.0)
+    upper_right = tl.load(plane + top + right, mask=mask, other=0.0)
+    lower_left = tl.load(plane + bottom + left, mask=mask, other=0.0)
+    lower_right = tl.load(plane + bottom + right, mask=mask, other=0.0)
     upper = (1 - across) * upper_left + across * upper_right
     lower = (1 - across) * lower_left + across * lower_right
     return (1 - down) * upper + down * lower
@@ -156,23 +162,25 @@ def _resize(plane, top, bottom, left, right, down, across, w, mask):
 
 @triton.jit
 def _label(
-    maps, classes, live, labels, total, rounding, h, w, H, W, scale_y, scale_x, M, ignore_index, BLOCK: tl.constexpr
-):
+    maps, classes, live, labels, total, rounding, h, w, H, W, scale_y, scale_x, M, GROUPS, ignore_index,
+    GROUP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Resizes the slots of both backgrounds, lets the classes compete with what they leave, and merges the labels."""
     image = tl.program_id(1)
     pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = pixel < H * W
     top, bottom, down = _taps(pixel // W, scale_y, h)
     left, right, across = _taps(pixel % W, scale_x, w)
-    plane = maps + (image * 2 * M).to(tl.int64) * h * w
+    top, bottom, left, right = top * w * GROUP, bottom * w * GROUP, left * GROUP, right * GROUP
     best_high, best_low = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     left_high, left_low = tl.full([BLOCK], total, tl.float32), tl.full([BLOCK], total, tl.float32)
     label = tl.zeros([BLOCK], tl.int32)
     for slot in range(M):
         mask = inside & (tl.load(live + image * M + slot) != 0)
         value = tl.load(classes + image * M + slot).to(tl.int32) + 1
-        value_high = _resize(plane + slot * h * w, top, bottom, left, right, down, across, w, mask)
-        value_low = _resize(plane + (M + slot) * h * w, top, bottom, left, right, down, across, w, mask)
+        both = maps + (image * GROUPS + 2 * slot // GROUP).to(tl.int64) * h * w * GROUP + 2 * slot % GROUP
+        value_high = _resize(both, top, bottom, left, right, down, across, mask)
+        value_low = _resize(both + 1, top, bottom, left, right, down, across, mask)
         label = tl.where(value_high > best_high, value, label)
         best_high, best_low = tl.maximum(best_high, value_high), tl.maximum(best_low, value_low)
         left_high, left_low = left_high - value_high, left_low - value_low
@@ -217,17 +225,17 @@ def place_weights(dilations: Sequence[int]) -> list[float]:
 
 @functools.cache
 def neighbours_on(device: torch.device, dilations: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Copies the neighbours' offsets and place weights to a device, once.
+    """Copies the dilations and the neighbours' place weights to a device, once.
 
     Args:
         device: where the kernels run.
         dilations: distances of the 8 neighbours, in pixels.
 
     Returns:
-        Offsets (n, 2) int32 in pixels, weights (n) float32.
+        Dilations (n / 8) int32 in pixels, weights (n) float32.
     """
-    offsets = torch.tensor(neighbour_offsets(dilations), dtype=torch.int32, device=device)
-    return offsets, torch.tensor(place_weights(dilations), dtype=torch.float32, device=device)
+    distances = torch.tensor(dilations, dtype=torch.int32, device=device)
+    return distances, torch.tensor(place_weights(dilations), dtype=torch.float32, device=device)
 
 
 def launch_affinity(images: Tensor, dilations: Sequence[int]) -> Tensor:
@@ -242,15 +250,17 @@ def launch_affinity(images: Tensor, dilations: Sequence[int]) -> Tensor:
 
     Source: official code, pixel-adaptive refinement.
     """
-    images = images.contiguous()
     B, _, h, w = images.shape
-    offsets, place = neighbours_on(images.device, tuple(dilations))
-    affinity = torch.empty(B, len(place), h * w, dtype=torch.float32, device=images.device)
+    distances, place = neighbours_on(images.device, tuple(dilations))
+    colours = images.new_zeros((B, h * w, 4), dtype=torch.float32)
+    colours[:, :, :3] = images.flatten(2).mT
+    affinity = colours.new_empty(B, len(place), h * w)
     block, warps = pixel_config()
     with device_guard(images):
         _affinity[(triton.cdiv(h * w, block), B)](
-            images, offsets, place, affinity, h, w, len(place), COLOUR_SCALE, EPSILON, BLOCK=block, num_warps=warps
-        )
+            colours, distances, place, affinity, h, w, len(dilations), COLOUR_SCALE / math.sqrt(math.log2(math.e)), EPSILON,
+            BLOCK=block, num_warps=warps,
+        )  # fmt: skip
     return affinity
 
 
@@ -263,6 +273,11 @@ def pixel_config() -> tuple[int, int]:
     return 128, 4
 
 
+def group_size(maps: int) -> int:
+    """Maps that lie side by side: four are one load of 16 bytes."""
+    return min(4, next_power_of_2(maps))
+
+
 def launch_refinement(
     affinity: Tensor, maps: Tensor, live: Tensor, width: int, iterations: int, dilations: Sequence[int]
 ) -> Tensor:
@@ -270,28 +285,41 @@ def launch_refinement(
 
     Args:
         affinity: (B, n, h * w) float32.
-        maps: (B, P, h * w) float32, contiguous; overwritten.
-        live: (B, M) bool, contiguous; map p belongs to slot p % M.
+        maps: (B, groups, h * w, G) float32, contiguous; overwritten.
+        live: (B, M) bool, contiguous; the maps of slot m are m, or 2 m and 2 m + 1 where there are as many.
         width: w, in pixels.
         iterations: how often.
         dilations: distances of the 8 neighbours, in pixels.
 
     Returns:
-        (B, P, h * w) float32; what dead maps hold is left open.
+        (B, groups, h * w, G) float32; what dead maps hold is left open.
     """
-    B, P, pixels = maps.shape
-    offsets, place = neighbours_on(maps.device, tuple(dilations))
+    B, groups, pixels, group = maps.shape
+    distances, _ = neighbours_on(maps.device, tuple(dilations))
     following = torch.empty_like(maps)
     block, warps = pixel_config()
-    group = min(_MOST_MAPS, next_power_of_2(P))
+    share = 2 if groups * group >= 2 * live.shape[1] else 1
     with device_guard(maps):
         for _ in range(iterations):
-            _refine[(triton.cdiv(pixels, block), triton.cdiv(P, group), B)](
-                affinity, maps, live, offsets, following, pixels // width, width, len(place), P, live.shape[1],
-                GROUP=group, BLOCK=block, UNROLL=_UNROLL, num_warps=warps,
+            _refine[(triton.cdiv(pixels, block), groups, B)](
+                affinity, maps, live, distances, following, pixels // width, width, len(dilations), live.shape[1],
+                SHARE=share, GROUP=group, BLOCK=block, num_warps=warps,
             )  # fmt: skip
             maps, following = following, maps
     return maps
+
+
+def launch_maps(images: Tensor, maps: Tensor, iterations: int, dilations: Sequence[int]) -> Tensor:
+    """Results of ``fsr::pixel_adaptive_refinement`` for images (B, 3, h, w) and maps (B, M, h, w)."""
+    B, M, _, w = maps.shape
+    group = group_size(M)
+    groups = triton.cdiv(M, group)
+    packed = maps.new_zeros((B, groups * group, maps[0, 0].numel()), dtype=torch.float32)
+    packed[:, :M] = maps.flatten(2)
+    packed = packed.unflatten(1, (groups, group)).mT.contiguous()
+    live = torch.ones(B, groups * group, dtype=torch.bool, device=maps.device)
+    refined = launch_refinement(launch_affinity(images, dilations), packed, live, w, iterations, dilations)
+    return refined.mT.flatten(1, 2)[:, :M].unflatten(2, (-1, w)).contiguous()
 
 
 def launch_labels(
@@ -305,39 +333,27 @@ def launch_labels(
     dilations: Sequence[int],
     ignore_index: int,
 ) -> Tensor:
-    """Pseudo labels of checked maps, see ``refine_pseudo_labels``: softmax, affinity, iterations and labels.
-
-    Args:
-        images: (B, 3, h, w) float32, bfloat16 or float16.
-        cams: (B, M, h, w) of the same dtypes.
-        classes: (B, M) int64.
-        live: (B, M) bool.
-        backgrounds: high and low background score.
-        size: (H, W) in pixels.
-        iterations: of the refinement.
-        dilations: of the refinement, in pixels.
-        ignore_index: label of the pixels where the two disagree.
-
-    Returns:
-        (B, H, W) uint8.
-    """
+    """Results of ``fsr::refine_pseudo_labels``: softmax, affinity, iterations and labels."""
     cams, classes, live = cams.contiguous(), classes.contiguous(), live.contiguous()
     B, M, h, w = cams.shape
     H, W = size
+    group = group_size(2 * M)
+    groups = triton.cdiv(2 * M, group)
     labels = torch.empty(B, H, W, dtype=torch.uint8, device=cams.device)
-    maps = torch.empty(B, 2 * M, h * w, dtype=torch.float32, device=cams.device)
+    maps = torch.empty(B, groups, h * w, group, dtype=torch.float32, device=cams.device)
     affinity = launch_affinity(images, dilations)
     block, warps = pixel_config()
     total = (1 + PLACE_WEIGHT) ** iterations
     rounding = ROUNDING * torch.finfo(torch.float32).eps * total
     with device_guard(cams):
         _foreground_softmax[(triton.cdiv(h * w, block), B)](
-            cams, live, maps, backgrounds[0], backgrounds[1], h * w, M, BLOCK=block, num_warps=warps
-        )
+            cams, live, maps, backgrounds[0], backgrounds[1], h * w, M, groups,
+            GROUP=group, BLOCK=block, num_warps=warps,
+        )  # fmt: skip
         maps = launch_refinement(affinity, maps, live, w, iterations, dilations)
         _label[(triton.cdiv(H * W, block), B)](
-            maps, classes, live, labels, total, rounding, h, w, H, W, h / H, w / W, M, ignore_index,
-            BLOCK=block, num_warps=warps,
+            maps, classes, live, labels, total, rounding, h, w, H, W, h / H, w / W, M, groups, ignore_index,
+            GROUP=group, BLOCK=block, num_warps=warps,
         )  # fmt: skip
     return labels
 
@@ -346,21 +362,20 @@ def compile_cases() -> Iterator[CompileCase]:
     """Shipped configurations of the kernels, for the ahead-of-time compile test."""
     block, warps = pixel_config()
     pointers = {"images": "*fp32", "cams": "*fp32", "maps": "*fp32", "output": "*fp32", "affinity": "*fp32"}
-    pointers |= {"place": "*fp32", "offsets": "*i32", "live": "*i1", "classes": "*i64", "labels": "*u8"}
-    integers = dict.fromkeys(("h", "w", "H", "W", "P", "M", "pixels", "ignore_index"), "i32") | {"N": "i32:16"}
+    pointers |= {"place": "*fp32", "dilations": "*i32", "live": "*i1", "classes": "*i64", "labels": "*u8"}
+    integers = dict.fromkeys(("h", "w", "H", "W", "M", "COUNT", "GROUPS", "pixels", "ignore_index"), "i32")
     floats = ("colour_scale", "epsilon", "high", "low", "total", "rounding", "scale_y", "scale_x")
     types = pointers | integers | dict.fromkeys(floats, "fp32")
 
     def case(name: str, kernel: Any, main: bool = False, kind: str = "fp32", **constants: int) -> CompileCase:
         constants["BLOCK"] = block
         signature = {argument: types[argument] for argument in kernel.arg_names if argument not in constants}
-        signature |= {argument: f"*{kind}" for argument in ("images", "cams") if argument in signature}
+        signature |= {argument: f"*{kind}" for argument in ("cams",) if argument in signature}
         return CompileCase(name, kernel, signature, constants, num_warps=warps, main=main)
 
-    for image_kind in ("fp32", "bf16"):
-        yield case(f"affinity {image_kind}", _affinity, main=image_kind == "fp32", kind=image_kind)
-    for group in (2, _MOST_MAPS):
-        yield case(f"refine {group} maps", _refine, main=group == _MOST_MAPS, GROUP=group, UNROLL=_UNROLL)
-    yield case("softmax fp32", _foreground_softmax, main=True)
-    yield case("softmax bf16", _foreground_softmax, kind="bf16")
-    yield case("label", _label, main=True)
+    yield case("affinity", _affinity, main=True)
+    for group in (2, 4):
+        yield case(f"refine {group} maps", _refine, main=group == 4, GROUP=group, SHARE=2)
+    yield case("softmax fp32", _foreground_softmax, main=True, GROUP=4)
+    yield case("softmax bf16", _foreground_softmax, kind="bf16", GROUP=4)
+    yield case("label", _label, main=True, GROUP=4)
