@@ -19,7 +19,7 @@ from fsr_fast.engine import build_step
 from fsr_fast.errors import UserError
 from fsr_fast.evaluation.evaluator import Evaluation, evaluate_network
 from fsr_fast.method.optim import build_optimiser, fill_missing_gradients, set_learning_rate
-from fsr_fast.method.schedules import schedule_at
+from fsr_fast.method.schedules import reaches_all, schedule_at
 from fsr_fast.method.step import StepOutput
 from fsr_fast.models.build import build_network, without_start
 from fsr_fast.models.pretrained import StartWeights, describe_start
@@ -123,7 +123,7 @@ class Trainer:
                 run = self.config.run
                 mirror = open_mirror(run.wandb, run.output, self.config.model_dump(mode="json"))
                 self.tracker = Tracker(run.output, iteration=self.iteration, mirror=mirror)
-            self._train(distribute(self.step, self.process))
+            self._train(distribute(self.step, self.process, all_reached=reaches_all(self.config, self.iteration)))
             return self._finish()
 
     def close(self) -> None:

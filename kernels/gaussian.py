@@ -191,8 +191,8 @@ def gaussian_filter(features: Tensor, values: Tensor) -> Tensor:
     """Sums the values of all pixels, weighing each by its nearness: Σ_j exp(-½ |f_i - f_j|²) v_j, pair i = j included.
 
     The sum is not normalised: filter a channel of ones to normalise. No gradient. Distances are float32; the Triton
-    kernels multiply weights and values on the matrix units in TF32, whose result is within 2⁻¹⁰ of the exact sum for
-    values of one sign.
+    kernels multiply weights and values on the matrix units, which cut both off to TF32: for values of one sign the
+    result is below the exact sum by less than 2⁻⁹ of it.
 
     Args:
         features: (B, F, P) float32 or float64, in standard deviations; F is 2 or 5 in the Triton kernels.

@@ -256,10 +256,10 @@ def launch_affinity(images: Tensor, dilations: Sequence[int]) -> Tensor:
     colours[:, :, :3] = images.flatten(2).mT
     affinity = colours.new_empty(B, len(place), h * w)
     block, warps = pixel_config()
+    scale = COLOUR_SCALE / math.sqrt(math.log2(math.e))
     with device_guard(images):
         _affinity[(triton.cdiv(h * w, block), B)](
-            colours, distances, place, affinity, h, w, len(dilations), COLOUR_SCALE / math.sqrt(math.log2(math.e)), EPSILON,
-            BLOCK=block, num_warps=warps,
+            colours, distances, place, affinity, h, w, len(dilations), scale, EPSILON, BLOCK=block, num_warps=warps
         )  # fmt: skip
     return affinity
 

@@ -1,5 +1,7 @@
 """Options that change how the step is computed, and not what."""
 
+from unittest import mock
+
 import pytest
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -7,10 +9,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fsr_fast.engine import build_step
 from fsr_fast.errors import UserError
-from fsr_fast.method.schedules import schedule_at
+from fsr_fast.method.schedules import reaches_all, schedule_at
 from fsr_fast.method.step import FSRStep, StepOutput
 from fsr_fast.models.block import run_block
 from fsr_fast.models.float8 import linear_float8
+from fsr_fast.runtime.distributed import distribute
 from tests import helpers
 from tests.helpers import OFFICIAL
 
@@ -94,6 +97,21 @@ def test_processes_that_share_gradients_compile_whole_blocks(graphs, monkeypatch
     finally:
         torch.distributed.destroy_process_group()
     assert len(graphs) == 2  # and not one for each of DDP's buckets
+
+
+@pytest.mark.parametrize("changes", [({},), (OFFICIAL,), ({"model": {"aggregation": "gap"}},)], ids=str)
+def test_processes_search_for_no_unused_parameter_where_the_losses_reach_all(changes):
+    step = build({"loss": {"segmentation_start": 0}}, *changes)
+    process = mock.Mock(world_size=2, device=torch.device("cpu"))
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        shared = distribute(step, process, all_reached=reaches_all(step.config, LATE))
+        assert not shared.find_unused_parameters
+        for _ in range(2):  # the second iteration fails where a gradient of the first was missing
+            draws = step.draw(2, helpers.generator(0))
+            shared(helpers.views(2), helpers.labels(2), draws, schedule_at(step.config, LATE)).loss.backward()
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_a_compiled_block_is_given_the_boundaries_of_the_images(graphs, monkeypatch):

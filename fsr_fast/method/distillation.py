@@ -93,8 +93,9 @@ class Distillation(nn.Module):
     def _move(self, centre: Tensor, vector: Tensor, teacher: Projector) -> None:
         # The mean of the logits is the logit of the mean vector: the prototypes are linear.
         vector = sum_over_ranks(vector.float()) / world_size()
-        logits = F.linear(vector, F.normalize(teacher.head, dim=-1))
-        centre.lerp_(logits.float(), 1 - self.centre_momentum)
+        with torch.autocast(vector.device.type, enabled=False):  # a temperature of 0.04 magnifies what rounding adds
+            logits = F.linear(vector, F.normalize(teacher.head, dim=-1))
+        centre.lerp_(logits, 1 - self.centre_momentum)
 
 
 def gather_tokens(tokens: Tensor, index: Tensor) -> Tensor:

@@ -44,6 +44,12 @@ def schedule_at(config: Config, iteration: int) -> Schedule:
     )
 
 
+def reaches_all(config: Config, iteration: int) -> bool:
+    """Return whether the losses reach every parameter of the network in this iteration and all later ones."""
+    weights = schedule_at(config, iteration).weights
+    return min(weights.uncertain, weights.class_token, max(weights.segmentation, weights.energy)) > 0
+
+
 def learning_rate_factor(iteration: int, iterations: int, warmup: int, warmup_factor: float) -> float:
     """Linear warm-up from `warmup_factor` to 1, then half a cosine to 0."""
     if iteration < warmup:

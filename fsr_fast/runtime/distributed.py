@@ -70,13 +70,25 @@ def wait_for_all() -> None:
         dist.barrier()
 
 
-def distribute(step: torch.nn.Module, process: Process) -> torch.nn.Module:
-    """Let the processes share the gradients of a step; alone, or sharded, it stays as it is."""
+def distribute(step: torch.nn.Module, process: Process, *, all_reached: bool) -> torch.nn.Module:
+    """Let the processes share the gradients of a step; alone, or sharded, it stays as it is.
+
+    Args:
+        step: the step.
+        process: this process.
+        all_reached: every parameter gets a gradient in every iteration. DDP then need not search the graph for those
+            that get none, such as those of a stage that a weight of 0 switches off.
+    """
     if process.world_size == 1 or isinstance(step, FSDPModule):
         return step
     devices = [process.device] if process.device.type == "cuda" else None
-    # stages that a weight of 0 switches off leave parameters without gradient
-    return DistributedDataParallel(step, device_ids=devices, broadcast_buffers=False, find_unused_parameters=True)
+    return DistributedDataParallel(
+        step,
+        device_ids=devices,
+        broadcast_buffers=False,
+        find_unused_parameters=not all_reached,
+        gradient_as_bucket_view=True,
+    )
 
 
 def world_size() -> int:

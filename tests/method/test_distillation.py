@@ -144,6 +144,16 @@ def test_the_class_centre_moves_by_a_tenth_to_the_mean_of_the_teacher_s_class_lo
     assert torch.equal(module.patch_centre, patch_centre)
 
 
+def test_centres_move_in_float32_under_autocast():
+    teacher, moved = vectors(B, seed=1), []
+    for half in (False, True):
+        module = distillation()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
+            module.class_loss(vectors(B), teacher, HEADS, 0.05)
+        moved.append(module.class_centre)
+    assert torch.equal(*moved)
+
+
 def test_centres_are_part_of_the_state():
     assert set(distillation().state_dict()) == {"patch_centre", "class_centre"}
 

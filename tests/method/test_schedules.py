@@ -2,8 +2,22 @@ import pytest
 
 from fsr_fast import reference
 from fsr_fast.config import CONFIG_FOLDER, load_config
-from fsr_fast.method.schedules import learning_rate_factor, momentum, schedule_at, teacher_temperature
+from fsr_fast.method.schedules import learning_rate_factor, momentum, reaches_all, schedule_at, teacher_temperature
 from tests import helpers
+
+
+@pytest.mark.parametrize(
+    ("loss", "iteration", "expected"),
+    [
+        ({"segmentation_start": 5}, 4, False),
+        ({"segmentation_start": 5}, 5, True),
+        ({"class_token": 0.0}, 5, False),
+        ({"uncertain": 0.0}, 5, False),
+        ({"affinity": 0.0}, 5, True),  # it has no parameters of its own
+    ],
+)
+def test_losses_that_are_on_reach_all_parameters(loss, iteration, expected):
+    assert reaches_all(helpers.config({"loss": loss}), iteration) is expected
 
 
 def recipe(name: str):
