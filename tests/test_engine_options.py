@@ -124,6 +124,36 @@ def test_a_compiled_block_is_given_the_boundaries_of_the_images(graphs, monkeypa
     assert not any(node.target is torch.tensor for graph in graphs for node in graph.graph.nodes)
 
 
+# --- half precision
+
+
+@pytest.mark.parametrize("changes", [({},), (OFFICIAL,)], ids=["paper", "official"])
+def test_half_precision_leaves_nearly_all_pseudo_labels_as_they_are(changes):
+    agreed = []
+    for seed in range(3):
+        outputs = []
+        for amp in ("off", "bf16"):
+            step = build(OFF, *changes, {"run": {"amp": amp}}).train()
+            draws = step.draw(8, helpers.generator(0))
+            outputs.append(step(helpers.views(8, seed), helpers.labels(8), draws, schedule_at(step.config, LATE)))
+        agreed.append((outputs[0].pseudo_labels == outputs[1].pseudo_labels).float().mean().item())
+    assert sum(agreed) / 3 > 0.99
+
+
+def test_a_kept_branch_is_scaled_exactly_in_half_precision():
+    step = build(OFF, {"model": {"stochastic_depth": 0.3}}).train()
+    encoder, images = step.student.encoder, helpers.views(2)[0]
+    factors = torch.full((encoder.depth, 2, 2), 1 / 0.9)
+    with torch.no_grad():
+        for block in encoder.blocks:  # an attention and an MLP that give 1
+            for layer in (block.attn.proj, block.mlp.fc2):
+                layer.weight.zero_()
+                layer.bias.fill_(1.0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        plain, scaled = (encoder(images, drop_path=given).tokens for given in (torch.zeros_like(factors), factors))
+    assert torch.allclose(scaled - plain, torch.tensor(2 * encoder.depth / 0.9), rtol=1e-5)
+
+
 # --- float8
 
 

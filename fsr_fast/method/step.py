@@ -133,7 +133,8 @@ class FSRStep(nn.Module):
         if cams.aux is not None:
             thresholds = self.config.pseudo_label
             patch_labels = merged_labels(cams.aux, high=thresholds.high, low=thresholds.low)  # (B, h, w)
-            losses["affinity"] = affinity_loss(top, patch_labels.flatten(1), weights.normalise)
+            with self._autocast():  # of the kernels' matrix products
+                losses["affinity"] = affinity_loss(top, patch_labels.flatten(1), weights.normalise)
         pseudo_labels = None
         if cams.top is not None and seg_logits is not None:
             pseudo_labels = generate_pseudo_labels(  # (B, H, W)

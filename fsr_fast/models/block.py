@@ -85,4 +85,5 @@ def scale(block: Any, number: int, branch: Tensor) -> Tensor:
 
 
 def _add(tokens: Tensor, branch: Tensor, drop_path: Tensor | None) -> Tensor:
-    return tokens + branch if drop_path is None else torch.addcmul(tokens, branch, drop_path.to(branch.dtype))
+    added = tokens + branch if drop_path is None else torch.addcmul(tokens, branch, drop_path)
+    return added.to(tokens.dtype)

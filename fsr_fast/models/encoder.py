@@ -169,12 +169,14 @@ class Encoder(nn.Module):
         tokens = embedded.flatten(2).transpose(1, 2)
         if mask is not None:
             tokens = torch.where(mask.unsqueeze(-1), self.mask_token.to(tokens.dtype), tokens)
+        # under autocast the residual stream of a training's passes without gradient is half as wide
+        dtype = tokens.dtype if self.training and not torch.is_grad_enabled() else self.mask_token.dtype
+        tokens = tokens.to(dtype)
         if self.pos_embed is not None:
-            tokens = tokens + resize_position_embedding(self.pos_embed, self.grid, grid)[:, 1:]
-        tokens = tokens.to(self.mask_token.dtype)  # as the sum with positions is
+            tokens = tokens + resize_position_embedding(self.pos_embed, self.grid, grid)[:, 1:].to(dtype)
         if self.prefix_tokens is not None:
-            tokens = torch.cat([self.prefix_tokens.expand(tokens.shape[0], -1, -1), tokens], 1)
-        return self.norm_pre(tokens), grid
+            tokens = torch.cat([self.prefix_tokens.to(dtype).expand(tokens.shape[0], -1, -1), tokens], 1)
+        return self.norm_pre(tokens).to(dtype), grid
 
     def turn_angles(self, packed: Sequence[tuple[int, tuple[int, int]]]) -> Tensor | None:
         """Sines and cosines of the rotary positions of packed images' tokens.
@@ -207,7 +209,9 @@ class Encoder(nn.Module):
         depth = self.aux_block + 1 if aux_only else self.depth
         source = TrunkPass(groups, depth, torch.is_grad_enabled())
         tokens = torch.cat([one.flatten(0, 1) for one, _ in embedded])
-        factors = None if drop_path is None else _spread(drop_path.to(tokens.dtype), groups)
+        # in half precision 1 / (1 - rate) would be off by up to 1/256, for all images alike
+        wide = torch.promote_types(tokens.dtype, torch.float32)
+        factors = None if drop_path is None else _spread(drop_path.to(wide), groups)
         packing = describe_packing(groups, self.attention, tokens.device)
         rotary = self.turn_angles([(one.shape[0], grid) for one, grid in embedded])
         # an evaluation meets a new size with nearly every image: each would be compiled, until none is any more

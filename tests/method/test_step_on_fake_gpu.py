@@ -15,11 +15,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fsr_fast.engine import build_step
 from fsr_fast.evaluation import inference
+from fsr_fast.kernels import affinity
 from fsr_fast.method import masking
 from fsr_fast.method.optim import build_optimiser, fill_missing_gradients
 from fsr_fast.method.schedules import schedule_at
 from fsr_fast.method.step import FSRStep, StepOutput
 from fsr_fast.models.attention import block_diagonal_mask, boundaries
+from fsr_fast.models.encoder import run_block
 from fsr_fast.runtime.guard import NonFiniteGuard, gradient_norm
 from tests import helpers
 from tests.helpers import OFFICIAL
@@ -171,6 +173,31 @@ def test_an_iteration_stays_on_the_gpu(fake_gpu, changes):
     state = [*output.losses.values(), output.mask, output.pseudo_labels, *step.buffers(), *network.parameters()]
     assert all(value.device.type == "cuda" for value in state)
     assert all(parameter.grad.device.type == "cuda" for parameter in network.parameters())
+
+
+@pytest.mark.parametrize("changes", [({},), (OFFICIAL,)], ids=["paper", "official"])
+def test_half_precision_reaches_what_no_gradient_or_kernel_needs_wider(fake_gpu, monkeypatch, changes):
+    config = helpers.config(*changes, ON_GPU)
+    network = helpers.network(config)
+    streams, contrasted = set(), []
+    sums = affinity.affinity_sums_op
+
+    def follow(block, tokens, *arguments):
+        streams.add((torch.is_grad_enabled(), tokens.dtype))
+        output = run_block(block, tokens, *arguments)
+        streams.add((torch.is_grad_enabled(), output.dtype))
+        return output
+
+    monkeypatch.setattr(affinity, "affinity_sums_op", lambda *given: contrasted.append(given[0].dtype) or sums(*given))
+    with FakeTensorMode():
+        step = build_step(network.to("cuda"), config, 3).to("cuda").train()
+        for part in (step.student, step.teacher.network):
+            if part is not None:
+                monkeypatch.setattr(part.encoder, "_run_block", follow)
+        guard = NonFiniteGuard(build_optimiser(network, config.optim), step.distillation.buffers())
+        iterate(step, build_optimiser(network, config.optim), guard)
+    assert streams == {(True, torch.float32), (False, torch.bfloat16)}
+    assert contrasted == [torch.bfloat16]
 
 
 def test_an_evaluation_stays_on_the_gpu(fake_gpu, monkeypatch):
