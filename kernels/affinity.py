@@ -46,7 +46,9 @@ def _bands(features: Tensor, labels: Tensor, order: Tensor, inverse: Tensor) -> 
             yield _Band(b, rows, known[rows], unit, label[rows, None] == label)
 
 
-def _sums_torch(features: Tensor, labels: Tensor, ignore_index: int, with_gradient: bool) -> tuple[Tensor, ...]:
+def _sums_torch(
+    features: Tensor, labels: Tensor, ignore_index: int, with_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     order, inverse = _prepare_torch(features, labels, ignore_index)
     B, N = labels.shape
     rows = inverse.new_zeros((B, N, 2) if with_gradient else (0, 0, 2))

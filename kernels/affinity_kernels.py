@@ -214,7 +214,9 @@ def backward_configuration(dtype: torch.dtype) -> dict[str, int]:
     return {"ROWS": rows, "COLUMNS": rows // 2, "OUT": 128, "num_warps": 8}
 
 
-def launch_sums(features: Tensor, labels: Tensor, ignore_index: int, with_gradient: bool) -> tuple[Tensor, ...]:
+def launch_sums(
+    features: Tensor, labels: Tensor, ignore_index: int, with_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Results of ``fsr::affinity_sums`` for features (B, N, D) and labels (B, N) of any strides."""
     require_dtype("features (Triton)", features, FEATURE_DTYPES)
     features, labels = features.contiguous(), labels.contiguous()
