@@ -15,6 +15,7 @@ Weight = Annotated[float, Field(ge=0.0, le=1000.0)]
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 Count = Annotated[int, Field(ge=1)]
+Width = Annotated[int, Field(ge=1, le=2**16)]
 Iterations = Annotated[int, Field(ge=0)]
 Scales = Annotated[tuple[Annotated[float, Field(ge=0.1, le=4.0)], ...], Field(min_length=1)]
 Dilations = Annotated[tuple[Annotated[int, Field(ge=1, le=512)], ...], Field(min_length=1)]
@@ -205,17 +206,17 @@ class ModelConfig(Section):
     """Block whose output is the auxiliary feature map, counted as in Python; -3: the 10th of 12."""
     aggregation: Literal["mca", "gap", "gmp"] = "mca"
     """Class token: masked cross-attention, or the average / maximum of the unmasked patches (Table 4)."""
-    aggregator_blocks: Count = 2
+    aggregator_blocks: int = Field(2, ge=1, le=100)
     """Blocks of the aggregator."""
     mask_mode: Literal["exclude", "multiply", "none"] = "exclude"
     """Masked patches in the aggregator: left out, Eq. 7 to the letter, or attended to (official code)."""
-    decoder_width: Count = 512
+    decoder_width: Width = 512
     """Channels of the decoder's two dilated convolutions."""
-    projector_hidden: Count = 2048
+    projector_hidden: Width = 2048
     """Width of the projector's hidden layers."""
-    bottleneck: Count = 256
+    bottleneck: Width = 256
     """Width E of the vector that the prototypes see."""
-    prototypes: int = Field(4096, ge=2)
+    prototypes: int = Field(4096, ge=2, le=2**20)
     """Number K of prototypes of the projector."""
 
 

@@ -1,11 +1,23 @@
 """What strangers give: checkpoints and run folders may name anything, and nothing outside of them is reached."""
 
+import io
+import json
+import os
+import re
+import resource
+import shutil
 import socket
+import struct
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
+import torch
 
+from fsr_fast.commands import export
 from fsr_fast.commands.evaluate import main as evaluate
 from fsr_fast.commands.pseudo_labels import main as label
 from fsr_fast.commands.report import main as report
@@ -13,9 +25,12 @@ from fsr_fast.config import build_config
 from fsr_fast.dataloading.stores import open_store
 from fsr_fast.errors import UserError
 from fsr_fast.models import load_network
-from fsr_fast.runtime.checkpoint import write_checkpoint
+from fsr_fast.models.folder import DESCRIPTION, WEIGHTS
+from fsr_fast.models.pretrained import read_weights
+from fsr_fast.runtime.checkpoint import FORMAT, write_checkpoint
 from fsr_fast.runtime.run_folder import open_run_folder
 from tests import helpers
+from tests.test_fuzz import signed
 
 pytestmark = pytest.mark.fuzz
 
@@ -116,3 +131,134 @@ def test_the_backbone_takes_sizes_and_switches_alone(tmp_path, option):
     run = stranger(tmp_path / "run", {"model": {"backbone_options": options}})
     with pytest.raises(UserError, match=rf"model\.backbone_options: '{option}' is no argument"):
         load_network(run)
+
+
+# --- tensors and sizes that claim more than there is
+
+STRANGE: dict[str, Any] = {
+    "one element shown a trillion times": torch.zeros(1).expand(10**6, 10**6),
+    "one element shown as often as the file has bytes": torch.zeros(1).expand(10**4),
+    "sparse": torch.zeros(10**3, 10**3).to_sparse(),
+    "without data": torch.zeros(10, device="meta"),
+}
+
+
+@pytest.mark.parametrize("tensor", STRANGE.values(), ids=STRANGE)
+def test_a_tensor_that_is_more_than_its_bytes_is_refused_by_every_reader(tmp_path, tensor):
+    torch.save({"w": tensor} if torch.is_tensor(tensor) else tensor, tmp_path / "weights.pth")
+    for path in (stranger(tmp_path / "run", student={"w": tensor}), tmp_path / "weights.pth"):
+        with pytest.raises(UserError, match=r"claims to hold|not a plain one|not this method's"):
+            load_network(path)
+    with pytest.raises(UserError, match=r"claims to hold|not a plain one"):
+        read_weights(tmp_path / "weights.pth")
+
+
+def test_an_archive_that_unpacks_to_more_than_its_size_is_refused_before_it_is_unpacked(tmp_path, monkeypatch):
+    torch.save({"w": torch.zeros(10**6)}, tmp_path / "plain.pth")
+    with (
+        zipfile.ZipFile(tmp_path / "plain.pth") as plain,
+        zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as bomb,
+    ):
+        for name in plain.namelist():
+            bomb.writestr(name, plain.read(name))
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("unpacked"))
+    with pytest.raises(UserError, match="claims to hold"):
+        read_weights(tmp_path / "bomb.pth")
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"prototypes": 10**10},
+        {"aggregator_blocks": 10**9},
+        {"decoder_width": 2**17},
+        {"backbone_options": {"depth": 10**9}},
+    ],
+)
+def test_a_description_larger_than_its_weights_takes_no_memory(tmp_path, monkeypatch, model):
+    options = helpers.values()["model"]["backbone_options"] | model.get("backbone_options", {})
+    config = helpers.config().model_dump(mode="json")
+    config["model"] |= {**model, "backbone_options": options}
+    run = stranger(tmp_path / "run", config=config)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(UserError):
+        load_network(run)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**18  # kilobytes
+
+
+def test_a_network_that_is_read_has_every_value_of_the_one_that_was_written_also_those_that_no_file_holds(tmp_path):
+    expected = helpers.network(helpers.config())
+    network = load_network(stranger(tmp_path / "run"))
+    values = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+    assert values.keys() == {**dict(expected.named_parameters()), **dict(expected.named_buffers())}.keys()
+    for name, value in (*expected.named_parameters(), *expected.named_buffers()):
+        assert torch.equal(values[name], value), name
+
+
+@pytest.mark.parametrize("iteration", [float("inf"), float("nan"), -1, "3", None, 2**63, True, [1]])
+def test_an_iteration_that_is_no_number_of_iterations_is_refused(tmp_path, iteration):
+    content = io.BytesIO()
+    torch.save({"format": FORMAT, "iteration": iteration, "student": {}}, content)
+    (tmp_path / "strange.pt").write_bytes(signed(content.getvalue()))
+    with pytest.raises(UserError, match=r"not a readable checkpoint \(its iteration is"):
+        load_network(tmp_path / "strange.pt")
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("exported")
+    export.main(["--checkpoint", str(stranger(folder / "run")), "--output", str(folder / "network")])
+    return folder / "network"
+
+
+def header(text: bytes, length: int | None = None) -> Callable[[Path], Any]:
+    """Write weights that begin with this header."""
+    content = struct.pack("<Q", len(text) if length is None else length) + text + bytes(64)
+    return lambda folder: (folder / WEIGHTS).write_bytes(content)
+
+
+def described(**changes: Any) -> Callable[[Path], Any]:
+    """Change the description."""
+
+    def change(folder: Path) -> None:
+        path = folder / DESCRIPTION
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return change
+
+
+OVERLAP = {name: {"dtype": "F32", "shape": [16], "data_offsets": [0, 64]} for name in ("a", "b")}
+ATTACKS: dict[str, Callable[[Path], Any]] = {
+    "header of 2^63 bytes": header(b"{}", 2**63),
+    "header of 2^64 - 1 bytes": header(b"{}", 2**64 - 1),
+    "header nested deep": header(b'{"a":' * 100_000 + b"1" + b"}" * 100_000),
+    "tensors that overlap": header(json.dumps(OVERLAP).encode()),
+    "tensor beyond the end": header(b'{"a":{"dtype":"F32","shape":[1000000000000],"data_offsets":[0,4000000000000]}}'),
+    "no image": described(image_size=0),
+    "infinite image": described(image_size=10**12),
+    "description nested deep": lambda folder: (folder / DESCRIPTION).write_text("[" * 100_000),
+    "number of 5,000 digits": lambda folder: (folder / DESCRIPTION).write_text("9" * 5000),
+    "weights that are a pipe": lambda folder: ((folder / WEIGHTS).unlink(), os.mkfifo(folder / WEIGHTS)),
+    "description that is a pipe": lambda folder: ((folder / DESCRIPTION).unlink(), os.mkfifo(folder / DESCRIPTION)),
+}
+
+
+@pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS)
+@pytest.mark.usefixtures("sealed")
+def test_an_exported_folder_that_lies_is_refused(tmp_path, exported, attack):
+    folder = shutil.copytree(exported, tmp_path / "network")
+    assert load_network(folder).classes == helpers.CLASSES
+    attack(folder)
+    with pytest.raises(UserError, match=re.escape(str(folder))):
+        load_network(folder)
+
+
+@pytest.mark.parametrize("name", ["checkpoints/0000002.pt", "config.yaml", "metrics.jsonl", "summary.json"])
+def test_a_pipe_in_a_run_folder_keeps_nobody_waiting(tmp_path, name):
+    run = stranger(tmp_path / "run")
+    (run / name).unlink(missing_ok=True)
+    os.mkfifo(run / name)
+    assert load_network(run).classes == helpers.CLASSES
+    if name == "config.yaml":
+        with pytest.raises(UserError, match="no run"):
+            report([str(run)])

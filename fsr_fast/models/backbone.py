@@ -18,6 +18,8 @@ from fsr_fast.models.positions import rotary_obstacle
 
 MODULES = {"vision_transformer", "deit", "eva"}
 """Of timm: those that hold transformers of the families below."""
+DEEPEST = 1000
+"""Largest number of blocks."""
 PREFIX = ("cls_token", "dist_token", "reg_token")
 """Tokens in front of the patches: class, distillation (DeiT), registers (DINOv2, DINOv3)."""
 
@@ -40,6 +42,11 @@ def create_vit(config: ModelConfig) -> Any:
             raise UserError(
                 f"model.backbone_options: {option!r} is no argument of {kind.__name__}{nearest(option, known)}"
             )
+    depth = config.backbone_options.get("depth", 1)
+    if not 1 <= depth <= DEEPEST:
+        raise UserError(
+            f"model.backbone_options: a depth of {depth} leaves no block, or too many; expected 1 to {DEEPEST}"
+        )
     options: dict[str, Any] = {"num_classes": 0, "dynamic_img_size": True, **config.backbone_options}
     distilled = "distilled" in name  # timm's class takes no other pooling; it has no part in the weights
     try:
@@ -53,10 +60,6 @@ def create_vit(config: ModelConfig) -> Any:
         raise UserError(
             f"model.backbone: {config.backbone} cannot be the encoder: {obstacle}; the nearest that can is "
             f"{_substitute(name)!r}"
-        )
-    if not len(vit.blocks):
-        raise UserError(
-            f"model.backbone_options: {config.backbone_options} leaves no block; expected a depth of 1 or more"
         )
     return vit
 

@@ -7,6 +7,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
 from fsr_fast.config import ModelConfig, build_config
+from fsr_fast.dataloading.class_names import check_class_names
 from fsr_fast.errors import UserError
 from fsr_fast.models.backbone import create_vit
 from fsr_fast.models.folder import is_network_folder, read_folder
@@ -85,7 +86,7 @@ def restore_network(checkpoint: dict[str, Any], origin: str) -> Network:
         raise UserError(
             f"{origin}: the weights do not fit the network that the checkpoint describes: {first}"
         ) from None
-    return network.eval()
+    return _checked(network, origin)
 
 
 def restore_official(weights: dict[str, Tensor], origin: str) -> Network:
@@ -101,7 +102,7 @@ def restore_official(weights: dict[str, Tensor], origin: str) -> Network:
     sizes = official_sizes(weights, origin)
     network = build_network(sizes.model, class_names(sizes.classes), sizes.image_size)
     fill_network(network, weights, origin)
-    return network.eval()
+    return _checked(network, origin)
 
 
 def restore_folder(folder: Path) -> Network:
@@ -121,4 +122,15 @@ def restore_folder(folder: Path) -> Network:
     except RuntimeError as error:
         first = " ".join(str(error).split()[:40])
         raise UserError(f"{folder}: the weights do not fit the description: {first}; export it again") from None
+    return _checked(network, str(folder))
+
+
+def _checked(network: Network, origin: str) -> Network:
+    """Refuse names that cannot be shown, and weights that find nothing."""
+    check_class_names(network.classes, origin)
+    for name, value in network.state_dict().items():
+        if not bool(value.isfinite().all()):
+            raise UserError(
+                f"{origin}: the weights {name!r} are not finite, so the network finds nothing; give another"
+            )
     return network.eval()

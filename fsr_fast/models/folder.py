@@ -22,7 +22,7 @@ class NetworkDescription(Section):
 
     classes: tuple[str, ...]
     """Names of the foreground classes."""
-    image_size: int
+    image_size: int = Field(ge=32, le=4096)
     """Side of the training views, in pixels."""
     mean: tuple[float, float, float]
     """Of the input, for images in 0…1."""
@@ -69,6 +69,6 @@ def read_folder(folder: Path) -> tuple[NetworkDescription, dict[str, Tensor]]:
         if description.pop("format") != FORMAT:
             raise UserError(f"{folder / DESCRIPTION}: of another format; expected {FORMAT!r}")
         return NetworkDescription.model_validate(description), load_file(folder / WEIGHTS)
-    except (AttributeError, KeyError, TypeError, ValueError, SafetensorError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError, SafetensorError) as error:
         first = " ".join(f"{type(error).__name__}: {error}".split()[:30])
         raise UserError(f"{folder}: the exported network is damaged ({first}); export it again") from None

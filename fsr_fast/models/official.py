@@ -6,7 +6,6 @@ ImageNet's mean and deviation, and no mask in the aggregator. Parameters carry t
 """
 
 import re
-import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +18,7 @@ from fsr_fast.config import ModelConfig
 from fsr_fast.dataloading.class_names import COCO_CLASSES, VOC_CLASSES
 from fsr_fast.errors import UserError
 from fsr_fast.models.network import Network
+from fsr_fast.runtime.tensors import read_tensors
 
 HEAD_WIDTH = 64
 LARGEST_WIDTH = 1024
@@ -72,7 +72,7 @@ def read_official(path: Path) -> dict[str, Tensor] | None:
         UserError: tensors by name, but of another network.
     """
     try:
-        content = torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        content = read_tensors(path, mmap=True)
     except Exception:  # not for this reader; that of a run's checkpoints says what is wrong
         return None
     if not isinstance(content, dict) or not content or not all(isinstance(value, Tensor) for value in content.values()):

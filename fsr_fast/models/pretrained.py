@@ -18,6 +18,7 @@ from fsr_fast.config import ModelConfig
 from fsr_fast.errors import UserError
 from fsr_fast.models.backbone import check_name, position_entries
 from fsr_fast.models.formats import MARKS, to_timm, unwrap
+from fsr_fast.runtime.tensors import read_tensors
 
 HUB_FILE = "model.safetensors"
 PATIENCE = 5.0
@@ -117,7 +118,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             content: Any = load_file(path)
         else:
             with torch.serialization.safe_globals([argparse.Namespace]):  # releases hold their command line
-                content = torch.load(path, "cpu", weights_only=True)
+                content = read_tensors(path)
     except Exception as error:  # a broken file raises whatever its bytes happen to mean
         first_line = str(error).partition("\n")[0]
         raise UserError(f"{path}: not a readable weights file ({type(error).__name__}: {first_line})") from None

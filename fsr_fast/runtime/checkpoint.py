@@ -20,6 +20,7 @@ from fsr_fast.errors import UserError
 from fsr_fast.runtime.files import atomic_file
 from fsr_fast.runtime.log import LOGGER
 from fsr_fast.runtime.sharding import gather, scatter
+from fsr_fast.runtime.tensors import read_tensors
 
 FORMAT = "fsr_fast checkpoint 2"
 FOLDER = "checkpoints"
@@ -166,12 +167,14 @@ def _read(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: no such checkpoint; give a run folder or a .pt file")
     summed = _check_sum(path)
     try:
-        state = torch.load(path, "cpu", weights_only=True)
+        state = read_tensors(path)
     except Exception as error:  # a broken file raises whatever its bytes happen to mean
         first_line = str(error).partition("\n")[0]
         raise UserError(f"{path}: not a readable checkpoint ({type(error).__name__}: {first_line})") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise UserError(f"{path}: not a checkpoint of a run; expected the format {FORMAT!r}")
+    if type(state.get("iteration")) is not int or not 0 <= state["iteration"] < 2**63:
+        raise UserError(f"{path}: not a readable checkpoint (its iteration is {state.get('iteration')!r})")
     if not summed:
         raise UserError(f"{path}: not a readable checkpoint (its checksum is gone)")
     return state
