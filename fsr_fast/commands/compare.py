@@ -17,6 +17,7 @@ from fsr_fast.evaluation.journal import read_journal
 from fsr_fast.evaluation.tally import class_counts
 from fsr_fast.options import Parser
 from fsr_fast.runtime.files import write_json, write_text
+from fsr_fast.runtime.outputs import output_folder
 
 MEASURES = ("mIoU", "boundary mIoU")
 
@@ -32,11 +33,11 @@ def main(arguments: Sequence[str]) -> None:
     text = markdown(options.first, options.second, images, differences)
     print(text, end="")
     if options.output:
-        options.output.mkdir(parents=True, exist_ok=True)
         values = {kind: {name: row._asdict() for name, row in rows.items()} for kind, rows in differences.items()}
         folders = {"first": str(options.first), "second": str(options.second)}
-        path = write_json(options.output / "comparison.json", {**folders, "images": images, "results": values})
-        write_text(options.output / "comparison.md", text)
+        with output_folder(options.output, "compare"):
+            path = write_json(options.output / "comparison.json", {**folders, "images": images, "results": values})
+            write_text(options.output / "comparison.md", text)
         print(f"\ncomparison: {path}")
 
 

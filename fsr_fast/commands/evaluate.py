@@ -3,6 +3,7 @@
 import argparse
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from rich import print as rich_print
 
 from fsr_fast.cli import run_command
 from fsr_fast.config import Config, EvaluateConfig, build_config, read_yaml
+from fsr_fast.dataloading.batch import ImageSet
 from fsr_fast.dataloading.datasets import build_datasets
 from fsr_fast.errors import UserError
 from fsr_fast.evaluation.evaluator import Evaluation, evaluate_network
@@ -22,8 +24,9 @@ from fsr_fast.options import Parser
 from fsr_fast.reporting.pictures import evaluation_grid
 from fsr_fast.reporting.tables import score_table
 from fsr_fast.runtime.checkpoint import read_checkpoint
-from fsr_fast.runtime.distributed import start_process, stop_process, wait_for_all
+from fsr_fast.runtime.distributed import Process, start_process, stop_process, wait_for_all
 from fsr_fast.runtime.files import write_png
+from fsr_fast.runtime.outputs import output_folder
 
 PICTURES = 8
 
@@ -37,29 +40,43 @@ def main(arguments: Sequence[str]) -> None:
         network.classes = dataset.classes  # an official checkpoint holds no names
     if dataset.classes != network.classes:
         raise UserError(f"data: its classes {dataset.classes} are not those of the checkpoint, {network.classes}")
-    folder = options.output or _default_folder(options.checkpoint)
     process = start_process(config.run.device)
     try:
-        settings = {"checkpoint": str(options.checkpoint), "iteration": iteration, "list": config.data.val_list}
-        settings["protocol"] = config.evaluate.protocol
+        _evaluate(options, network, config, dataset, process, iteration)
+    finally:
+        stop_process()
+
+
+def _evaluate(
+    options: argparse.Namespace,
+    network: Network,
+    config: Config,
+    dataset: ImageSet,
+    process: Process,
+    iteration: int | None,
+) -> None:
+    folder = options.output or _default_folder(options.checkpoint)
+    settings = {"checkpoint": str(options.checkpoint), "iteration": iteration, "list": config.data.val_list}
+    settings["protocol"] = config.evaluate.protocol
+    with output_folder(folder, "evaluate", own=options.output is None) if process.is_main else nullcontext():
+        wait_for_all()  # nobody else writes
         journal = Journal(folder, process.rank, _header(network, config))
         began = time.perf_counter()
         evaluation = evaluate_network(
             network.to(process.device), dataset, config, process, examples=PICTURES, journal=journal
         )
         wait_for_all()  # every process has closed its part of the journal
-        if process.is_main:
-            print(f"time: {time.perf_counter() - began:.1f} s")
-            journal.join()
-            _report(folder, evaluation, settings, network.classes)
-            if evaluation.failed:
-                name, message = next(iter(evaluation.failed.items()))
-                raise UserError(
-                    f"{len(evaluation.failed)} of {len(evaluation.failed) + evaluation.images} images could not be "
-                    f"evaluated and are missing in the scores; the first is {name!r}: {message}"
-                )
-    finally:
-        stop_process()
+        if not process.is_main:
+            return
+        print(f"time: {time.perf_counter() - began:.1f} s")
+        journal.join()
+        _report(folder, evaluation, settings, network.classes)
+    if evaluation.failed:
+        name, message = next(iter(evaluation.failed.items()))
+        raise UserError(
+            f"{len(evaluation.failed)} of {len(evaluation.failed) + evaluation.images} images could not be "
+            f"evaluated and are missing in the scores; the first is {name!r}: {message}"
+        )
 
 
 def _report(folder: Path, evaluation: Evaluation, settings: dict[str, Any], classes: tuple[str, ...]) -> None:

@@ -17,11 +17,13 @@ from fsr_fast.dataloading.pictures import find_pictures
 from fsr_fast.errors import UserError
 from fsr_fast.evaluation.crf import dense_crf
 from fsr_fast.evaluation.inference import Prediction, read_picture, segment_batch
+from fsr_fast.evaluation.journal import fingerprint
 from fsr_fast.models import Network, load_network
 from fsr_fast.options import Parser
 from fsr_fast.reporting.figures import heatmap, overlay, with_legend
 from fsr_fast.runtime.distributed import start_process
 from fsr_fast.runtime.files import write_json, write_png
+from fsr_fast.runtime.outputs import output_folder
 from fsr_fast.runtime.terminal import track
 
 
@@ -34,17 +36,38 @@ def main(arguments: Sequence[str]) -> None:
         raise UserError(f"--batch: {options.batch}; expected 1 or more")
     pictures = find_pictures(options.images, options.output)
     network = load_network(options.checkpoint).to(start_process(options.device).device)
-    scores = {}
+    with output_folder(options.output, "predict", fingerprint(network)):
+        failed = _write_all(network, pictures, options)
+    print(f"{len(pictures) - len(failed)} pictures: masks, overlays, cams and scores.json in {options.output}")
+    if failed:
+        raise UserError(f"{len(failed)} of {len(pictures)} pictures have no mask; the first: {failed[0]}")
+
+
+def _write_all(network: Network, pictures: dict[str, Path], options: argparse.Namespace) -> list[UserError]:
+    """Write all results; scores.json, the last of them, says that they are complete.
+
+    Returns:
+        What kept pictures from being read.
+
+    Raises:
+        UserError: none of them could be read.
+    """
+    failed: list[UserError] = []
+    scores: dict[str, dict[str, float]] = {}
     legend = network.classes if options.legend else None
-    results = _predict(network, pictures, options.batch)
+    results = _predict(network, pictures, options.batch, failed)
     for name, picture, prediction in track(results, "predicting", len(pictures)):
+        if not scores:
+            (options.output / "scores.json").unlink(missing_ok=True)  # of an earlier run, whose results go now
         image, mask = np.asarray(picture), prediction.mask
         if options.crf:
             mask = dense_crf(image, prediction.probabilities).argmax(0).astype(np.uint8)
         write_prediction(options.output, name, image, mask, prediction, opacity=options.opacity, legend=legend)
         scores[str(pictures[name])] = prediction.scores
+    if not scores:
+        raise failed[0]
     write_json(options.output / "scores.json", scores)
-    print(f"{len(pictures)} pictures: masks, overlays, cams and scores.json in {options.output}")
+    return failed
 
 
 def write_prediction(
@@ -78,18 +101,26 @@ def write_prediction(
         write_png(folder / "cams" / f"{name}_{class_name.replace('/', '_')}.png", Image.fromarray(shown))
 
 
-def _predict(network: Network, pictures: dict[str, Path], batch: int) -> Iterator[tuple[str, Image.Image, Prediction]]:
-    for group in _batches(pictures, batch):
+def _predict(
+    network: Network, pictures: dict[str, Path], batch: int, failed: list[UserError]
+) -> Iterator[tuple[str, Image.Image, Prediction]]:
+    for group in _batches(pictures, batch, failed):
         predictions = segment_batch(network, [picture for _, picture in group])
         for (name, picture), prediction in zip(group, predictions, strict=True):
             yield name, picture, prediction
 
 
-def _batches(pictures: dict[str, Path], largest: int) -> Iterator[list[tuple[str, Image.Image]]]:
+def _batches(
+    pictures: dict[str, Path], largest: int, failed: list[UserError]
+) -> Iterator[list[tuple[str, Image.Image]]]:
     """Gather neighbours of one size."""
     batch: list[tuple[str, Image.Image]] = []
     for name, path in pictures.items():
-        picture = read_picture(path)
+        try:
+            picture = read_picture(path)
+        except UserError as error:
+            failed.append(error)
+            continue
         if batch and (len(batch) == largest or batch[0][1].size != picture.size):
             yield batch
             batch = []

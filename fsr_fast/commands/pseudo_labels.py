@@ -11,7 +11,10 @@ An interrupted run goes on where it stopped, with the same weights and settings 
 """
 
 import argparse
+import hashlib
+import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +42,7 @@ from fsr_fast.models import Network
 from fsr_fast.options import Parser
 from fsr_fast.runtime.distributed import Process, start_process, stop_process, wait_for_all
 from fsr_fast.runtime.files import write_png, write_text
+from fsr_fast.runtime.outputs import output_folder
 from fsr_fast.runtime.terminal import track
 
 
@@ -118,33 +122,50 @@ def write_labels(
         "evaluate": settings,
         "cam": config.cam.model_dump(mode="json"),
     }
-    journal = Journal(folder, process.rank, header)
-    count = min(len(images.ids), config.evaluate.limit or len(images.ids))
-    names = [images.ids[index] for index in range(count)]
+    names = [images.ids[index] for index in range(min(len(images.ids), config.evaluate.limit or len(images.ids)))]
     _check_names(names)
+    results = hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()
+    with output_folder(folder, "pseudo-labels", results) if process.is_main else nullcontext():
+        wait_for_all()  # nobody else writes
+        journal = Journal(folder, process.rank, header)
+        _write_share(journal, network, images, config, process, kind, names, part, labelled=not found)
+        wait_for_all()
+        if not process.is_main:
+            return {}
+        write_text(folder / "classes.txt", "\n".join(["background", *network.classes]) + "\n")
+        failed = journal.failed()
+        journal.join()
+    print(f"{len(names) - len(failed)} label maps: {folder / part}\nconfidence: {folder / 'confidence'}")
+    return failed
+
+
+def _write_share(
+    journal: Journal,
+    network: Network,
+    images: ImageSet,
+    config: Config,
+    process: Process,
+    kind: Kind,
+    names: Sequence[str],
+    part: str,
+    *,
+    labelled: bool,
+) -> None:
     share = [index for index, name in enumerate(names) if name not in journal.found]
     share = share[process.rank :: process.world_size]
     wait_for_all()  # every process has read the journal
     journal.open()
     with in_eval_mode(network):
         stream = predict_images(
-            network, images, share, config, process.device, [kind], labelled=not found, confidence=True
+            network, images, share, config, process.device, [kind], labelled=labelled, confidence=True
         )
         for result in track(stream, "labelling", len(share)):
             if isinstance(result, Failure):
                 journal.write({"name": result.name, "error": result.message})
                 continue
-            _write_maps(folder, part, result.sample.name, result.maps[kind])
+            _write_maps(journal.folder, part, result.sample.name, result.maps[kind])
             journal.write({"name": result.sample.name})
     journal.close()
-    wait_for_all()
-    if not process.is_main:
-        return {}
-    write_text(folder / "classes.txt", "\n".join(["background", *network.classes]) + "\n")
-    failed = journal.failed()
-    journal.join()
-    print(f"{count - len(failed)} label maps: {folder / part}\nconfidence: {folder / 'confidence'}")
-    return failed
 
 
 def build_parser() -> Parser:

@@ -16,7 +16,7 @@ from fsr_fast.errors import UserError
 from fsr_fast.models.build import restore_network
 from fsr_fast.options import Parser
 from fsr_fast.reporting.gallery import Gallery, look
-from fsr_fast.reporting.page import render_page
+from fsr_fast.reporting.page import is_page_of, render_page
 from fsr_fast.reporting.record import RunRecord, read_run
 from fsr_fast.runtime.checkpoint import list_checkpoints, read_checkpoint
 from fsr_fast.runtime.distributed import start_process
@@ -33,6 +33,9 @@ def main(arguments: Sequence[str]) -> None:
     names = [run.name for run in runs]
     if len(set(names)) < len(names):
         raise UserError(f"runs: two of them have one name: {', '.join(names)}; rename a folder")
+    output = options.output or runs[0].folder / "report.html"
+    if options.output is not None and output.exists() and not is_page_of(output, runs):
+        raise UserError(f"--output: {output} exists and is no report of these runs; delete it or give another name")
     galleries: dict[str, Gallery] = {}
     classes: tuple[str, ...] = ()
     for run in runs:
@@ -41,7 +44,6 @@ def main(arguments: Sequence[str]) -> None:
             if classes and found != classes:
                 raise UserError(f"{run.folder}: its classes {found} are not those of {runs[0].folder}, {classes}")
             classes = found
-    output = options.output or runs[0].folder / "report.html"
     write_text(output, render_page(runs, galleries, classes))
     print(f"report: {output}")
 

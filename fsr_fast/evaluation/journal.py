@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from fsr_fast.errors import UserError
-from fsr_fast.runtime.files import atomic_file, write_text
+from fsr_fast.runtime.files import atomic_file, naming, write_text
 
 FILE = "images.jsonl"
 PARTIAL = "images.{}.partial.jsonl"
@@ -40,17 +40,18 @@ class Journal:
         header: what is evaluated: weights, settings, list. Lines under another header do not count.
 
     Attributes:
+        folder: of the results.
         found: names of the images that are done.
     """
 
     def __init__(self, folder: Path, rank: int, header: Mapping[str, Any]) -> None:
-        self._folder, self._header = folder, dict(header)
+        self.folder, self._header = folder, dict(header)
         self._path = folder / PARTIAL.format(rank)
         self.found = {line["name"] for line in self.lines() if "error" not in line}
 
     def lines(self) -> Iterator[dict[str, Any]]:
         """Read what all processes have written."""
-        for path in sorted(self._folder.glob(PARTIAL.format("*"))):
+        for path in sorted(self.folder.glob(PARTIAL.format("*"))):
             yield from self._read(path)
 
     def failed(self) -> dict[str, str]:
@@ -67,17 +68,18 @@ class Journal:
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Add the line of an image."""
-        self._file.write(_text(line))
-        self._file.flush()
+        with naming(self._path):
+            self._file.write(_text(line))
+            self._file.flush()
 
     def close(self) -> None:
         """Write out what is buffered."""
-        os.fsync(self._file.fileno())
-        self._file.close()
+        with naming(self._path), self._file:
+            os.fsync(self._file.fileno())
 
     def join(self) -> Path:
         """Make one file of all, once every process has closed its own; to be called by one of them."""
-        path = self._folder / FILE
+        path = self.folder / FILE
         with atomic_file(path) as file:
             file.write(_text(self._header).encode())
             for line in self.lines():
@@ -85,7 +87,7 @@ class Journal:
                     file.write(_text(line).encode())
             for name, message in self.failed().items():
                 file.write(_text({"name": name, "error": message}).encode())
-        for part in self._folder.glob(PARTIAL.format("*")):
+        for part in self.folder.glob(PARTIAL.format("*")):
             part.unlink()
         return path
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import json
 from collections.abc import Mapping, Sequence
@@ -61,6 +62,7 @@ def render_page(runs: Sequence[RunRecord], galleries: Mapping[str, Gallery], cla
     environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     return environment.get_template("report.html").render(
         title=", ".join(run.name for run in runs),
+        generator=_generator(runs),
         sections=sections,
         charts=charts,
         scores=_score_columns(runs),
@@ -73,6 +75,17 @@ def render_page(runs: Sequence[RunRecord], galleries: Mapping[str, Gallery], cla
         script=Markup((TEMPLATES / "report.js").read_text(encoding="utf-8")),
         plotly=Markup(get_plotlyjs()),
     )
+
+
+def is_page_of(path: Path, runs: Sequence[RunRecord]) -> bool:
+    """Return whether a file is a page that was written of these runs."""
+    with path.open("rb") as file:
+        return f'content="{_generator(runs)}"'.encode() in file.read(2000)
+
+
+def _generator(runs: Sequence[RunRecord]) -> str:
+    folders = "\n".join(str(run.folder.resolve()) for run in runs)
+    return f"fsr-fast report {hashlib.sha256(folders.encode(errors='replace')).hexdigest()[:16]}"
 
 
 def data_uri(picture: Image.Image, side: int | None = SIDE, *, lossless: bool = False) -> str:

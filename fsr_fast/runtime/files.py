@@ -44,7 +44,7 @@ def atomic_path(path: Path, *, sync: bool = True) -> Iterator[Path]:
     partial = path.with_name(f".{path.name}.partial")
     _remove(partial)  # of a process that was killed
     try:
-        with _naming(path):
+        with naming(path):
             yield partial
             if sync:
                 _sync(partial)
@@ -149,7 +149,7 @@ def _note_unsynced(reason: str) -> None:
 
 
 @contextmanager
-def _naming(path: Path) -> Iterator[None]:
+def naming(path: Path) -> Iterator[None]:
     """Name the file in errors of the system, which know it only where a path was opened."""
     try:
         yield

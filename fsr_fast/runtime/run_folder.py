@@ -1,17 +1,19 @@
 """The run folder: whose it is, and what lies in it."""
 
-import fcntl
 import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 from fsr_fast.config import Config, build_config, dump_config, read_yaml
 from fsr_fast.errors import UserError
-from fsr_fast.runtime.checkpoint import FOLDER, list_checkpoints
-from fsr_fast.runtime.files import write_text
+from fsr_fast.runtime import locks
+from fsr_fast.runtime.checkpoint import FOLDER, list_checkpoints, read_newest
+from fsr_fast.runtime.files import naming, write_text
+from fsr_fast.runtime.locks import BusyError
 from fsr_fast.runtime.log import FOLDER as LOGS
 
 CONFIG_FILE = "config.yaml"
@@ -25,6 +27,7 @@ _MAY_DIFFER = (
     "data.root",
     "data.workers",
     "data.max_bad_fraction",
+    "data.fingerprint",
     "run.shard",
     *(
         f"run.{key}"
@@ -35,11 +38,12 @@ _MAY_DIFFER = (
 """Sections and keys that do not change what is computed, so that a resumed run may differ in them."""
 
 
-def claim_run_folder(config: Config) -> Path | None:
+def claim_run_folder(config: Config, *, locked: bool = False) -> Path | None:
     """Check that the run folder is free or holds this very run, and find the checkpoint to go on from.
 
     Args:
         config: of the run that is about to start.
+        locked: this process has the lock of the folder.
 
     Returns:
         The newest checkpoint, or none for a new run.
@@ -55,22 +59,28 @@ def claim_run_folder(config: Config) -> Path | None:
         raise UserError(f"run.output: {existing} cannot be written to; mend its permissions or give another folder")
     if not folder.is_dir() or not any(folder.iterdir()):
         return None
-    with _locked(folder, fcntl.LOCK_SH):  # shared: all processes of this run look at once
-        pass
+    if not locked and os.path.lexists(folder / LOCK_FILE):
+        with _locked(folder, shared=True):  # shared: all processes of this run look at once
+            pass
     if not (folder / CONFIG_FILE).is_file():
         if {path.name for path in folder.iterdir()} <= _BEFORE:
             return None  # a run that was killed before it wrote anything else
         raise UserError(
             f"run.output: {folder} is not empty and is no run (it has no {CONFIG_FILE}); give another folder"
         )
-    recorded = build_config(read_yaml(folder / CONFIG_FILE), str(folder / CONFIG_FILE))
-    key = _first_difference(recorded.model_dump(mode="json"), config.model_dump(mode="json"))
+    checkpoints = list_checkpoints(folder)
+    recorded: Any = read_yaml(folder / CONFIG_FILE)
+    if not recorded:  # empty, as a power failure leaves it
+        if not checkpoints:
+            return None
+        recorded = read_newest(folder)[0]["config"]
+    recorded = build_config(recorded, str(folder / CONFIG_FILE)).model_dump(mode="json")
+    key = _first_difference(recorded, config.model_dump(mode="json"))
     if key is not None:
         raise UserError(
             f"run.output: {folder} holds another run: {key} differs; give another --run.output, "
             "or delete the folder, or repeat the command that made it"
         )
-    checkpoints = list_checkpoints(folder)
     if checkpoints and not config.run.resume:
         raise UserError(f"run.output: {folder} holds checkpoints and run.resume is off; give another folder")
     return checkpoints[-1] if checkpoints else None
@@ -94,47 +104,22 @@ def locked_run_folder(folder: Path) -> Iterator[None]:
         UserError: another run has it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / LOCK_FILE).touch()
-    with _locked(folder, fcntl.LOCK_EX):
+    with _locked(folder) as file:
+        with naming(folder / LOCK_FILE):
+            file.truncate(0)
+            file.write(f"host {socket.gethostname()}, process {os.getpid()}\n".encode())
         yield
-
-
-_held: set[int] = set()
 
 
 @contextmanager
-def _locked(folder: Path, kind: int) -> Iterator[None]:
-    path = folder / LOCK_FILE
-    if not path.exists():
-        yield
-        return
-    with path.open("r+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, kind | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"run.output: another process trains in {folder} ({file.read().strip()}); "
-                "wait for it, stop it, or give another folder"
-            ) from None
-        if kind == fcntl.LOCK_EX:
-            file.truncate()
-            file.write(f"host {socket.gethostname()}, process {os.getpid()}\n")
-            file.flush()
-        _held.add(file.fileno())
-        try:
-            yield
-        finally:
-            _held.discard(file.fileno())
-
-
-def _let_go() -> None:
-    """Drop the locks in a forked process: a loader process that outlives its parent must not keep the folder."""
-    for descriptor in _held:
-        os.close(descriptor)
-    _held.clear()
-
-
-os.register_at_fork(after_in_child=_let_go)
+def _locked(folder: Path, *, shared: bool = False) -> Iterator[FileIO]:
+    try:
+        with locks.locked(folder / LOCK_FILE, shared=shared) as file:
+            yield file
+    except BusyError as error:
+        raise UserError(
+            f"run.output: another process trains in {folder} ({error}); wait for it, stop it, or give another folder"
+        ) from None
 
 
 def _first_difference(recorded: Any, present: Any, path: str = "") -> str | None:

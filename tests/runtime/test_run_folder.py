@@ -5,6 +5,7 @@ import yaml
 
 from fsr_fast.config import Config, build_config, dump_config, load_config
 from fsr_fast.errors import UserError
+from fsr_fast.runtime.checkpoint import write_checkpoint
 from fsr_fast.runtime.run_folder import claim_run_folder, open_run_folder
 from tests import helpers
 
@@ -101,7 +102,7 @@ def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
     assert "is a file; give a folder" in refusal(tmp_path / "run")
 
 
-@pytest.mark.parametrize("text", ["", "{}", "run: 3", "[1,", "just words"])
+@pytest.mark.parametrize("text", ["run: 3", "[1,", "just words"])
 def test_a_damaged_configuration_of_the_folder_is_refused(tmp_path, text):
     folder = run_in(tmp_path / "run", 4)
     (folder / "config.yaml").write_text(text)
@@ -115,3 +116,13 @@ def test_a_key_that_a_recorded_configuration_lacks_had_its_default(tmp_path):
     (folder / "config.yaml").write_text(yaml.safe_dump(recorded))
     assert claim_run_folder(config(folder)) is not None
     assert "mask.ratio (0.4 there, 0.3 now)" in refusal(folder, {"mask": {"ratio": 0.3}})
+
+
+@pytest.mark.faults
+def test_a_configuration_that_a_power_failure_emptied_is_taken_from_the_checkpoint(tmp_path):
+    folder = run_in(tmp_path / "run")
+    (folder / "config.yaml").write_text("")
+    assert claim_run_folder(config(folder)) is None
+    write_checkpoint(folder, {"iteration": 4, "config": config(folder).model_dump(mode="json")})
+    assert claim_run_folder(config(folder)) == folder / "checkpoints" / "0000004.pt"
+    assert "run.seed (0 there, 3 now)" in refusal(folder, {"run": {"seed": 3}})
