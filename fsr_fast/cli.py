@@ -3,6 +3,7 @@
 A verb is a module with `main(arguments)` and `build_parser()`; it is imported when it is called.
 """
 
+import errno
 import importlib
 import sys
 from collections.abc import Callable, Sequence
@@ -92,9 +93,18 @@ def run_command(command: Callable[[Sequence[str]], None]) -> None:
         sys.stderr.close()
         sys.exit(141)
     except OSError as error:
-        if error.filename is None:
+        if error.errno is None:
+            raise  # of a library, about something else
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            print(f"error: {error.strerror}; allow more by `ulimit -n 4096`, or lower data.workers", file=sys.stderr)
+            sys.exit(2)
+        place = "" if error.filename is None else f"{error.filename}: "
+        print(f"error: {place}{error.strerror}; check path, permissions and free space", file=sys.stderr)
+        sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "DefaultCPUAllocator" not in str(error):
             raise
-        print(f"error: {error.filename}: {error.strerror}; check path, permissions and free space", file=sys.stderr)
+        print(f"error: out of memory ({str(error).partition(chr(10))[0]}); give smaller sizes", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

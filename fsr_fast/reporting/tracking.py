@@ -7,21 +7,22 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from fsr_fast.errors import UserError
+from fsr_fast.reporting.board import Board
 from fsr_fast.reporting.wandb_mirror import Mirror
-from fsr_fast.runtime.files import finite, write_json, write_png, write_text
+from fsr_fast.runtime.files import finite, naming, write_json, write_png, write_text
+from fsr_fast.runtime.log import LOGGER
 
 PACKAGES = ("fsr_fast", "torch", "torchvision", "triton", "timm", "xformers", "nvidia-dali-cuda130", "numpy", "pillow")
 
@@ -29,7 +30,9 @@ PACKAGES = ("fsr_fast", "torch", "torchvision", "triton", "timm", "xformers", "n
 class Tracker:
     """Writes the record of a run; create it on rank 0 alone.
 
-    What the folder holds beyond `iteration` is dropped, so that a resumed run tells one story.
+    What the folder holds beyond `iteration` is dropped, so that a resumed run tells one story. What is only shown
+    (TensorBoard, pictures, environment.json) is given up with a warning where it cannot be written. Lines of
+    metrics.jsonl wait until there is room again.
 
     Args:
         folder: run folder; made where it is missing.
@@ -39,6 +42,7 @@ class Tracker:
 
     Raises:
         UserError: metrics.jsonl of an earlier start is damaged.
+        OSError: metrics.jsonl cannot be written at the start.
     """
 
     def __init__(
@@ -54,11 +58,14 @@ class Tracker:
         self._folder = folder
         lines = [line for line in read_metrics(folder) if line["iteration"] <= iteration]
         write_text(_metrics_path(folder), "".join(map(_json_line, lines)))
-        self._metrics = _metrics_path(folder).open("a", encoding="utf-8")
+        self._metrics = _Lines(_metrics_path(folder))
         self._clock = clock
         self._began = clock() - (lines[-1]["wall_seconds"] if lines else 0.0)
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=iteration + 1)
-        write_json(folder / "environment.json", environment())
+        self._board: Board | None = None
+        with _only_shown("TensorBoard's files"):
+            self._board = Board(folder / "tensorboard", purge_step=iteration + 1)
+        with _only_shown("environment.json"):
+            write_json(folder / "environment.json", environment())
 
     def __enter__(self) -> Self:
         return self
@@ -77,14 +84,12 @@ class Tracker:
         """
         scalars = {name: float(value) for name, value in values.items()}
         line = {"iteration": iteration, "wall_seconds": round(self._clock() - self._began, 3), **scalars}
-        self._metrics.write(_json_line(line))
-        self._metrics.flush()
-        for name, value in scalars.items():
-            self._board.add_scalar(name, value, iteration)
+        self._metrics.add(_json_line(line))
+        self._show(lambda board: board.scalars(scalars, iteration))
         if self._mirror is not None:
             self._mirror.log(scalars, step=iteration)
 
-    def pictures(self, iteration: int, grid: Image.Image, name: str = "pictures") -> Path:
+    def pictures(self, iteration: int, grid: Image.Image, name: str = "pictures") -> Path | None:
         """Write a picture to TensorBoard and to `pictures/<name>_<iteration>.png` of the run folder.
 
         Args:
@@ -93,12 +98,13 @@ class Tracker:
             name: name of the series.
 
         Returns:
-            The file.
+            The file; None where it could not be written.
         """
         path = self._folder / "pictures" / f"{name}_{iteration:06d}.png"
-        write_png(path, grid)
-        self._board.add_image(name, np.asarray(grid.convert("RGB")), iteration, dataformats="HWC")
-        return path
+        self._show(lambda board: board.picture(name, grid, iteration))
+        with _only_shown(str(path)):
+            return write_png(path, grid)
+        return None
 
     def summary(self, values: Mapping[str, Any]) -> Path:
         """Write summary.json, whole or not at all.
@@ -113,10 +119,68 @@ class Tracker:
 
     def close(self) -> None:
         """Write out what is buffered."""
-        self._metrics.close()
-        self._board.close()
+        self._show(Board.close)
         if self._mirror is not None:
             self._mirror.finish()
+        self._metrics.close()
+
+    def _show(self, write: Callable[[Board], object]) -> None:
+        board, self._board = self._board, None
+        if board is None:
+            return  # given up
+        with _only_shown("TensorBoard's files"):
+            write(board)
+            if write is not Board.close:
+                board.flush()
+                self._board = board
+
+
+class _Lines:
+    """Lines at the end of a file, each whole; what cannot be written waits for the next time."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = path.open("r+b", buffering=0)
+        self._size = self._file.seek(0, os.SEEK_END)
+        self._waiting = b""
+
+    def add(self, line: str) -> None:
+        """Write a line, and those that wait."""
+        held_up = bool(self._waiting)
+        self._waiting += line.encode()
+        try:
+            self._write()
+        except OSError as error:
+            if not held_up:
+                LOGGER.warning("%s: cannot be written (%s); its lines wait for room", self._path, error.strerror)
+
+    def close(self) -> None:
+        """Write what waits.
+
+        Raises:
+            OSError: there is still no room.
+        """
+        with self._file, naming(self._path):
+            self._write()
+
+    def _write(self) -> None:
+        written = 0
+        try:
+            self._file.seek(self._size)
+            while written < len(self._waiting):
+                written += self._file.write(self._waiting[written:])
+        except OSError:
+            self._file.truncate(self._size)  # no half line in the middle of the file
+            raise
+        self._size, self._waiting = self._size + written, b""
+
+
+@contextmanager
+def _only_shown(what: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        LOGGER.warning("%s: cannot be written (%s); the training goes on without", what, error.strerror or error)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -140,11 +204,11 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
         try:
             line = json.loads(text)
             lines.append({**line, "iteration": int(line["iteration"]), "wall_seconds": float(line["wall_seconds"])})
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
             if number < len(texts):
                 raise UserError(
                     f"{path}: line {number} is not a JSON object with iteration and wall_seconds; "
-                    "mend or remove the line, or move the file away"
+                    "repair or remove the line, or move the file away"
                 ) from None
     return lines
 

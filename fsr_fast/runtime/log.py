@@ -3,7 +3,7 @@
 import logging
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch.distributed as dist
@@ -24,6 +24,18 @@ LOGGER.setLevel(logging.INFO)
 LOGGER.addHandler(_Terminal(logging.WARNING))
 
 
+class _RankLog(logging.FileHandler):
+    """A file that is given up where it cannot be written."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 the base class's name
+        LOGGER.removeHandler(self)
+        LOGGER.warning("%s: cannot be written (%s); the log ends here", self.baseFilename, sys.exc_info()[1])
+
+    def close(self) -> None:
+        with suppress(OSError):  # of what could not be written before
+            super().close()
+
+
 @contextmanager
 def rank_log(run: Path, rank: int) -> Iterator[Path]:
     """Write all messages of this process to `logs/rank_<rank>.log` of the run folder, too.
@@ -36,8 +48,12 @@ def rank_log(run: Path, rank: int) -> Iterator[Path]:
         A context that gives the file. An error that leaves the context is recorded with its stack.
     """
     path = run / FOLDER / f"rank_{rank}.log"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path, encoding="utf-8")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handler: logging.Handler = _RankLog(path, encoding="utf-8")
+    except OSError as error:
+        LOGGER.warning("%s: cannot be written (%s); this start has no log", path, error.strerror)
+        handler = logging.NullHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     LOGGER.addHandler(handler)
     try:

@@ -1,4 +1,4 @@
-"""Running out of GPU memory: what was allocated, and what to do."""
+"""Running out of memory: what was allocated, and what to do."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,20 +12,27 @@ from fsr_fast.runtime.distributed import Process
 SNAPSHOT = "memory_rank_{}.pickle"
 
 
+def is_shortage(error: BaseException) -> bool:
+    """Return whether an error says that the memory of the device or of the host did not suffice."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
 @contextmanager
 def explained_shortage(run: Path, process: Process) -> Iterator[None]:
-    """Turn an out-of-memory error of the GPU into advice, beside a snapshot of what is allocated.
+    """Turn a shortage of memory into advice; on a GPU, beside a snapshot of what is allocated.
 
     Args:
         run: run folder, which takes the snapshot.
         process: this process.
 
     Raises:
-        UserError: the GPU's memory did not suffice.
+        UserError: the memory did not suffice.
     """
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except (MemoryError, RuntimeError) as error:
+        if not is_shortage(error):
+            raise
         snapshot = ""
         if process.device.type == "cuda":
             path = run / SNAPSHOT.format(process.rank)

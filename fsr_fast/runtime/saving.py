@@ -1,6 +1,8 @@
 """Saving while the training goes on: a copy in host memory, a thread that writes, and what is kept."""
 
+import errno
 import json
+import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -17,6 +19,8 @@ from fsr_fast.runtime.log import LOGGER
 
 BEST = "best.pt"
 BEST_SCORE = "best.json"
+_CANNOT_LINK = {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
+"""What file systems answer that know no links, such as FAT and some object stores."""
 
 
 class Saver:
@@ -86,9 +90,21 @@ class Saver:
         self._join()
         if self._failure is not None or (link.exists() and not score > _read_score(record)):
             return
-        with atomic_path(link) as partial:
-            partial.symlink_to(f"{self._saved:07d}.pt")
-        write_json(record, {"iteration": self._saved, "seg_miou": score})
+        try:
+            with atomic_path(link) as partial:
+                self._link(f"{self._saved:07d}.pt", partial)
+            write_json(record, {"iteration": self._saved, "seg_miou": score})
+        except OSError as error:
+            LOGGER.warning("%s: cannot be written (%s); the training goes on without", link, error.strerror)
+
+    def _link(self, name: str, link: Path) -> None:
+        try:
+            link.symlink_to(name)
+        except OSError as error:
+            if error.errno not in _CANNOT_LINK:
+                raise
+            LOGGER.warning("the file system knows no links (%s): %s is a copy", error.strerror, BEST)
+            shutil.copyfile(link.parent / name, link)
 
     def _join(self) -> None:
         pending, self._pending = self._pending, None

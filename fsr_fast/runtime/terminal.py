@@ -7,7 +7,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from types import TracebackType
 from typing import Self, TypeVar
@@ -132,7 +132,8 @@ class TrainingProgress:
         if self._bar:
             self._bar.update(self._task, rates=text)
         elif self._shown:
-            print(f"iteration {self._done:>{len(str(self._total))}}/{self._total}  {text}", flush=True)
+            with suppress(OSError):  # output that goes to a full disk does not end a training
+                print(f"iteration {self._done:>{len(str(self._total))}}/{self._total}  {text}", flush=True)
         self._open_window()
         return rates
 

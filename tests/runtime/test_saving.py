@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import math
+import os
 import threading
 import zipfile
 from pathlib import Path
@@ -55,6 +56,30 @@ def test_the_best_stays_under_its_name_and_a_worse_one_does_not_replace_it(tmp_p
         writer.save(state(5))
         writer.mark_best(51.0)
     assert read_checkpoint(tmp_path / "checkpoints" / "best.pt")["iteration"] == 5
+
+
+@pytest.mark.faults
+def test_a_file_system_without_links_gets_a_copy_of_the_best(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(os, "symlink", lambda *_: (_ for _ in ()).throw(OSError(errno.EPERM, "Not permitted")))
+    with saver(tmp_path, keep_checkpoints=1) as writer:
+        for iteration, score in ((1, 50.0), (2, 40.0)):
+            writer.save(state(iteration))
+            writer.mark_best(score)
+    assert not (tmp_path / "checkpoints" / "best.pt").is_symlink()
+    assert read_checkpoint(tmp_path / "checkpoints" / "best.pt")["iteration"] == 1
+    assert kept(tmp_path) == [2]
+    assert "knows no links" in capsys.readouterr().err
+
+
+@pytest.mark.faults
+def test_a_best_one_that_cannot_be_marked_ends_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(saving, "write_json", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")))
+    with saver(tmp_path) as writer:
+        writer.save(state(1))
+        writer.mark_best(50.0)
+        writer.save(state(2))
+    assert kept(tmp_path) == [1, 2]
+    assert "cannot be written (No space left); the training goes on without" in capsys.readouterr().err
 
 
 def test_a_score_that_is_none_is_the_worst(tmp_path):
