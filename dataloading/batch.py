@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from fsr_fast.dataloading.fingerprint import Parts
+
 
 class EncodedImage(NamedTuple):
     """An image as it is stored.
@@ -69,7 +71,7 @@ class Items(Protocol[Item]):
         ...
 
 
-class ImageSet(TrainSource, Protocol):
+class ImageSet(TrainSource, Parts, Protocol):
     """A list of images to train on or to evaluate: `SegmentationDataset` and `ShardDataset` are such."""
 
     @property

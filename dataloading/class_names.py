@@ -1,4 +1,12 @@
-"""Foreground classes of the public data sets, in the order of their mask values 1, 2, …."""
+"""Names of classes: what they may be, and those of the public data sets in the order of their mask values 1, 2, …."""
+
+from collections.abc import Sequence
+
+from fsr_fast.errors import UserError
+
+MOST, LONGEST = 254, 100
+"""Number of classes, and bytes of a name."""
+
 
 # fmt: off
 VOC_CLASSES = (
@@ -15,3 +23,25 @@ COCO_CLASSES = (
     "tv", "laptop", "mouse", "remote", "keyboard", "cell phone", "microwave", "oven", "toaster", "sink",
     "refrigerator", "book", "clock", "vase", "scissors", "teddy bear", "hair drier", "toothbrush",
 )
+
+
+def check_class_names(names: Sequence[str], where: str) -> None:
+    """Refuse names that tables, pages, terminals and file names cannot show.
+
+    Args:
+        names: of the foreground classes.
+        where: they come from, for messages.
+
+    Raises:
+        UserError: none or too many, one that is empty, too long or not printable, or one twice.
+    """
+    if not 0 < len(names) <= MOST:
+        raise UserError(f"{where}: {len(names)} classes; expected 1 to {MOST}")
+    for name in names:
+        if not name.strip() or not name.isprintable() or len(name.encode(errors="replace")) > LONGEST:
+            raise UserError(
+                f"{where}: {name[:LONGEST]!r} is no name of a class; expected 1 to {LONGEST} bytes of printable text"
+            )
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise UserError(f"{where}: {twice!r} stands there twice; keep one")

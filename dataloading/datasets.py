@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,8 +17,9 @@ from PIL import Image
 from fsr_fast.config import DataConfig
 from fsr_fast.dataloading import synthetic
 from fsr_fast.dataloading.batch import EncodedImage, ImageSet, Order
-from fsr_fast.dataloading.class_names import COCO_CLASSES, VOC_CLASSES
+from fsr_fast.dataloading.class_names import COCO_CLASSES, VOC_CLASSES, check_class_names
 from fsr_fast.dataloading.coco import has_instances, open_coco
+from fsr_fast.dataloading.fingerprint import Part
 from fsr_fast.dataloading.images import IGNORE, MAX_PIXELS, DamagedFileError, image_size, read_image
 from fsr_fast.dataloading.labels import MaskLabels, open_labels, read_labels
 from fsr_fast.dataloading.layout import Files, FolderFiles, Split, check_names, check_one_file_each, no_mask
@@ -90,6 +91,20 @@ class SegmentationDataset:
     def order(self, seed: int, epoch: int) -> Order:
         """Return the order of an epoch of training: one permutation of all images."""
         return np.random.default_rng((seed, epoch)).permutation(len(self))
+
+    def parts(self, *, contents: bool) -> Iterator[Part]:
+        """Return what the images are, in order, for a fingerprint.
+
+        Raises:
+            DamagedFileError: a file is missing or cannot be read.
+        """
+        for index, name in enumerate(self.ids):
+            path = self.image_path(index)
+            try:
+                content = path.read_bytes() if contents else b""
+                yield Part(name, self.labels[index].tobytes(), path.stat().st_size, content)
+            except OSError as error:
+                raise DamagedFileError(f"{path}: cannot be read: {error}") from None
 
     def image_path(self, index: int) -> Path:
         """Return the file of an image.
@@ -329,14 +344,11 @@ def _tell(split: Split, config: DataConfig, empty: NDArray[np.bool_], dropped: i
 
 def _choose(names: Sequence[str], subset: Sequence[str] | None) -> list[int]:
     """Numbers of the classes to learn."""
-    for key, given in (("data.classes", names), ("data.subset", subset or ())):
-        twice = [name for name in given if given.count(name) > 1]
-        if twice:
-            raise UserError(f"{key}: {twice[0]!r} stands there twice; keep one")
-        for name in given:
-            refuse_background(name, key)
-    if not 0 < len(names) < IGNORE or (subset is not None and not subset):
-        raise UserError(f"data.classes, data.subset: expected 1 to {IGNORE - 1} class names")
+    for key, given in (("data.classes", names), ("data.subset", subset)):
+        if given is not None:
+            check_class_names(given, key)
+            for name in given:
+                refuse_background(name, key)
     for name in subset or ():
         if name not in names:
             raise UserError(f"data.subset: unknown class {name!r}{nearest(name, names)}")

@@ -18,7 +18,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -28,6 +28,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from fsr_fast.config import DataConfig
 from fsr_fast.dataloading.batch import EncodedImage
+from fsr_fast.dataloading.fingerprint import Part
 from fsr_fast.dataloading.images import MAX_PIXELS, DamagedFileError, read_image
 from fsr_fast.dataloading.mask_files import read_mask
 from fsr_fast.dataloading.stores import open_store
@@ -148,6 +149,11 @@ class ShardDataset:
     def order(self, seed: int, epoch: int) -> ShardOrder:
         """Return the order of an epoch: shards shuffled, then the samples of each window of shards."""
         return ShardOrder(self._starts, seed, epoch)
+
+    def parts(self, *, contents: bool) -> Iterator[Part]:
+        """Return what the shards are, in order, for a fingerprint: names, numbers of samples and sizes."""
+        for file, count, size in zip(self._files, np.diff(self._starts), self._sizes, strict=True):
+            yield Part(file, str(count).encode(), size, b"")
 
     def _id(self, index: int) -> str:
         """Name a sample; by its place where it bears no name that can be read: what is damaged is named, too."""

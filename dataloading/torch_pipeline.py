@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,6 +22,8 @@ from fsr_fast.dataloading.stream import Positions, Stream, StreamLoader, read_ah
 from fsr_fast.errors import UserError
 
 VIEWS = 2
+AHEAD = 2  # batches that torch lets each worker hold
+SHARED_MEMORY = Path("/dev/shm")
 CACHE_BYTES = 256 * 2**20  # decoded images that the workers of a rank keep
 
 
@@ -46,11 +50,26 @@ class TorchLoader(StreamLoader):
     ) -> None:
         super().__init__(dataset, **options)
         self._workers = data.workers
+        if data.workers:
+            _check_shared_memory(data, VIEWS * self._batch_size * 3 * data.image_size**2 * 4)
         self._views = _Views(Stream(dataset, self._seed), data, augment, mean, std)
 
     def _open(self, positions: Positions) -> Iterator[Batch | UserError]:
         pin = torch.cuda.is_available()
         return read_ahead(self._views, self._workers, batch_sampler=positions, pin_memory=pin)
+
+
+def _check_shared_memory(data: DataConfig, batch_bytes: int) -> None:
+    """Refuse to start where the batches of the workers do not fit: without room for one, they wait for ever."""
+    if not SHARED_MEMORY.is_dir():
+        return
+    needed, free = data.workers * AHEAD * batch_bytes, shutil.disk_usage(SHARED_MEMORY).free
+    if needed > free:
+        raise UserError(
+            f"data.workers: {data.workers} hold {needed / 2**20:.0f} MiB of batches in {SHARED_MEMORY}, where "
+            f"{free / 2**20:.0f} MiB are free; start the container with more (docker run --shm-size 2g or --ipc host), "
+            "or give a lower --data.workers (0: no processes)"
+        )
 
 
 class _Views(Dataset[Any]):

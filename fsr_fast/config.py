@@ -178,7 +178,7 @@ def read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
         recipes = sorted(file.stem for file in CONFIG_FOLDER.glob("*.yaml"))
         raise UserError(f"{path}: no such configuration; give a file, or the name of a recipe: {', '.join(recipes)}")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_OnceLoader) or {}
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if _count_entries(values, {}) > MAX_ENTRIES:
@@ -216,6 +216,20 @@ def _count_entries(values: Any, known: dict[int, int]) -> int:
         inner = values.values() if isinstance(values, dict) else values
         known[id(values)] = 1 + sum(_count_entries(value, known) for value in inner)
     return known[id(values)]
+
+
+class _OnceLoader(yaml.SafeLoader):
+    """Refuses a key that stands in a mapping twice, of which YAML would keep the second in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen and isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(
+                    problem=f"{key.value!r} stands twice", problem_mark=key.start_mark
+                )
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

@@ -142,6 +142,10 @@ class DataConfig(Section):
     """Largest share of the training images that may be damaged: those are skipped and listed in bad_files.txt of the
     run folder, more stop the run. One is let pass in any case, unless this is 0."""
 
+    fingerprint: Literal["sizes", "contents", "off"] = "sizes"
+    """What a resumed run compares of its training set with that of the checkpoint: names in order, labels and sizes of
+    the files, or their contents, too, which reads every file at the start. `off` goes on with another one."""
+
     @field_validator("root", mode="before")
     @classmethod
     def _folder_or_url(cls, value: object) -> object:

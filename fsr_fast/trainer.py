@@ -14,6 +14,7 @@ from fsr_fast.config import Config
 from fsr_fast.dataloading.batch import Batch
 from fsr_fast.dataloading.build import build_train_loader
 from fsr_fast.dataloading.datasets import build_datasets
+from fsr_fast.dataloading.fingerprint import fingerprint, first_difference
 from fsr_fast.dataloading.stream import BAD_FILES
 from fsr_fast.engine import build_step
 from fsr_fast.errors import UserError
@@ -36,6 +37,7 @@ from fsr_fast.runtime.precision import measure_ceiling
 from fsr_fast.runtime.run_folder import claim_run_folder, open_run_folder
 from fsr_fast.runtime.seeding import stream
 from fsr_fast.runtime.sharding import shard_step, whole_weights
+from fsr_fast.runtime.signals import Stopped
 from fsr_fast.runtime.supervision import Supervisor
 from fsr_fast.runtime.terminal import TrainingProgress
 
@@ -67,8 +69,9 @@ class Trainer:
                 f"optim.batch_size: {config.optim.batch_size} images cannot be shared by "
                 f"{process.world_size} processes; give a multiple of {process.world_size}"
             )
-        newest = claim_run_folder(config)
+        newest = self._newest = claim_run_folder(config)
         self.train_set, self.val_set = build_datasets(config.data)
+        self._fingerprint = fingerprint(self.train_set, contents=config.data.fingerprint == "contents")
         torch.manual_seed(config.run.seed)
         model = config.model if newest is None else without_start(config.model)
         self.network = build_network(model, self.train_set.classes, config.data.image_size).to(process.device)
@@ -103,6 +106,7 @@ class Trainer:
             guard=self.guard,
         )
         self.iteration = 0 if newest is None else self._restore()
+        self._missed = self._has_missed()
         self.supervisor = Supervisor(config.run, process, self._state, None if newest is None else self.iteration)
 
     def run(self) -> dict[str, Any]:
@@ -119,6 +123,11 @@ class Trainer:
         with self.supervisor:
             logger.info("start weights: %s", self.start or "none")
             if self.process.is_main:
+                if claim_run_folder(self.config, locked=True) != self._newest:
+                    raise UserError(
+                        f"run.output: another process has trained in {self.config.run.output} while this one started; "
+                        "repeat the command: it goes on from what is there now"
+                    )
                 open_run_folder(self.config)
                 run = self.config.run
                 mirror = open_mirror(run.wandb, run.output, self.config.model_dump(mode="json"))
@@ -140,6 +149,14 @@ class Trainer:
                 f"{origin}: learned the classes {learned}, but those of the data are {self.network.classes}; give the "
                 "data their names and order back, or give another --run.output"
             )
+        recorded = state.get("training_set")  # none in those of earlier versions
+        if isinstance(recorded, Tensor) and self.config.data.fingerprint != "off":
+            difference = first_difference(recorded, self._fingerprint, self.train_set)
+            if difference is not None:
+                raise UserError(
+                    f"{origin}: the training set has changed since: {difference}; bring it back, give another "
+                    "--run.output, or go on in spite of it by --data.fingerprint off"
+                )
         self.start = state.get("start") and StartWeights(**state["start"])
         return self.train_state.restore(state, origin)
 
@@ -150,10 +167,12 @@ class Trainer:
         ceiling = processes * measure_ceiling(device, self.config.run.amp)
         progress = TrainingProgress(optim.iterations, start=self.iteration, device=device, ceiling=ceiling)
         with progress:
+            if self._missed:
+                self._validate(progress)
             while self.iteration < optim.iterations:
                 self.supervisor.beat(f"the data of iteration {self.iteration + 1}")
                 began = time.perf_counter()
-                batch = next(self.loader)
+                batch = self._next_batch()
                 waited = time.perf_counter() - began
                 self.supervisor.beat(f"the computation of iteration {self.iteration + 1}")
                 output, skipped = self._iterate(forward, batch)
@@ -164,6 +183,16 @@ class Trainer:
                     self._log(averages, progress)
                 self.supervisor.boundary(self.iteration)
                 self._record(batch, output, progress)
+
+    def _next_batch(self) -> Batch:
+        position = self.loader.state_dict()
+        try:
+            with self.supervisor.waiting():
+                return next(self.loader)
+        except Stopped as stopped:
+            self.loader.load_state_dict(position)  # a batch that came in this moment was not trained on
+            self.supervisor.save_and_stop(stopped, self.iteration)
+            raise
 
     def _iterate(self, forward: torch.nn.Module, batch: Batch) -> tuple[StepOutput, Tensor]:
         config, device = self.config, self.process.device
@@ -193,12 +222,25 @@ class Trainer:
                 tracker.pictures(self.iteration, grid, "training")
         if self._is_due(run.checkpoint_every):
             self.supervisor.save()
-        due = self._is_due(run.evaluate_every, last=False) and self.iteration < self.config.optim.iterations
-        if due and len(self.val_set):
-            with progress.paused():
-                scores = _mean_ious(self._evaluate(during_training=True))
-            if tracker:
-                tracker.log(self.iteration, scores)
+        if self._validates():
+            self._validate(progress)
+
+    def _validates(self) -> bool:
+        due = self._is_due(self.config.run.evaluate_every, last=False)
+        return due and self.iteration < self.config.optim.iterations and len(self.val_set) > 0
+
+    def _validate(self, progress: TrainingProgress) -> None:
+        with progress.paused():
+            scores = _mean_ious(self._evaluate(during_training=True))
+        if self.tracker is not None:
+            self.tracker.log(self.iteration, scores)
+
+    def _has_missed(self) -> bool:
+        """Whether the run was ended in the evaluation that followed the checkpoint that it goes on from."""
+        if not self.iteration or not self._validates():
+            return False
+        lines = read_metrics(self.config.run.output)
+        return not any(line["iteration"] == self.iteration and "seg_miou" in line for line in lines)
 
     def _evaluate(self, *, examples: int = 0, during_training: bool = False) -> Evaluation:
         with self.supervisor.interlude(), whole_weights(self.step, self.network):
@@ -236,8 +278,10 @@ class Trainer:
             rich_print(score_table(evaluation.results))
             if evaluation.examples:  # none where the first images could not be evaluated
                 grid = evaluation_grid(evaluation.examples, self.network.classes)
-                summary["picture"] = str(self.tracker.pictures(self.iteration, grid, "validation"))
-                print(f"picture: {summary['picture']}")
+                picture = self.tracker.pictures(self.iteration, grid, "validation")
+                if picture is not None:
+                    summary["picture"] = str(picture)
+                    print(f"picture: {picture}")
         print(f"summary: {self.tracker.summary(summary)}", flush=True)
         return summary
 
@@ -245,10 +289,13 @@ class Trainer:
         return (every > 0 and self.iteration % every == 0) or (last and self.iteration == self.config.optim.iterations)
 
     def _state(self) -> dict[str, Any]:
-        config = self.config.model_dump(mode="json")
-        start = self.start and self.start._asdict()
-        named = {"config": config, "classes": list(self.network.classes), "start": start}
-        return self.train_state.state(self.iteration, named)
+        described = {
+            "config": self.config.model_dump(mode="json"),
+            "classes": list(self.network.classes),
+            "start": self.start and self.start._asdict(),
+            "training_set": self._fingerprint,
+        }
+        return self.train_state.state(self.iteration, described)
 
 
 def _median(lines: list[dict[str, Any]], name: str) -> float | None:

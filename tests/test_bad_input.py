@@ -1,5 +1,6 @@
 """Every mistake of a user's ends in one message that names place, value, expectation and remedy; nothing is written."""
 
+import errno
 import json
 from pathlib import Path
 
@@ -71,6 +72,14 @@ def test_a_value_out_of_range(tmp_path, root):
 def test_a_network_that_does_not_fit(tmp_path, root, change, parts):
     recipe = helpers.values(change, root=root, output=tmp_path / "run")
     assert_names(refusal(tmp_path, recipe), *parts)
+
+
+def test_a_key_that_stands_twice(tmp_path, root):
+    recipe = helpers.write_config(tmp_path / "recipe.yaml", helpers.values(root=root, output=tmp_path / "run"))
+    recipe.write_text(f"{recipe.read_text()}optim: {{iterations: 3}}\n")
+    with pytest.raises(UserError) as caught:
+        train(["--config", str(recipe)])
+    assert_names(str(caught.value), recipe, "'optim' stands twice", "line ")
 
 
 # --- data
@@ -395,6 +404,24 @@ def test_a_path_that_cannot_be_written_is_named(tmp_path, capsys):
 def test_a_mistake_of_ours_keeps_its_traceback(error):
     with pytest.raises(type(error)):
         run_command(command_that(error))
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "error: No space left on device; check path, permissions"),
+        (OSError(errno.EMFILE, "Too many open files"), "`ulimit -n 4096`, or lower data.workers"),
+        (MemoryError("x"), "error: out of memory (x); give smaller sizes"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory\nmore"), "error: out of memory"),
+    ],
+)
+def test_a_machine_that_is_too_small_is_one_paragraph(capsys, error, expected):
+    with pytest.raises(SystemExit) as caught:
+        run_command(command_that(error))
+    assert caught.value.code == 2
+    message = capsys.readouterr().err
+    assert expected in message
+    assert message.count("\n") == 1
 
 
 def test_an_interruption_is_silent(capsys):

@@ -19,9 +19,11 @@ import torch
 
 from fsr_fast.commands import export
 from fsr_fast.commands.evaluate import main as evaluate
+from fsr_fast.commands.predict import main as predict
 from fsr_fast.commands.pseudo_labels import main as label
 from fsr_fast.commands.report import main as report
 from fsr_fast.config import build_config
+from fsr_fast.dataloading.datasets import build_datasets
 from fsr_fast.dataloading.stores import open_store
 from fsr_fast.errors import UserError
 from fsr_fast.models import load_network
@@ -29,6 +31,7 @@ from fsr_fast.models.folder import DESCRIPTION, WEIGHTS
 from fsr_fast.models.pretrained import read_weights
 from fsr_fast.runtime.checkpoint import FORMAT, write_checkpoint
 from fsr_fast.runtime.run_folder import open_run_folder
+from fsr_fast.train import main as train
 from tests import helpers
 from tests.test_fuzz import signed
 
@@ -262,3 +265,64 @@ def test_a_pipe_in_a_run_folder_keeps_nobody_waiting(tmp_path, name):
     if name == "config.yaml":
         with pytest.raises(UserError, match="no run"):
             report([str(run)])
+
+
+# --- names
+
+NASTY = {
+    "markup": "cup [/mug]",
+    "open markup": "[red]cup",
+    "HTML": "<script>alert(1)</script>",
+    "table": "a | b",
+    "path": "../../etc/cup",
+    "quotes": "\"'`",
+}
+UNPRINTABLE = ["", "  ", "a\nb", "a\x00b", "\x1b[31mred", "x" * 101, "\u202eabc", "\ud800"]
+
+
+@pytest.mark.parametrize("name", UNPRINTABLE)
+def test_names_of_classes_that_cannot_be_shown_are_refused_at_the_door(tmp_path, name):
+    classes = [name, *helpers.CLASSES[1:]]
+    with pytest.raises(UserError, match="is no name of a class; expected 1 to 100 bytes of printable text"):
+        load_network(stranger(tmp_path / "run", classes=classes))
+    root = helpers.write_dataset(tmp_path / "data", train=1, val=1)
+    with pytest.raises(UserError, match=r"data\.classes: .* is no name of a class"):
+        build_datasets(build_config(helpers.values({"data": {"classes": classes}}, root=root), "the test").data)
+    with pytest.raises(UserError, match="stands there twice"):
+        load_network(stranger(tmp_path / "twice", classes=["cup", "cup", "mug"]))
+
+
+def test_names_of_classes_are_shown_as_they_are_everywhere(tmp_path, capsys):
+    names = list(NASTY.values())
+    root = helpers.write_dataset(tmp_path / "data", train=2, val=1)
+    (root / "labels.csv").write_text(
+        "image,labels\n" + "".join(f'picture_{n},"{names[n].replace(chr(34), chr(34) * 2)}"\n' for n in range(3))
+    )
+    recipe = helpers.values(
+        {"data": {"classes": names, "labels": "masks"}, "optim": {"iterations": 2}}, root=root, output=tmp_path / "run"
+    )
+    train(["--config", str(helpers.write_config(tmp_path / "recipe.yaml", recipe))])
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["iterations"] == 2
+    run = str(tmp_path / "run")
+    evaluate(["--checkpoint", run, "--output", str(tmp_path / "scores")])
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in names)
+    assert "| a \\| b |" in (tmp_path / "scores" / "report.md").read_text()
+    predict(["--checkpoint", run, str(root / "JPEGImages/picture_0.jpg"), "--output", str(tmp_path / "out")])
+    assert {path.parent for path in (tmp_path / "out").rglob("*.png")} <= {
+        tmp_path / "out" / part for part in ("masks", "overlays", "cams")
+    }
+    report([run, "--output", str(tmp_path / "page.html")])
+    page = (tmp_path / "page.html").read_text()
+    assert "<script>alert(1)</script>" not in page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+    export.main(["--checkpoint", run, "--output", str(tmp_path / "network")])
+    assert load_network(tmp_path / "network").classes == tuple(names)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(tmp_path, value):
+    weights = helpers.network(helpers.config()).state_dict()
+    weights["decoder.conv8.weight"][0] = value
+    with pytest.raises(UserError, match=r"the weights 'decoder\.conv8\.weight' are not finite"):
+        load_network(stranger(tmp_path / "run", student=weights))

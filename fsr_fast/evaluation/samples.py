@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from fsr_fast.dataloading.batch import ImageSet
 from fsr_fast.dataloading.stream import read_ahead
 from fsr_fast.errors import UserError
+from fsr_fast.runtime.loading import Deaths, deaths_raise
 
 WINDOW = 64
 """Images that wait for others of their size; bounds the memory whatever the length of the list."""
@@ -50,10 +51,26 @@ def read_samples(dataset: ImageSet, indices: Sequence[int], workers: int) -> Ite
         workers: processes that read ahead; 0: this one reads.
 
     Returns:
-        A sample for each index, or what kept it from being read.
+        A sample for each index, or what kept it from being read. A process that dies is replaced.
+
+    Raises:
+        UserError: processes die again and again.
     """
-    if indices:
-        yield from read_ahead(_Reader(dataset), workers, batch_size=None, sampler=indices)
+    deaths = Deaths()
+    done = 0
+    while done < len(indices):
+        stream: Iterator[Sample | Failure] | None = None
+        while done < len(indices):
+            try:
+                with deaths_raise():
+                    if stream is None:
+                        stream = read_ahead(_Reader(dataset), workers, batch_size=None, sampler=indices[done:])
+                    sample = next(stream)
+            except RuntimeError as error:
+                deaths.count(error)
+                break
+            done += 1
+            yield sample
 
 
 def batches_of_like_size(

@@ -86,7 +86,10 @@ def _scores(run: RunRecord | None) -> list[str]:
         "",
         f"| class | {head} |",
         f"|---|{'---:|' * len(run.results)}",
-        *(f"| {name} | {' | '.join('-' if v is None else f'{v:.1f}' for v in values)} |" for name, values in rows),
+        *(
+            f"| {name.replace('|', chr(92) + '|')} | {' | '.join('-' if v is None else f'{v:.1f}' for v in values)} |"
+            for name, values in rows
+        ),
     ]
 
 

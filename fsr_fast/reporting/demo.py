@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
+import re
+import socket
 import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -22,8 +28,10 @@ from fsr_fast.reporting.page import TEMPLATES, data_uri
 
 WAITING = 4
 """Pictures that may wait for the network; more are turned away."""
+SENDING = 64
+"""Clients that may send a picture at once; a slow one takes none of the places at the network."""
 SILENCE = 30.0
-"""Seconds that a client may keep silent before its connection is closed."""
+"""Seconds that a client may keep silent before its connection is closed, and that its picture may take in all."""
 HEADERS = {
     "Cache-Control": "no-store",
     "Content-Security-Policy": "default-src 'none'; img-src data: blob:; style-src 'unsafe-inline'; "
@@ -54,15 +62,23 @@ class DemoServer(ThreadingHTTPServer):
         self.network, self.largest, self.side = network, largest, side
         self.turn = threading.Lock()
         self.seats = threading.BoundedSemaphore(WAITING)
-        host, port = place[0], self.server_address[1]
-        self.address = f"http://{host}:{port}/"
-        names = {host} if host not in ("127.0.0.1", "localhost", "::1") else {"127.0.0.1", "localhost", "[::1]"}
+        self.senders = threading.BoundedSemaphore(SENDING)
+        host, self.port = place[0], self.server_address[1]
+        self.address = f"http://{host}:{self.port}/"
+        here = {"127.0.0.1", "localhost", "[::1]"}
         self.open = host in ("0.0.0.0", "::")
-        self.hosts = {f"{name}:{port}" for name in names}
+        self.names = here if host in ("127.0.0.1", "localhost", "::1") else {host.lower()}
+        if self.open:
+            self.names = here | {socket.gethostname().lower(), socket.getfqdn().lower()}
         environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True)
         self.page = environment.get_template("demo.html").render(
             classes=network.classes, mib=largest // 2**20, style=Markup((TEMPLATES / "report.css").read_text("utf-8"))
         )
+
+    def is_ours(self, host: str) -> bool:
+        """Return whether a `Host` header names this server, by an address or a name that nobody else can point here."""
+        name, _, port = host.lower().rpartition(":") if re.search(r":\d+$", host) else (host.lower(), "", "80")
+        return port == str(self.port) and (name in self.names or (self.open and _is_address(name)))
 
     def answer(self, content: bytes) -> dict[str, Any]:
         """Segment a picture.
@@ -110,33 +126,50 @@ class _Handler(BaseHTTPRequestHandler):
         elif len(length) > 15 or int(length) > self.server.largest:
             limit = self.server.largest // 2**20
             self._refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"the file is larger than {limit} MiB; scale it down")
-        elif not self.server.seats.acquire(blocking=False):
-            self._refuse(HTTPStatus.SERVICE_UNAVAILABLE, "too many pictures at once; try again")
         else:
-            try:
-                self._segment(int(length))
-            finally:
-                self.server.seats.release()
+            with _place(self.server.senders) as there:
+                content = self._receive(int(length)) if there else None
+            if not there:
+                self._refuse(HTTPStatus.SERVICE_UNAVAILABLE, "too many pictures at once; try again")
+            elif content is not None:
+                self._segment(content)
 
     def log_message(self, format: str, *arguments: Any) -> None:
         """Log nothing: what is asked here is the user's own affair."""
 
-    def _segment(self, length: int) -> None:
-        content = self.rfile.read(length)
-        if len(content) < length:
-            self.close_connection = True
-            return
+    def _receive(self, length: int) -> bytes | None:
+        """Read the picture; None where the client stops sending or takes too long."""
+        content, ends = bytearray(), time.monotonic() + SILENCE
         try:
-            answer = self.server.answer(content)
-        except UserError as error:
-            self._refuse(HTTPStatus.UNPROCESSABLE_ENTITY, str(error))
-            return
+            while len(content) < length and (left := ends - time.monotonic()) > 0:
+                self.connection.settimeout(left)
+                part = self.rfile.read1(min(length - len(content), 65536))
+                if not part:
+                    break
+                content += part
+        finally:
+            self.connection.settimeout(SILENCE)
+        if len(content) == length:
+            return bytes(content)
+        self.close_connection = True
+        return None
+
+    def _segment(self, content: bytes) -> None:
+        with _place(self.server.seats) as there:
+            if not there:
+                self._refuse(HTTPStatus.SERVICE_UNAVAILABLE, "too many pictures at once; try again")
+                return
+            try:
+                answer = self.server.answer(content)
+            except UserError as error:
+                self._refuse(HTTPStatus.UNPROCESSABLE_ENTITY, str(error))
+                return
         self._send(HTTPStatus.OK, "application/json", json.dumps(answer).encode())
 
     def _is_welcome(self) -> bool:
         """Answer our own page alone: neither other sites in the same browser, nor names that lead here by DNS."""
         host, origin = self.headers.get("Host", ""), self.headers.get("Origin")
-        if not self.server.open and host not in self.server.hosts:
+        if not self.server.is_ours(host):
             self._refuse(HTTPStatus.FORBIDDEN, f"open {self.server.address} instead")
         elif origin is not None and origin != f"http://{host}":
             self._refuse(HTTPStatus.FORBIDDEN, "pictures are taken from this page alone")
@@ -156,6 +189,24 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("Connection", "close")
         self.end_headers()
         self.wfile.write(content)
+
+
+@contextmanager
+def _place(places: threading.BoundedSemaphore) -> Iterator[bool]:
+    there = places.acquire(blocking=False)
+    try:
+        yield there
+    finally:
+        if there:
+            places.release()
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name.removeprefix("[").removesuffix("]"))
+    except ValueError:
+        return False
+    return True
 
 
 def _describe(picture: Image.Image, prediction: Prediction) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 
@@ -23,7 +24,7 @@ def score_table(results: Mapping[str, Mapping[str, Any]]) -> Table:
     for kind, scores in results.items():
         table.add_column(kind, footer=_percent(scores["mean_iou"]), justify="right")
     for name in next(iter(results.values()))["classes"]:
-        table.add_row(name, *(_percent(scores["classes"][name]["iou"]) for scores in results.values()))
+        table.add_row(escape(name), *(_percent(scores["classes"][name]["iou"]) for scores in results.values()))
     return table
 
 

@@ -2,6 +2,10 @@
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
 
 from fsr_fast.dataloading.batch import Batch, TrainLoader
 from fsr_fast.errors import UserError
@@ -20,8 +24,7 @@ class RestartingLoader:
 
     def __init__(self, loader: TrainLoader) -> None:
         self._loader = loader
-        self._deaths = 0
-        self._alone = False
+        self._deaths = Deaths()
 
     def __next__(self) -> Batch:
         """Return the next batch.
@@ -30,18 +33,14 @@ class RestartingLoader:
             UserError: an image cannot be read, or loader processes die again and again.
         """
         while True:
+            position = self._loader.state_dict()
             try:
-                batch = next(self._loader)
+                with deaths_raise():
+                    return next(self._loader)
             except RuntimeError as error:
-                if "DataLoader worker" not in str(error):
-                    raise
-                self._restart(" ".join(str(error).split()))
-                continue
-            if not self._alone and threading.current_thread() is threading.main_thread():
-                # torch's handler would raise in the middle of a step; here, the death shows when the next batch is due
-                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-                self._alone = True
-            return batch
+                self._deaths.count(error)
+                self._loader.close()
+                self._loader.load_state_dict(position)
 
     def state_dict(self) -> dict[str, int]:
         """Return the position in the stream."""
@@ -55,14 +54,57 @@ class RestartingLoader:
         """Stop the processes."""
         self._loader.close()
 
-    def _restart(self, message: str) -> None:
-        self._deaths += 1
-        if self._deaths > LIMIT:
+
+class Deaths:
+    """Counts the deaths of loader processes."""
+
+    def __init__(self) -> None:
+        self._number = 0
+
+    def count(self, error: RuntimeError) -> None:
+        """Note that a process has died.
+
+        Raises:
+            RuntimeError: the error is of another kind.
+            UserError: too many have died.
+        """
+        message = " ".join(str(error).split())
+        if "DataLoader worker" not in message:
+            raise error
+        self._number += 1
+        if self._number > LIMIT:
             raise UserError(
-                f"a loader process died for the {self._deaths}th time ({message}); often the memory is short: "
+                f"a loader process died for the {self._number}th time ({message}); often the memory is short: "
                 "lower data.workers, or look at the kernel's log"
             )
-        LOGGER.warning("%s; the loader starts again at the same batch", message)
-        state = self._loader.state_dict()
-        self._loader.close()
-        self._loader.load_state_dict(state)
+        LOGGER.warning("%s; the loader starts again at the same place", message)
+
+
+_raises = False
+_torch: Any = None
+"""The handler of SIGCHLD that torch installs with its first loader: it raises wherever the program is."""
+
+
+@contextmanager
+def deaths_raise() -> Iterator[None]:
+    """Wait for a loader: the death of one of its processes raises RuntimeError here, and nowhere else.
+
+    Without a handler, a process that dies while it writes leaves its reader waiting for the rest for ever.
+    """
+    global _raises, _torch
+    _raises = True
+    try:
+        _note_death(signal.SIGCHLD, None)  # of one that died before
+        yield
+    finally:
+        _raises = False
+        if threading.current_thread() is threading.main_thread():
+            present = signal.getsignal(signal.SIGCHLD)
+            if callable(present) and present is not _note_death:
+                _torch = present
+                signal.signal(signal.SIGCHLD, _note_death)
+
+
+def _note_death(number: int, frame: FrameType | None) -> None:
+    if _raises and _torch is not None:
+        _torch(number, frame)

@@ -69,7 +69,7 @@ class Supervisor:
         self._watchdog.beat(place)
 
     def boundary(self, iteration: int) -> None:
-        """Stand between two iterations, the only place where a signal ends the loop.
+        """Stand between two iterations, where a signal ends the loop.
 
         Args:
             iteration: iterations done.
@@ -80,12 +80,31 @@ class Supervisor:
         self._profiler.step()
         number = self._vote.cast(self._signals.caught)
         if number:
-            self.save()
-            self.finish()
-            LOGGER.warning(
-                "stopped by signal %d at iteration %d; the same command goes on from there", number, iteration
-            )
-            raise Stopped(number)
+            stopped = Stopped(number)
+            self.save_and_stop(stopped, iteration)
+            raise stopped
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Wait for data. Where this process is the only one, a signal ends that at once; several go on together."""
+        if self._process.world_size > 1:
+            yield
+        else:
+            with self._signals.at_once():
+                yield
+
+    def save_and_stop(self, stopped: Stopped, iteration: int) -> None:
+        """Save the state for a process that is about to end.
+
+        Args:
+            stopped: why.
+            iteration: iterations done.
+        """
+        self.save()
+        self.finish()
+        LOGGER.warning(
+            "stopped by signal %d at iteration %d; the same command goes on from there", stopped.number, iteration
+        )
 
     def check(self, in_row: float, iteration: int) -> None:
         """Stop the run after too many bad iterations.

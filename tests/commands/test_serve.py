@@ -2,6 +2,7 @@ import base64
 import http.client
 import io
 import json
+import os
 import socket
 import threading
 from pathlib import Path
@@ -191,3 +192,62 @@ def test_a_place_that_is_taken_and_a_port_that_is_none_are_refused(server, tmp_p
         with pytest.raises(UserError, match=f"{option}: 0; expected 1 or more"):
             main(["--checkpoint", "run", option, "0", "--port", str(server.server_address[1])])
     assert not list(Path(tmp_path).iterdir())
+
+
+# --- whom it answers
+
+
+def served(host: str, port: int) -> DemoServer:
+    with pytest.MonkeyPatch.context() as patch:  # without listening on the port
+        patch.setattr(DemoServer, "server_bind", lambda self: setattr(self, "server_address", (host, port)))
+        patch.setattr(DemoServer, "server_activate", lambda self: None)
+        demo = DemoServer((host, port), NETWORK, largest=LARGEST, side=48)
+    demo.server_close()
+    return demo
+
+
+@pytest.mark.parametrize(
+    ("host", "port", "header", "welcome"),
+    [
+        ("127.0.0.1", 80, "127.0.0.1", True),
+        ("127.0.0.1", 80, "localhost:80", True),
+        ("127.0.0.1", 80, "LOCALHOST", True),
+        ("127.0.0.1", 8000, "127.0.0.1", False),
+        ("127.0.0.1", 8000, "[::1]:8000", True),
+        ("127.0.0.1", 8000, "evil.example:8000", False),
+        ("127.0.0.1", 8000, "", False),
+        ("0.0.0.0", 8000, "192.168.1.7:8000", True),
+        ("0.0.0.0", 8000, f"{socket.gethostname()}:8000", True),
+        ("0.0.0.0", 8000, "evil.example:8000", False),
+        ("0.0.0.0", 8000, "192.168.1.7.evil.example:8000", False),
+        ("0.0.0.0", 8000, "", False),
+    ],
+)
+def test_it_answers_to_its_own_addresses_alone(host, port, header, welcome):
+    assert served(host, port).is_ours(header) == welcome
+
+
+def test_slow_senders_take_no_place_from_a_picture_that_is_there(server):
+    port = server.server_address[1]
+    head = f"POST /segment HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Length: 1000\r\n\r\n".encode()
+    slow = [socket.create_connection(server.server_address) for _ in range(WAITING + 2)]
+    for client in slow:
+        client.sendall(head + b"x")
+    assert ask(server, "POST", "/segment", encoded())[0] == 200
+    for client in slow:
+        client.close()
+
+
+def test_a_picture_that_takes_too_long_is_not_waited_for(server, monkeypatch):
+    monkeypatch.setattr("fsr_fast.reporting.demo.SILENCE", 0.0)
+    answer = raw(server, request(server, "POST /segment HTTP/1.1", "Content-Length: 100"))
+    assert answer == b""
+
+
+def test_two_hundred_requests_leave_nothing_behind(server):
+    ask(server, "POST", "/segment", b"not a picture")
+    before = threading.active_count(), len(os.listdir("/proc/self/fd"))
+    for _ in range(200):
+        ask(server, "POST", "/segment", b"not a picture")
+    assert threading.active_count() <= before[0] + 2
+    assert len(os.listdir("/proc/self/fd")) <= before[1] + 4

@@ -11,9 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from fsr_fast import trainer
+from fsr_fast.config import build_config, load_config
+from fsr_fast.dataloading.datasets import build_datasets
 from fsr_fast.errors import UserError
+from fsr_fast.evaluation.samples import read_samples
 from fsr_fast.reporting.tracking import read_metrics
 from fsr_fast.runtime.checkpoint import list_checkpoints, read_checkpoint, read_newest
+from fsr_fast.runtime.distributed import Process
 from fsr_fast.runtime.loading import LIMIT, RestartingLoader
 from fsr_fast.runtime.run_folder import claim_run_folder, locked_run_folder
 from fsr_fast.train import main as train
@@ -170,6 +175,23 @@ def test_a_second_run_in_the_same_folder_is_refused_and_the_first_one_goes_on(re
     )
 
 
+def test_a_run_that_waited_while_another_one_trained_in_its_folder_does_not_begin_anew(recipe, tmp_path, record):
+    path = recipe("run")
+    late = Trainer(load_config(["--config", str(path)])[0], Process(0, 1, torch.device("cpu")))
+    train(["--config", str(path)])
+    before = {file.name for file in (tmp_path / "run" / "checkpoints").iterdir()}
+    with pytest.raises(UserError, match=r"another process has trained in .* while this one started; repeat"):
+        late.run()
+    late.close()
+    assert {file.name for file in (tmp_path / "run" / "checkpoints").iterdir()} == before
+    record(
+        "a start that looked at the folder before another run trained there to its end",
+        injected=1,
+        lost="nothing",
+        outcome="looked at again once the lock is held, and refused",
+    )
+
+
 def hold_and_fork(folder: Path, pipe) -> None:
     with locked_run_folder(folder):
         if os.fork() == 0:
@@ -236,13 +258,92 @@ def test_a_run_outlives_the_death_of_a_loader_process_and_ends_as_if_nothing_had
 
     monkeypatch.setattr(Trainer, "_iterate", changed)
     train(["--config", str(recipe("run", {"data": {"workers": 1}}))])
-    assert "the loader starts again at the same batch" in capsys.readouterr().err
+    assert "the loader starts again at the same place" in capsys.readouterr().err
     assert_same(outcome(tmp_path / "run"), whole)
     record(
         "SIGKILL to a loader process",
         injected=1,
         lost="nothing",
-        outcome="a warning, the loader starts again at the same batch; ends bit for bit like an undisturbed run",
+        outcome="a warning, the loader starts again at the same place; ends bit for bit like an undisturbed run",
+    )
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="no /proc")
+def test_an_evaluation_outlives_the_death_of_a_loader_process(root, record, capsys):
+    _, images = build_datasets(build_config(helpers.values(root=root), "the test").data)
+    whole = [sample.name for sample in read_samples(images, range(len(images)), 0)]
+    names = []
+    for sample in read_samples(images, range(len(images)), 1):
+        names.append(sample.name)
+        if len(names) in (1, 3):
+            kill_a_worker(os.getpid())
+    assert names == whole
+    assert capsys.readouterr().err.count("the loader starts again at the same place") == 2
+    record(
+        "SIGKILL to a loader process of an evaluation",
+        injected=2,
+        lost="nothing",
+        outcome="a warning, the loader starts again at the same image; every image once",
+    )
+
+
+def test_a_signal_ends_the_wait_for_data_behind_a_checkpoint(recipe, tmp_path, monkeypatch, whole, record):
+    path = recipe("run", {"run": {"checkpoint_every": 100}})
+    draw = RestartingLoader.__next__
+
+    def wait(loader):
+        batch = draw(loader)  # that comes just now, and is not trained on
+        if list_checkpoints(tmp_path / "run") == [] and loader.state_dict()["position"] == 16:
+            os.kill(os.getpid(), signal.SIGTERM)
+            signal.pause()
+        return batch
+
+    monkeypatch.setattr(RestartingLoader, "__next__", wait)
+    with pytest.raises(SystemExit) as caught:
+        train(["--config", str(path)])
+    assert caught.value.code == 143
+    assert read_checkpoint(tmp_path / "run")["iteration"] == 3
+    monkeypatch.undo()
+    train(["--config", str(path)])
+    assert_same(outcome(tmp_path / "run"), whole)
+    record(
+        "SIGTERM while a run waits for data that do not come",
+        injected=1,
+        lost="nothing",
+        outcome="a process that trains alone saves and ends at once; the same command goes on from there",
+    )
+
+
+def test_an_evaluation_that_a_kill_cut_short_is_made_up_for(recipe, tmp_path, monkeypatch, record):
+    def results(run: Path) -> tuple[list[dict[str, float]], str]:
+        lines = [line for line in read_metrics(run) if "seg_miou" in line]
+        kept = [{name: line[name] for name in ("iteration", "pseudo_miou", "seg_miou")} for line in lines]
+        return kept, (run / "checkpoints" / "best.json").read_text()
+
+    every = {"run": {"evaluate_every": 2}}
+    train(["--config", str(recipe("whole", every))])
+    evaluate, calls = trainer.evaluate_network, []
+
+    def die(network, dataset, config, process, **options):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return evaluate(network, dataset, config, process, **options)
+
+    path = recipe("run", every)
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "evaluate_network", die)
+        with pytest.raises(KeyboardInterrupt):
+            train(["--config", str(path)])
+    train(["--config", str(path)])
+    found, expected = results(tmp_path / "run"), results(tmp_path / "whole")
+    assert [line["iteration"] for line in found[0]] == [2, 4]
+    assert found == expected
+    record(
+        "a kill during an evaluation in mid-training",
+        injected=1,
+        lost="nothing",
+        outcome="the resumed run makes up for it: metrics and best checkpoint as if nothing had happened",
     )
 
 

@@ -76,11 +76,12 @@ def test_a_signal_during_an_evaluation_ends_it_at_once_behind_a_checkpoint(
     assert read_checkpoint(tmp_path / "run")["iteration"] == 3
     train(["--config", str(path)])
     assert_same(outcome(tmp_path / "run"), whole)
+    assert [line["iteration"] for line in read_metrics(tmp_path / "run") if "seg_miou" in line] == [3]
     record(
         f"{number.name} during an evaluation",
         injected=1,
-        lost="this evaluation",
-        outcome=f"exit code {CODES[number]} at once, checkpoint of this iteration on disk; goes on from it",
+        lost="nothing",
+        outcome=f"exit code {CODES[number]} at once, checkpoint of this iteration on disk; made up for on resuming",
     )
 
 
