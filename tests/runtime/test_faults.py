@@ -20,6 +20,7 @@ from fsr_fast.reporting.tracking import read_metrics
 from fsr_fast.runtime.checkpoint import list_checkpoints, read_checkpoint, read_newest
 from fsr_fast.runtime.distributed import Process
 from fsr_fast.runtime.loading import LIMIT, RestartingLoader
+from fsr_fast.runtime.memory import explained_shortage
 from fsr_fast.runtime.run_folder import claim_run_folder, locked_run_folder
 from fsr_fast.train import main as train
 from fsr_fast.trainer import Trainer
@@ -421,6 +422,15 @@ def test_a_gpu_that_is_out_of_memory_gives_advice(recipe, tmp_path, monkeypatch,
         lost="work since the newest checkpoint",
         outcome="exit code 2 with advice (simulated here; with a snapshot of the memory on a GPU)",
     )
+
+
+@pytest.mark.parametrize("error", [RuntimeError("DefaultCPUAllocator: can't allocate memory"), MemoryError()], ids=repr)
+def test_a_host_that_is_out_of_memory_gives_advice(tmp_path, error):
+    with (
+        pytest.raises(UserError, match=r"rank 0 is out of memory .*optim\.batch_size"),
+        explained_shortage(tmp_path, Process(0, 1, torch.device("cpu"))),
+    ):
+        raise error
 
 
 # --- restarts without a human
