@@ -93,11 +93,7 @@ class SegmentationDataset:
         return np.random.default_rng((seed, epoch)).permutation(len(self))
 
     def parts(self, *, contents: bool) -> Iterator[Part]:
-        """Return what the images are, in order, for a fingerprint.
-
-        Raises:
-            DamagedFileError: a file is missing or cannot be read.
-        """
+        """Return what the images are, in order, for a fingerprint."""
         for index, name in enumerate(self.ids):
             path = self.image_path(index)
             try:
