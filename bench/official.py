@@ -1,0 +1,349 @@
+"""The official code beside ours, from your own clone: `python -m bench.official --path CLONE`.
+
+Network, operations and training loop of the clone run in this process, as they stand, on a CPU and in float64. Nothing
+of them is kept. What they ask for and do not use here (a GPU, data sets, downloads, libraries for pictures and tables)
+is stood in for; where the extension for the dense energy is not built, its lattice is, by exact Gaussians.
+"""
+
+import argparse
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import FunctionType, SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from bench.clone import CLASSES, PATCH, PROTOTYPES, SIDE, build_official, official_code, precise
+from fsr_fast import reference
+from fsr_fast.cli import run_command
+from fsr_fast.config import CONFIG_FOLDER, Config, build_config, read_yaml
+from fsr_fast.engine import build_step
+from fsr_fast.kernels import MergedCams
+from fsr_fast.method.cam import merge_passes, merged_labels, multi_scale_passes, resize_images
+from fsr_fast.method.losses import affinity_loss, energy_loss, segmentation_loss
+from fsr_fast.method.optim import build_optimiser, fill_missing_gradients, set_learning_rate
+from fsr_fast.method.pseudo_labels import generate_pseudo_labels, half_size
+from fsr_fast.method.schedules import schedule_at
+from fsr_fast.models import Network, load_network
+from fsr_fast.models.official import official_sizes
+
+BATCH, STARTS = 2, 2
+"""Images, and the iteration from which L_seg and the energy count."""
+SCALES = (1.0, 0.5, 1.5)
+LITERAL = 2000
+"""Iteration, written into the official loop, from which L_seg counts."""
+
+
+def main(arguments: list[str]) -> None:
+    """Compare and print the table."""
+    parser = argparse.ArgumentParser(prog="python -m bench.official", description=__doc__.partition("\n")[0])
+    parser.add_argument("--path", type=Path, required=True, help="clone of the official code")
+    parser.add_argument("--pictures", type=Path, nargs=2 * BATCH, help=f"{2 * BATCH} pictures; else coloured noise")
+    parser.add_argument("--iterations", type=int, default=12, help="of the training loop")
+    parser.add_argument("--json", type=Path, help="file that takes the differences, too")
+    options = parser.parse_args(arguments)
+    with precise(), official_code(options.path) as (code, lattice):
+        differences = compare(code, draw_views(options.pictures), options.iterations)
+    energy = "the clone's lattice" if lattice else "exact Gaussians in place of the lattice"
+    print(f"Largest difference, relative to the largest value; energy: {energy}\n\n| what | difference |\n|---|---:|")
+    print("\n".join(f"| {name} | {value:.1e} |" for name, value in differences.items()))
+    if options.json:
+        options.json.write_text(json.dumps({"energy": energy, "differences": differences}, indent=2) + "\n")
+
+
+def compare(code: SimpleNamespace, views: tuple[Tensor, Tensor], iterations: int) -> dict[str, float]:
+    """Return the largest relative difference of every quantity, by its name."""
+    torch.manual_seed(0)
+    student, teacher = build_official(code), build_official(code)
+    ours = to_ours(student)
+    differences = {f"network: {name}": value for name, value in compare_networks(code, student, ours, views[0]).items()}
+    differences |= {f"operation: {name}": relative(*pair) for name, pair in operations(code, student, ours, views)}
+    teacher.load_state_dict(student.state_dict())
+    theirs = train_theirs(code, student, teacher, views, iterations)
+    return differences | {f"loop: {name}": value for name, value in train_ours(ours, theirs, views, iterations).items()}
+
+
+# --- the two sides
+
+
+def to_ours(network: Any) -> Network:
+    """Read an official network as one reads its checkpoint."""
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save(network.state_dict(), Path(folder) / "student.pth")
+        return load_network(Path(folder) / "student.pth").double()
+
+
+def draw_views(pictures: list[Path] | None) -> tuple[Tensor, Tensor]:
+    """Return two normalised views (B, 3, H, W) of pictures, or of coloured noise."""
+    if pictures:
+        images = [np.asarray(Image.open(file).convert("RGB").resize((SIDE, SIDE))) for file in pictures]
+        levels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).double() / 255
+    else:
+        noise = torch.rand(2 * BATCH, 3, 7, 7, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        levels = F.interpolate(noise, size=(SIDE, SIDE), mode="bicubic").clamp(0, 1)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    # half a grey level away from whole ones, where the last bit would decide
+    first, second = (((levels * 255).floor() + 0.5) / 255 - mean).div(std).chunk(2)
+    return first, second
+
+
+def image_labels() -> Tensor:
+    """Return labels (B, C): one class, then two."""
+    labels = torch.zeros(BATCH, CLASSES)
+    labels[0, 3] = labels[1, 7] = labels[1, 11] = 1
+    return labels
+
+
+def relative(ours: Tensor, theirs: Tensor) -> float:
+    """Return the largest difference, relative to the largest value."""
+    ours, theirs = ours.detach().double(), theirs.detach().double().view(ours.shape)
+    return ((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-30)).item()
+
+
+# --- network and operations
+
+
+@torch.no_grad()
+def compare_networks(code: SimpleNamespace, theirs: Any, ours: Network, images: Tensor) -> dict[str, float]:
+    """Compare everything that one pass gives."""
+    found, expected = ours(images), theirs(images)
+    head = F.normalize(ours.projector.head, dim=-1)
+    tokens = torch.cat([found.class_token[:, None], found.patch_features.flatten(2).transpose(1, 2)], dim=1)
+    pairs = {
+        "class logits": (found.class_logits, expected["top_cls_out"]),
+        "auxiliary class logits": (found.aux_class_logits, expected["aux_cls_out"]),
+        "segmentation logits": (found.seg_logits, expected["seg_out"]),
+        "CAM": (found.cam, expected["top_cam"]),
+        "auxiliary CAM": (found.aux_cam, expected["aux_cam"]),
+        "prototype logits of all tokens": (ours.projector(tokens) @ head.T, expected["project_out"]),
+    }
+    return {name: relative(*pair) for name, pair in pairs.items()}
+
+
+def operations(
+    code: SimpleNamespace, student: Any, ours: Network, views: tuple[Tensor, Tensor]
+) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
+    """Yield operations by name: ours, theirs."""
+    train, labels, size = code.train, image_labels(), (SIDE, SIDE)
+    every = torch.ones(BATCH, CLASSES)
+    with torch.no_grad():
+        passes = multi_scale_passes(ours.encoder, views[0], SCALES)
+        cam, aux_cam = train.multi_scale_cam(student, views[0], scales=SCALES)
+        for name, expected in (("top", cam), ("aux", aux_cam)):
+            found = merge_passes(ours, passes, every, classifier=name, max_classes=CLASSES, size=size).values  # type: ignore[arg-type]
+            yield f"multi-scale CAM, {name}", (found, expected)
+        pictures = train.imutils.denormalize_img2(views[0].clone())
+        yield "picture, denormalised", (ours.denormalise(views[0]) / 255, pictures)
+        labelled, _ = train.cam_to_label(cam, labels, ignore_mid=True, high_thre=0.7, low_thre=0.25, ignore_index=255)
+        expected_labels = train.refine_cams_with_bkg_v2(
+            train.PAR(num_iter=10, dilations=[1, 2, 4, 8, 12, 24]).double(),
+            pictures.double(),
+            cams=labelled,
+            cls_labels=labels,
+            high_thre=0.7,
+            low_thre=0.25,
+            ignore_index=255,
+        )
+        classes, live = reference.present_classes(labels, max_classes=2)
+        index = classes[:, :, None, None].expand(-1, -1, *half_size(size))
+        values = resize_images(cam, half_size(size)).gather(1, index) * live[:, :, None, None]
+        recipe = read_recipe(ours, 1)
+        found_labels = generate_pseudo_labels(
+            ours.denormalise(views[0]), MergedCams(values, classes, live), recipe.pseudo_label
+        )
+        yield "pseudo labels", (found_labels, expected_labels)
+        low = (SIDE // PATCH,) * 2
+        _, patch_labels = train.cam_to_label(
+            F.interpolate(aux_cam, size=low, mode="bilinear", align_corners=False),
+            labels,
+            ignore_mid=True,
+            high_thre=0.7,
+            low_thre=0.25,
+            ignore_index=255,
+        )
+        spread = torch.gather(resize_images(aux_cam, low), 1, classes[:, :, None, None].expand(-1, -1, *low))
+        own = merged_labels(MergedCams(spread * live[:, :, None, None], classes, live), high=0.7, low=0.25)
+        yield "labels of patches", (own, patch_labels)
+        output = student(views[0])
+    features, logits = output["top_fmap"], output["seg_out"]
+    yield from with_gradient(
+        "affinity loss",
+        features,
+        lambda one: affinity_loss(one.flatten(2).transpose(1, 2), patch_labels.flatten(1)),
+        lambda one: train.get_masked_ptc_loss(one, train.label_to_aff_mask(patch_labels)),
+    )
+
+    def full(one: Tensor) -> Tensor:
+        return F.interpolate(one, size=size, mode="bilinear", align_corners=False)
+
+    yield from with_gradient(
+        "segmentation loss",
+        logits,
+        lambda one: segmentation_loss(one, expected_labels.to(torch.uint8)),
+        lambda one: train.get_seg_loss(full(one), expected_labels.long(), ignore_index=255),
+    )
+    layer = train.DenseEnergyLoss(weight=1e-7, sigma_rgb=15, sigma_xy=100, scale_factor=0.5)
+    yield from with_gradient(
+        "dense energy",
+        logits,
+        lambda one: energy_loss(one, ours.grey_levels(views[0]), expected_labels.to(torch.uint8)),
+        lambda one: train.get_energy_loss(
+            img=views[0], logit=full(one), label=expected_labels, img_box=None, loss_layer=layer
+        ).double(),
+    )
+
+
+def with_gradient(
+    name: str, values: Tensor, ours: Callable[[Tensor], Tensor], theirs: Callable[[Tensor], Tensor]
+) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
+    """Yield a loss and its gradient."""
+    mine, their = (values.detach().clone().requires_grad_() for _ in range(2))
+    losses = ours(mine).sum(), theirs(their).sum()
+    for loss in losses:
+        loss.backward()
+    assert mine.grad is not None
+    assert their.grad is not None
+    yield name, losses
+    yield f"{name}, gradient", (mine.grad, their.grad)
+
+
+# --- the loop
+
+
+def train_theirs(
+    code: SimpleNamespace, student: Any, teacher: Any, views: tuple[Tensor, Tensor], iterations: int
+) -> list[dict[str, Any]]:
+    """Run the official `train` on the same views in every iteration; return what each of them made."""
+    train, records = code.train, []  # type: ignore[var-annotated]
+    draws = iter(draw_uniform(iterations))
+    args = train.parser.parse_args([])
+    vars(args).update(
+        max_iters=iterations,
+        fsr_iters=iterations,
+        warmup_iters=2,
+        input_size=SIDE,
+        out_dim=PROTOTYPES,
+        spg=BATCH,
+        log_iters=10**6,
+        eval_iters=10**6,
+        num_classes=CLASSES + 1,
+        block_size=2 * PATCH,
+    )
+    built = iter((student, teacher))
+    refine, energy, reduce = train.refine_cams_with_bkg_v2, train.get_energy_loss, train.reduce_tensor
+    draws = iter(draw_uniform(iterations))
+
+    def note_labels(*arguments: Any, **options: Any) -> Tensor:
+        labels = refine(*arguments, **options)
+        records[-1].setdefault("pseudo labels", labels)
+        return labels
+
+    def note_energy(**options: Any) -> Tensor:
+        records[-1]["energy"] = energy(**options).double()
+        return records[-1]["energy"]
+
+    def note_loss(loss: Tensor) -> Tensor:
+        names = ("classification", "affinity", "segmentation", "class_token", "uncertain")
+        found = [name for name in names if name in records[-1]]
+        records[-1][names[len(found)]] = loss.detach()
+        if len(found) + 1 == len(names):
+            records[-1]["student"] = {name: value.clone() for name, value in student.state_dict().items()}
+            records[-1]["teacher"] = {name: value.clone() for name, value in teacher.state_dict().items()}
+            gradients = ((name, one.grad) for name, one in student.named_parameters() if one.grad is not None)
+            records[-1]["gradient"] = {name: one.clone() for name, one in gradients}
+        return reduce(loss)
+
+    class Generator(train.MaskGenerator):  # type: ignore[misc]
+        def __call__(self, *arguments: Any, **options: Any) -> Tensor:
+            with mock.patch("torch.rand", return_value=next(draws).clone()):
+                mask: Tensor = super().__call__(*arguments, **options)
+            records.append({"mask": mask})
+            return mask
+
+    batch = [["0"] * BATCH, [view.clone() for view in views], image_labels()]
+    stand_ins = {
+        "build_model": lambda *_, **__: next(built),
+        "MultiviewTransform": mock.MagicMock(),
+        "DataLoader": lambda *_, **__: [batch] * iterations,
+        "voc": mock.MagicMock(),
+        "setup_logger": lambda *_: None,
+        "MaskGenerator": Generator,
+        "refine_cams_with_bkg_v2": note_labels,
+        "get_energy_loss": note_energy,
+        "reduce_tensor": note_loss,
+    }
+    constants = tuple(STARTS if one == LITERAL else one for one in train.train.__code__.co_consts)
+    body = FunctionType(train.train.__code__.replace(co_consts=constants), vars(train))
+    with tempfile.TemporaryDirectory() as folder, mock.patch.multiple(train, **stand_ins):
+        args.work_dir = folder
+        body(args)
+    return records
+
+
+def draw_uniform(iterations: int) -> Tensor:
+    """Draw u of Eq. 3 for blocks of 2 × 2 patches: (iterations, B, blocks)."""
+    blocks = (SIDE // PATCH // 2) ** 2
+    return torch.rand(iterations, BATCH, blocks, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+
+
+def read_recipe(network: Network, iterations: int) -> Config:
+    """Return the official recipe for a network read from an official checkpoint."""
+    values = read_yaml(CONFIG_FOLDER / "voc_official.yaml")
+    sizes = official_sizes(network.state_dict(), "the clone").model.model_dump(mode="json")
+    changes: Mapping[str, dict[str, Any]] = {
+        "model": {**sizes, "stochastic_depth": 0.0},
+        "data": {"image_size": SIDE, "dataset": "synthetic", "root": None},
+        "mask": {"block": 2},
+        "loss": {"segmentation_start": STARTS, "energy": 0.05},  # both sides sum exactly the same
+        "optim": {"iterations": iterations, "warmup": min(2, iterations - 1), "batch_size": BATCH},
+        "run": {"device": "cpu", "amp": "off"},
+    }
+    for section, content in changes.items():
+        values[section] = values.get(section, {}) | content
+    return build_config(values, "voc_official")
+
+
+def train_ours(
+    network: Network, theirs: list[dict[str, Any]], views: tuple[Tensor, Tensor], iterations: int
+) -> dict[str, float]:
+    """Run our iterations on the same views and draws; return the largest difference of all iterations."""
+    config = read_recipe(network, iterations)
+    step = build_step(network.train(), config, 2).double()
+    optimiser = build_optimiser(network, config.optim)
+    worst: dict[str, float] = {}
+    for iteration, record in enumerate(theirs):
+        schedule = schedule_at(config, iteration)
+        set_learning_rate(optimiser, schedule.learning_rate_factor)
+        draws = step.draw(BATCH, torch.Generator().manual_seed(0))._replace(uniform=draw_uniform(iterations)[iteration])
+        output = step(views, image_labels(), draws, schedule)
+        optimiser.zero_grad()
+        output.loss.backward()
+        fill_missing_gradients(optimiser)
+        gradients = {name: one.grad.clone() for name, one in network.named_parameters() if one.grad is not None}
+        optimiser.step()
+        assert step.teacher.network is not None
+        step.teacher.update_ema(network, schedule.encoder_momentum, schedule.projector_momentum)
+        found = {f"loss {name}": relative(loss, record[name]) for name, loss in output.losses.items()}
+        assert output.mask is not None
+        found["mask"] = relative(output.mask, record["mask"].flatten(1))
+        if output.pseudo_labels is not None:
+            found["pseudo labels"] = relative(output.pseudo_labels, record["pseudo labels"])
+        largest = max(one.abs().max().item() for one in record["gradient"].values())
+        found["gradients"] = max(
+            (gradients[name] - one).abs().max().item() / largest for name, one in record["gradient"].items()
+        )
+        for name, state in (("student", network.state_dict()), ("teacher", step.teacher.network.state_dict())):
+            found[f"weights of the {name}"] = max(relative(state[key], one) for key, one in record[name].items())
+        worst = {name: max(value, worst.get(name, 0.0)) for name, value in (worst | found).items()}
+    return worst
+
+
+if __name__ == "__main__":
+    run_command(lambda arguments: main(list(arguments)))
