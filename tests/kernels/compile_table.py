@@ -1,6 +1,7 @@
 """Compile every shipped kernel configuration ahead of time and tabulate registers, spills and shared memory.
 
-No GPU is needed. ``python -m tests.kernels.compile_table [module ...]`` prints the table; ``--json`` the rows.
+No GPU is needed. ``python -m tests.kernels.compile_table [module ...]`` prints the table; ``--json`` the rows;
+``--loops`` the instructions of each loop that contains no other, in the machine code, instead.
 """
 
 import importlib
@@ -11,12 +12,14 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 TARGETS = (80, 90, 100)
+Row = TypeVar("Row")
 
 
 def modules() -> list[str]:
@@ -37,8 +40,8 @@ def jobs(names: list[str]) -> list[tuple[str, str, int]]:
     return found
 
 
-def compile_one(job: tuple[str, str, int]) -> dict[str, Any]:
-    """Compile one configuration for one target and read its resources from the cubin."""
+def compile_job(job: tuple[str, str, int]) -> tuple[Any, Any]:
+    """Compile one configuration for one target; return it and what Triton made of it."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -60,7 +63,13 @@ def compile_one(job: tuple[str, str, int]) -> dict[str, Any]:
         attrs={(order.index(arg),): [["tt.divisibility", 16]] for arg in divisible},
     )
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
-    compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
+    return case, triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
+
+
+def compile_one(job: tuple[str, str, int]) -> dict[str, Any]:
+    """Compile one configuration for one target and read its resources from the cubin."""
+    name, case_name, target = job
+    case, compiled = compile_job(job)
     registers, stack = _cubin_resources(compiled.asm["cubin"])
     return {
         "module": name,
@@ -75,24 +84,44 @@ def compile_one(job: tuple[str, str, int]) -> dict[str, Any]:
     }
 
 
-def _cubin_resources(cubin: bytes) -> tuple[int, int]:
-    """(registers, stack bytes a thread). Kernels hold no local arrays, so a stack holds spilled registers alone."""
+def count_loops(job: tuple[str, str, int]) -> str:
+    """Compile one configuration and count the instructions of its innermost loops, and of the whole."""
+    name, case_name, target = job
+    text = _dump(compile_job(job)[1].asm["cubin"], "-sass")
+    lines = re.findall(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?);", text, re.MULTILINE)
+    places = [int(place, 16) for place, _ in lines]
+    loops = []
+    for end, (_, instruction) in zip(places, lines, strict=True):
+        jump = re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", instruction)
+        if jump and int(jump[1], 16) < end:
+            loops.append((int(jump[1], 16), end))
+    inner = [loop for loop in loops if not any(loop[0] <= a and b < loop[1] for a, b in loops if (a, b) != loop)]
+    counts = [sum(start <= place <= end for place in places) for start, end in inner]
+    return f"{name:26} {case_name:44} sm_{target:<4} loops {counts}, all {len(places)}"
+
+
+def _dump(cubin: bytes, what: str) -> str:
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        return subprocess.run([tool, what, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def _cubin_resources(cubin: bytes) -> tuple[int, int]:
+    """(registers, stack bytes a thread). Kernels hold no local arrays, so a stack holds spilled registers alone."""
+    text = _dump(cubin, "-res-usage")
     usage = re.search(r"REG:(\d+) STACK:(\d+)", text)
     assert usage is not None, f"cuobjdump named no resources:\n{text}"
     return int(usage[1]), int(usage[2])
 
 
-def rows(names: list[str]) -> list[dict[str, Any]]:
-    """Compile everything in two processes, in order of the jobs."""
+def rows(names: list[str], found: Callable[[tuple[str, str, int]], Row]) -> list[Row]:
+    """What is found in each compiled configuration, in two processes, in order of the jobs."""
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-        return list(pool.map(compile_one, jobs(names)))
+        return list(pool.map(found, jobs(names)))
 
 
 def table(found: list[dict[str, Any]]) -> str:
@@ -109,8 +138,11 @@ def table(found: list[dict[str, Any]]) -> str:
 def main() -> None:
     """Print the table, or the rows as JSON."""
     os.environ.pop("TRITON_INTERPRET", None)
-    arguments = [argument for argument in sys.argv[1:] if argument != "--json"]
-    found = rows(arguments or modules())
+    names = [argument for argument in sys.argv[1:] if not argument.startswith("--")] or modules()
+    if "--loops" in sys.argv:
+        print("\n".join(rows(names, count_loops)))
+        return
+    found = rows(names, compile_one)
     print(json.dumps(found) if "--json" in sys.argv else table(found))
 
 
