@@ -177,7 +177,7 @@ def build_parser() -> Parser:
     parser.add_argument("--config", type=Path, help="recipe, for an official checkpoint: its data and evaluation")
     parser.add_argument("--root", help="folder or address of the data set, if not the folder of the training")
     parser.add_argument("--list", dest="list_name", help="name of the list, if not the training list")
-    parser.set_defaults(list=None)  # the validation list stays what it was
+    parser.set_defaults(list=None, protocol=None)  # validation list and protocol stay what they were
     parser.add_argument("--unlabelled", action="store_true", help="the list has no image labels, as VOC's test list")
     parser.add_argument("--found", action="store_true", help="pseudo labels of the classes that the classifier finds")
     parser.add_argument("--scales", type=float, nargs="+", help="scales of the segmentation")
