@@ -19,7 +19,7 @@ from fsr_fast.config import build_config
 from fsr_fast.dataloading.batch import Batch
 from fsr_fast.method.draws import Draws
 from fsr_fast.method.optim import build_optimiser, fill_missing_gradients
-from fsr_fast.method.schedules import schedule_at
+from fsr_fast.method.schedules import reaches_all, schedule_at
 from fsr_fast.reporting.tracking import read_metrics
 from fsr_fast.runtime.checkpoint import read_checkpoint
 from fsr_fast.runtime.distributed import Process, distribute, sum_over_ranks, world_size
@@ -65,7 +65,7 @@ def take_step(name: str, rank: int, size: int) -> dict[str, torch.Tensor]:
     draws = share_of(step.draw(BATCH, helpers.generator()), rows)
     first, second = helpers.views(BATCH)
     process = Process(rank, size if dist.is_initialized() else 1, torch.device("cpu"))
-    forward = distribute(step, process)
+    forward = distribute(step, process, all_reached=reaches_all(config, iteration))
     labels = helpers.labels(BATCH)[[0, 2, 1, 3]]  # one class an image in the first half, two in the second
     output = forward((first[rows], second[rows]), labels[rows], draws, schedule_at(config, iteration))
     output.loss.backward()
@@ -106,7 +106,7 @@ def take_three_steps(name: str, content: str, rank: int, size: int) -> dict[str,
         guard=guard,
         iteration=iteration,
     )
-    forward = distribute(step, process)
+    forward = distribute(step, process, all_reached=reaches_all(config, iteration))
     labels = torch.cat([helpers.labels(BATCH), torch.zeros(1, len(helpers.CLASSES))])[CONTENTS[content]]
     for number in range(3):
         first, second = helpers.views(BATCH, seed=number)
