@@ -10,12 +10,24 @@ DOCS = ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.27"]
 
 setup(
     name="fsr_fast",
-    version="0.1.0",
+    version="0.2.0.dev0",
     description="Fast, verified training of segmentation networks from image-level labels "
     "(Progressive Feature Self-Reinforcement)",
     long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: Scientific/Engineering :: Image Recognition",
+        "Typing :: Typed",
+    ],
+    keywords=["weakly supervised semantic segmentation", "image-level labels", "vision transformer"],
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=[
@@ -31,7 +43,7 @@ setup(
         "fsr_fast.dataloading",
         "fsr_fast.configs",
     ],
-    package_data={"fsr_fast.configs": ["*.yaml"], "fsr_fast.reporting": ["templates/*"]},
+    package_data={"fsr_fast": ["py.typed"], "fsr_fast.configs": ["*.yaml"], "fsr_fast.reporting": ["templates/*"]},
     install_requires=[
         "torch>=2.11",
         "torchvision>=0.26",
@@ -42,7 +54,6 @@ setup(
         "nvidia-dali-cuda130>=2.0; platform_system == 'Linux'",
         "pydensecrf2>=1.1",
         "pydantic>=2.10",
-        "pydantic-settings>=2.7",
         "pyyaml>=6.0",
         "numpy>=1.26",
         "pillow>=10.0",
@@ -55,6 +66,7 @@ setup(
         "scipy>=1.14",
         "kornia>=0.8",
         "pycocotools>=2.0.8",
+        "shtab>=1.7",
         "webdataset>=1.0",
         "fsspec>=2026.6",
     ],

@@ -8,7 +8,7 @@ with a shuffle buffer, as WebDataset's own, gives none of this away only by keep
 The order of an epoch: the shards are shuffled and taken in windows of `WINDOW` shards, and the samples of a window are
 shuffled together. So memory holds the offsets of a few shards, whatever the number of images, and reads stay within a
 few files at a time: a cache such as `simplecache::s3://…` fetches each shard once an epoch. Neighbours in the list
-meet in few windows; pack a sorted list with `--seed`.
+meet in few windows; pack a sorted list with `--shuffle`.
 
 Both pipelines read through this module; WebDataset's tools and DALI's reader can read the same files.
 """

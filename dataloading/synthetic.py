@@ -80,9 +80,11 @@ def ensure(root: Path) -> None:
             if _is_current(root):
                 return
             if root.exists() and not (root / MARKER).is_file() and (root.is_file() or any(root.iterdir())):
+                own = (root / "images").is_dir()
+                there = "own pictures, --data.dataset own --data.train_list train" if own else "--data.dataset voc"
                 raise UserError(
-                    f"data.root: {root} holds something else than the embedded data set; give a new or empty folder, "
-                    "or train on what is there with --data.dataset voc"
+                    f"data.root: {root} is not the embedded data set, which is what data.dataset synthetic means; to "
+                    f"train on what is there give {there}; or give a new or empty folder"
                 )
             generate(root)
     except OSError as error:

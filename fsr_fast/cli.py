@@ -1,16 +1,21 @@
 """`fsr-fast VERB …`: the table of verbs, and what all entry points share.
 
-A verb is a module with `main(arguments)` and `build_parser()`; it is imported when it is called.
+A verb is a module with `main(arguments)`, which is imported when it is called, and a function in commands/parsers.py.
 """
+
+from __future__ import annotations
 
 import errno
 import importlib
 import sys
 from collections.abc import Callable, Sequence
 from importlib import metadata
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from fsr_fast.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from fsr_fast.options import Parser
 
 
 class Verb(NamedTuple):
@@ -128,7 +133,14 @@ def dispatch(arguments: Sequence[str]) -> None:
         return
     if name not in VERBS:
         raise UserError(f"command line: unknown verb {name!r}{nearest(name, VERBS)}")
+    parser_of(name).parse_args(rest)  # help and mistakes end here: they need no torch
     importlib.import_module(VERBS[name].module).main(rest)
+
+
+def parser_of(name: str) -> Parser:
+    """Build the parser of a verb."""
+    build: Callable[[], Parser] = getattr(importlib.import_module("fsr_fast.commands.parsers"), name.replace("-", "_"))
+    return build()
 
 
 def help_text() -> str:

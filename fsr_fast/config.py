@@ -5,20 +5,14 @@
 
 from __future__ import annotations
 
-import argparse
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self, get_args
+from types import NoneType, UnionType
+from typing import Any, Self, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError, model_validator
-from pydantic_settings import (
-    BaseSettings,
-    CliSettingsSource,
-    PydanticBaseSettingsSource,
-    SettingsConfigDict,
-    SettingsError,
-)
 
 from fsr_fast.config_sections import (
     AugmentConfig,
@@ -31,10 +25,11 @@ from fsr_fast.config_sections import (
     OptimConfig,
     PseudoLabelConfig,
     RunConfig,
+    Section,
     TeacherConfig,
 )
 from fsr_fast.errors import UserError, nearest
-from fsr_fast.options import Parser
+from fsr_fast.options import Given, Parser, expectation, given
 
 __all__ = [
     "CONFIG_FOLDER",
@@ -51,27 +46,20 @@ __all__ = [
     "RunConfig",
     "TeacherConfig",
     "build_config",
+    "check_options",
     "dump_config",
     "load_config",
+    "merge",
     "read_yaml",
+    "untrained_decoder",
 ]
 
 CONFIG_FOLDER = Path(__file__).parent / "configs"
 MAX_ENTRIES = 10_000  # of a recipe; a few lines of references can stand for billions
 
 
-class Config(BaseSettings):
+class Config(Section):
     """Everything that defines a run."""
-
-    model_config = SettingsConfigDict(
-        extra="forbid",
-        frozen=True,
-        cli_exit_on_error=False,
-        cli_prog_name="fsr-fast train",
-        cli_hide_none_type=True,
-        cli_avoid_json=True,
-        use_attribute_docstrings=True,
-    )
 
     run: RunConfig = RunConfig()
     data: DataConfig = DataConfig()
@@ -85,18 +73,6 @@ class Config(BaseSettings):
     optim: OptimConfig = OptimConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
 
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Read the command line and the file alone: no environment variable changes a run."""
-        return (init_settings,)
-
     @model_validator(mode="after")
     def _whole(self) -> Self:
         if self.data.dataset != "synthetic" and self.data.root is None:
@@ -104,15 +80,62 @@ class Config(BaseSettings):
                 f"data.root: missing; the data set {self.data.dataset!r} needs a folder: --data.root FOLDER"
             )
         if self.run.shard and self.cam.fp8:
-            raise ValueError("cam.fp8: works on whole weights, but run.shard shares them out; leave one of them out")
+            raise ValueError(
+                "cam.fp8: works on whole weights, which run.shard shares out; give --cam.fp8 false or --run.shard false"
+            )
+        named = re.search(r"patch(\d+)", self.model.backbone)
+        patch = self.model.backbone_options.get("patch_size", int(named[1]) if named else 1)
+        if isinstance(patch, int) and patch > 0 and self.data.image_size % patch:
+            near = max(patch, round(self.data.image_size / patch) * patch)
+            raise ValueError(
+                f"data.image_size: {self.data.image_size} is no multiple of the patch size {patch} of "
+                f"model.backbone {self.model.backbone}; the nearest that fits: --data.image_size {near}"
+            )
         return self
+
+
+SECTIONS: dict[str, type[BaseModel]] = {name: type(field.default) for name, field in Config.model_fields.items()}
+DEFAULT_RECIPE = "synthetic"
+CHANGED_FIRST = (
+    *("run.output", "run.seed", "run.device", "data.dataset", "data.root", "data.train_list", "data.val_list"),
+    *("data.image_size", "optim.iterations", "optim.batch_size", "optim.learning_rate", "mask.ratio"),
+)
+"""Keys that `fsr-fast train --help` describes."""
+
+
+class RecipeParser(Parser):
+    """A parser of a recipe and of all keys of the configuration.
+
+    Args:
+        verb: what the user calls.
+        shown: keys that the help describes.
+        **settings: of argparse.
+    """
+
+    def __init__(self, verb: str, shown: Sequence[str] = (), **settings: Any) -> None:
+        super().__init__(verb, **settings)
+        self.add_argument(
+            "--config", default=DEFAULT_RECIPE, help="recipe: its name, or a YAML file (default: %(default)s)"
+        )
+        self.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
+        self.add_sections(SECTIONS, shown=shown)
+
+    def defaults(self) -> Mapping[str, Any]:
+        """Return the values of the recipe that the command line names."""
+        words = [part for argument in self.arguments for part in argument.split("=", 1)]
+        recipe = words[words.index("--config") + 1] if "--config" in words[:-1] else DEFAULT_RECIPE
+        return build_config(read_yaml(Path(recipe)), recipe).model_dump(mode="json")
 
 
 def build_parser() -> Parser:
     """Build the parser of `fsr-fast train`: an option for every field."""
-    parser = _file_options()
-    CliSettingsSource(Config, root_parser=parser)
-    return parser
+    return RecipeParser(
+        "train",
+        CHANGED_FIRST,
+        usage="fsr-fast train [--config RECIPE] [--section.key value …] [--print-config]",
+        description="Train from image-level labels; the same command goes on where it stopped.",
+        epilog="In brackets the value of the recipe.",
+    )
 
 
 def load_config(arguments: Sequence[str]) -> tuple[Config, bool]:
@@ -128,34 +151,44 @@ def load_config(arguments: Sequence[str]) -> tuple[Config, bool]:
     Raises:
         UserError: an unknown key, a value out of range, a file that cannot be read.
     """
-    parser = _file_options()
-    try:
-        source: CliSettingsSource[Any] = CliSettingsSource(Config, root_parser=parser, cli_parse_args=list(arguments))
-    except SettingsError as error:  # a mapping or a list that does not parse
-        raise UserError(f"command line: {error}") from None
-    options = parser.parse_args(list(arguments))
-    return build_config(read_yaml(options.config), str(options.config), source), options.print_config
+    options = build_parser().parse_args(arguments)
+    return build_config(read_yaml(Path(options.config)), options.config, given(options)), options.print_config
 
 
-def build_config(values: dict[str, Any], origin: str, source: CliSettingsSource[Any] | None = None) -> Config:
-    """Check values and give the configuration.
+def build_config(values: dict[str, Any], origin: str, options: Mapping[str, Given] | None = None) -> Config:
+    """Check values and return the configuration.
 
     Args:
         values: sections by name.
         origin: where the values come from, for messages.
-        source: parsed command line, which goes before the values.
+        options: what the command line says, which goes before the values.
 
     Raises:
         UserError: an unknown key or a value out of range; names key, value and expectation.
     """
+    merged = dict(values)
+    for key, item in (options or {}).items():
+        section, _, name = key.partition(".")
+        if isinstance(merged.setdefault(section, {}), dict):  # anything else is refused below
+            merged[section] = merge(merged[section], {name: item.value})
     try:
-        return Config(_cli_settings_source=source, **values)
+        return Config.model_validate(merged)
     except ValidationError as error:
-        given = source.env_vars if source else {}
-        raise UserError("\n".join(_explain(item, origin, given) for item in error.errors())) from None
-    except SettingsError as error:  # a section that is given as a whole, and is no mapping
-        section = str(error).partition('"')[2].partition('"')[0]
-        raise UserError(f"command line: --{section}: expected a mapping; give --{section}.key value") from None
+        raise UserError(_explain(error, origin, options or {})) from None
+
+
+def check_options(options: Mapping[str, Given]) -> None:
+    """Check what the command line says of the configuration, before the rest of it is known.
+
+    Raises:
+        UserError: a value out of range.
+    """
+    for key, item in options.items():
+        section, _, name = key.partition(".")
+        try:
+            SECTIONS[section].model_validate({name: item.value})
+        except ValidationError as error:
+            raise UserError(_explain(error, "command line", options, section)) from None
 
 
 def read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -190,21 +223,31 @@ def read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
         return values
     beside = path.parent / str(base)
     found = beside if beside.is_file() or Path(str(base)).suffix else Path(str(base))
-    return _merge(read_yaml(found, (*above, path)), values)
+    return merge(read_yaml(found, (*above, path)), values)
+
+
+def untrained_decoder(config: Config, iterations: int) -> str | None:
+    """Say why the decoder of a training has learned nothing, if that is so.
+
+    Args:
+        config: of the training.
+        iterations: its length so far.
+    """
+    start, length = config.loss.segmentation_start, config.optim.iterations
+    if config.loss.segmentation == 0:
+        return "loss.segmentation is 0, so the decoder learns nothing and its masks are noise"
+    if start < iterations:
+        return None
+    return (
+        f"loss.segmentation_start is {start}, of {iterations} iterations, so the decoder learns nothing and its masks "
+        "are noise; class activation maps and pseudo labels are not. To train it: --loss.segmentation_start "
+        f"{length // 3}"
+    )
 
 
 def dump_config(config: Config) -> str:
     """Write a configuration as YAML that `--config` reads back."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-
-def _file_options() -> Parser:
-    parser = Parser("train", description="Train from image-level labels.", formatter_class=argparse.HelpFormatter)
-    parser.add_argument(
-        "--config", type=Path, default=CONFIG_FOLDER / "synthetic.yaml", help="recipe: its name, or a YAML file"
-    )
-    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
-    return parser
 
 
 def _count_entries(values: Any, known: dict[int, int]) -> int:
@@ -232,24 +275,48 @@ class _OnceLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Lay values over others, key by key."""
     merged = dict(base)
     for key, value in over.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
+        merged[key] = merge(merged[key], value) if both else value
     return merged
 
 
-def _explain(item: Any, origin: str, given: Mapping[str, Any]) -> str:
-    keys = [str(key) for key in item["loc"]]
-    name = ".".join(keys)
-    if ".".join(keys[:2]) in given:
-        origin = "command line"
+def _explain(error: ValidationError, origin: str, options: Mapping[str, Given], *above: str) -> str:
+    """Say what is wrong, a line for each fault; of the forms that a value may have, no more than their names."""
+    found = [((*above, *item["loc"]), item) for item in error.errors()]
+    short = [keys for keys, item in found if item["type"] == "too_short"]
+    lines = [
+        _explain_one(item, keys, origin, options)
+        for keys, item in found
+        if not (keys in short and any(other != keys and other[: len(keys)] == keys for other, _ in found))
+    ]
+    return "\n".join(dict.fromkeys(lines))
+
+
+def _explain_one(item: Any, path: Sequence[str | int], origin: str, options: Mapping[str, Given]) -> str:
+    keys = [str(key) for key in path]
+    forms = _forms(keys)
+    keys = keys[:2] if forms else keys
+    name, wrong = ".".join(keys), repr(item["input"])
+    if option := options.get(".".join(keys[:2])):
+        origin, name, wrong = "command line", ".".join([option.option, *keys[2:]]), str(item["input"])
     if item["type"] == "extra_forbidden":
         return f"{origin}: unknown key {name!r}{nearest(keys[-1], _fields(keys[:-1]))}"
     if item["type"] == "value_error":
         return f"{origin}: {name}{'.' if name else ''}{item['msg'].removeprefix('Value error, ')}"
-    return f"{origin}: {name}: {item['msg'][0].lower()}{item['msg'][1:]}, not {item['input']!r}"
+    message = f"expected {forms}" if forms else f"{item['msg'][0].lower()}{item['msg'][1:]}"
+    return f"{origin}: {name}: {message}, not {wrong}"
+
+
+def _forms(keys: Sequence[str]) -> str | None:
+    """Return the forms of a value that may have several, where an error is about one of them."""
+    field = SECTIONS[keys[0]].model_fields.get(keys[1]) if len(keys) > 2 and keys[0] in SECTIONS else None
+    parts = [part for part in get_args(field.annotation) if part is not NoneType] if field else []
+    several = len(parts) > 1 and get_origin(field.annotation if field else None) in (Union, UnionType)
+    return expectation(field.annotation).replace("|", ", ") if several and field else None
 
 
 def _fields(path: Sequence[str]) -> list[str]:

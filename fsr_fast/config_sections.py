@@ -6,7 +6,8 @@ The defaults are the paper's recipe for PASCAL VOC (`configs/voc_vit_b.yaml`).
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
@@ -29,10 +30,29 @@ def _name_stochastic_depth(value: object) -> object:
 StochasticDepth = Annotated[Literal["never", "shared", "always"], BeforeValidator(_name_stochastic_depth)]
 
 
+def _plain_word(value: Any, kind: Any) -> Any:
+    parts = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    words = {word for part in (kind, *parts) if get_origin(part) is Literal for word in get_args(part)}
+    if value is False and "off" in words and bool not in parts:
+        return "off"
+    if value is not None and not (isinstance(value, str) and value.lower() in ("none", "null")):
+        return value
+    return "none" if "none" in words else None if NoneType in parts else value
+
+
 class Section(BaseModel):
     """One section of the configuration: unknown keys are refused, values are fixed after loading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_word_for_nothing(cls, values: Any) -> Any:
+        """Read `none`, `None`, `null` and nothing alike, and YAML's `off`, which is a boolean there, as the word."""
+        if not isinstance(values, dict):
+            return values
+        fields = {name: value for name, value in values.items() if name in cls.model_fields}
+        return values | {name: _plain_word(value, cls.model_fields[name].annotation) for name, value in fields.items()}
 
 
 class RunConfig(Section):
@@ -87,7 +107,9 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _whole_blocks(self) -> Self:
         if self.shard and self.compile is True:
-            raise ValueError("shard: shared out, blocks cannot be compiled; leave out shard, or compile")
+            raise ValueError(
+                "shard: shared out, blocks cannot be compiled; give --run.shard false or --run.compile false"
+            )
         return self
 
 
@@ -195,7 +217,7 @@ class ModelConfig(Section):
     timm's choice for the name. docs/recipes.md lists the families."""
     backbone_options: dict[str, int | float | bool] = Field(default_factory=dict)
     """Arguments of timm's VisionTransformer that differ from the named model, e.g. `{depth: 6, embed_dim: 128}`."""
-    pretrained: str = "hub"
+    pretrained: Literal["hub", "none"] | str = "hub"
     """Weights of the encoder: `hub` (downloaded by timm), `none`, or a local `.safetensors` / `.pth` file."""
     prefix_tokens: Literal["auto", "drop", "keep"] = "auto"
     """Class and register tokens of the backbone: `drop` passes patches alone through the trunk (the paper), `keep`
@@ -271,7 +293,10 @@ class MaskConfig(Section):
     def _ordered(self) -> Self:
         for low, high in (("low", "high"), ("edge_low", "edge_high")):
             if not getattr(self, low) < getattr(self, high):
-                raise ValueError(f"{low}: {getattr(self, low)} is not below {high}: {getattr(self, high)}; lower it")
+                raise ValueError(
+                    f"{low}: {getattr(self, low)} is not below {high}: {getattr(self, high)}; lower --mask.{low} or "
+                    f"raise --mask.{high}"
+                )
         return self
 
 
@@ -290,7 +315,9 @@ class PseudoLabelConfig(Section):
     @model_validator(mode="after")
     def _ordered(self) -> Self:
         if not self.low < self.high:
-            raise ValueError(f"low: {self.low} is not below high: {self.high}; lower it")
+            raise ValueError(
+                f"low: {self.low} is not below high: {self.high}; lower --pseudo_label.low or raise --pseudo_label.high"
+            )
         return self
 
 
@@ -364,7 +391,10 @@ class OptimConfig(Section):
     @model_validator(mode="after")
     def _warmup_fits(self) -> Self:
         if self.warmup >= self.iterations:
-            raise ValueError(f"warmup: {self.warmup} is not below iterations: {self.iterations}; lower it")
+            raise ValueError(
+                f"warmup: {self.warmup} is not below iterations: {self.iterations}; lower --optim.warmup or raise "
+                "--optim.iterations"
+            )
         return self
 
 
@@ -375,6 +405,9 @@ class EvaluateConfig(Section):
     """Scales of the decoder's passes."""
     flip: bool = True
     """Add the mirror image at every scale."""
+    side: Literal["auto"] | Count | None = "auto"
+    """Longest side, in pixels, at which pictures pass through the network; larger ones are scaled down, and their masks
+    and maps brought back to the picture's size. `auto`: twice `data.image_size`, at least 512; none: every pixel."""
     threshold: Probability = 0.5
     """Background score of the pseudo labels (COCO: 0.45)."""
     protocol: Literal["own", "official"] = "own"

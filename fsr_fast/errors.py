@@ -1,6 +1,7 @@
-"""Errors that are the user's to mend: one paragraph, no traceback."""
+"""Errors that are the user's to fix: one paragraph, no traceback."""
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -8,16 +9,23 @@ class UserError(Exception):
     """Bad input. Its text says what is wrong, where, what was expected and what to do."""
 
 
-def nearest(name: str, names: Iterable[str]) -> str:
+def nearest(name: str, names: Iterable[str], prefix: str = "") -> str:
     """Suggest the name that was probably meant.
 
     Args:
         name: what was written.
         names: what could have been written.
+        prefix: what the suggestion begins with, beside the name.
 
     Returns:
         `"; did you mean 'x'?"`, or the list of all names where none is near.
     """
     known = sorted(names)
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; known are: {', '.join(known)}"
+    close = difflib.get_close_matches(name, known, n=1) or [one for one in known if _stands_for(name, one)]
+    return f"; did you mean {prefix + close[0]!r}?" if close else f"; known are: {', '.join(known)}"
+
+
+def _stands_for(name: str, known: str) -> bool:
+    """Whether a name is the initials of another, or one of its words: `lr` or `rate` for `learning_rate`."""
+    short, parts = name.lower(), re.split(r"[_-]", known.lower())
+    return len(short) > 1 and (short in parts or short == "".join(part[:1] for part in parts))

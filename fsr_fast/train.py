@@ -6,20 +6,19 @@ On several GPUs: `torchrun --nproc-per-node N -m fsr_fast.train …`.
 from collections.abc import Sequence
 
 from fsr_fast.cli import run_command
-from fsr_fast.config import build_parser, dump_config, load_config
-from fsr_fast.models.pretrained import describe_start
-from fsr_fast.runtime.distributed import start_process, stop_process
-from fsr_fast.trainer import Trainer
-
-__all__ = ["build_parser", "main"]
+from fsr_fast.config import ModelConfig, dump_config, load_config
 
 
 def main(arguments: Sequence[str]) -> None:
     """Train as the arguments say."""
     config, print_only = load_config(arguments)
     if print_only:
-        print(f"{dump_config(config)}# start weights: {describe_start(config.model) or 'none'}")
+        print(f"{dump_config(config)}# start weights: {_start_weights(config.model)}")
         return
+    # Imported late, so that mistakes need no torch.
+    from fsr_fast.runtime.distributed import start_process, stop_process
+    from fsr_fast.trainer import Trainer
+
     process = start_process(config.run.device, config.run.timeout)
     try:
         trainer = Trainer(config, process)
@@ -29,6 +28,14 @@ def main(arguments: Sequence[str]) -> None:
             trainer.close()
     finally:
         stop_process()
+
+
+def _start_weights(config: ModelConfig) -> str:
+    if config.initial is None and config.pretrained == "none":
+        return "none"
+    from fsr_fast.models.pretrained import describe_start
+
+    return str(describe_start(config) or "none")
 
 
 if __name__ == "__main__":

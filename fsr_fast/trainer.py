@@ -10,7 +10,7 @@ import torch
 from rich import print as rich_print
 from torch import Tensor
 
-from fsr_fast.config import Config
+from fsr_fast.config import Config, untrained_decoder
 from fsr_fast.dataloading.batch import Batch
 from fsr_fast.dataloading.build import build_train_loader
 from fsr_fast.dataloading.datasets import build_datasets
@@ -19,6 +19,7 @@ from fsr_fast.dataloading.stream import BAD_FILES
 from fsr_fast.engine import build_step
 from fsr_fast.errors import UserError
 from fsr_fast.evaluation.evaluator import Evaluation, evaluate_network
+from fsr_fast.evaluation.label_scores import score_labels
 from fsr_fast.method.optim import build_optimiser, fill_missing_gradients, set_learning_rate
 from fsr_fast.method.schedules import reaches_all, schedule_at
 from fsr_fast.method.step import StepOutput
@@ -26,13 +27,14 @@ from fsr_fast.models.build import build_network, without_start
 from fsr_fast.models.pretrained import StartWeights, describe_start
 from fsr_fast.reporting.averages import Averages
 from fsr_fast.reporting.pictures import evaluation_grid, training_grid
-from fsr_fast.reporting.tables import score_table
+from fsr_fast.reporting.tables import label_table, score_table
 from fsr_fast.reporting.tracking import Tracker, read_metrics
 from fsr_fast.reporting.wandb_mirror import open_mirror
 from fsr_fast.runtime.checkpoint import TrainState, read_newest
 from fsr_fast.runtime.distributed import Process, distribute, wait_for_all
 from fsr_fast.runtime.guard import NonFiniteGuard, gradient_norm
 from fsr_fast.runtime.loading import RestartingLoader
+from fsr_fast.runtime.log import LOGGER
 from fsr_fast.runtime.precision import measure_ceiling
 from fsr_fast.runtime.run_folder import claim_run_folder, open_run_folder
 from fsr_fast.runtime.seeding import stream
@@ -70,6 +72,8 @@ class Trainer:
                 f"{process.world_size} processes; give a multiple of {process.world_size}"
             )
         newest = self._newest = claim_run_folder(config)
+        if reason := untrained_decoder(config, config.optim.iterations):
+            LOGGER.warning("%s", reason)
         self.train_set, self.val_set = build_datasets(config.data)
         self._fingerprint = fingerprint(self.train_set, contents=config.data.fingerprint == "contents")
         torch.manual_seed(config.run.seed)
@@ -130,6 +134,8 @@ class Trainer:
                     )
                 open_run_folder(self.config)
                 run = self.config.run
+                if self.iteration >= self.config.optim.iterations:
+                    print(f"{run.output}: finished at iteration {self.iteration}; what follows is its last evaluation")
                 mirror = open_mirror(run.wandb, run.output, self.config.model_dump(mode="json"))
                 self.tracker = Tracker(run.output, iteration=self.iteration, mirror=mirror)
             self._train(distribute(self.step, self.process, all_reached=reaches_all(self.config, self.iteration)))
@@ -227,11 +233,14 @@ class Trainer:
 
     def _validates(self) -> bool:
         due = self._is_due(self.config.run.evaluate_every, last=False)
-        return due and self.iteration < self.config.optim.iterations and len(self.val_set) > 0
+        return due and self.iteration < self.config.optim.iterations
 
     def _validate(self, progress: TrainingProgress) -> None:
         with progress.paused():
-            scores = _mean_ious(self._evaluate(during_training=True))
+            if len(self.val_set):
+                scores = _mean_ious(self._evaluate(during_training=True))
+            else:
+                scores = _mean_label_scores(self._score_labels())
         if self.tracker is not None:
             self.tracker.log(self.iteration, scores)
 
@@ -240,7 +249,7 @@ class Trainer:
         if not self.iteration or not self._validates():
             return False
         lines = read_metrics(self.config.run.output)
-        return not any(line["iteration"] == self.iteration and "seg_miou" in line for line in lines)
+        return not any(line["iteration"] == self.iteration and {"seg_miou", "label_ap"} & line.keys() for line in lines)
 
     def _evaluate(self, *, examples: int = 0, during_training: bool = False) -> Evaluation:
         with self.supervisor.interlude(), whole_weights(self.step, self.network):
@@ -255,6 +264,13 @@ class Trainer:
         self.supervisor.mark_best(_mean_ious(evaluation)["seg_miou"])
         return evaluation
 
+    def _score_labels(self) -> dict[str, Any]:
+        """Score the classifier on training pictures: all that can be done without a list of pictures with masks."""
+        with self.supervisor.interlude(), whole_weights(self.step, self.network):
+            scores = score_labels(self.network, self.train_set, self.config, self.process)
+        self.supervisor.mark_best(_mean_label_scores(scores)["label_ap"])
+        return scores
+
     def _log(self, averages: Averages, progress: TrainingProgress) -> None:
         losses, (in_row, skipped) = averages.take(self.guard.counts)
         rates = progress.report(losses["total"])
@@ -266,6 +282,7 @@ class Trainer:
 
     def _finish(self) -> dict[str, Any]:
         evaluation = self._evaluate(examples=PICTURES) if len(self.val_set) else None
+        labels = self._score_labels() if evaluation is None else None
         self.supervisor.finish()
         if self.tracker is None:
             return {}
@@ -282,7 +299,15 @@ class Trainer:
                 if picture is not None:
                     summary["picture"] = str(picture)
                     print(f"picture: {picture}")
-        print(f"summary: {self.tracker.summary(summary)}", flush=True)
+        if labels is not None:
+            summary |= {**_mean_label_scores(labels), "labels": labels}
+            rich_print(label_table(labels))
+            print(
+                "no list of pictures with masks (data.val_list): these are scores of the image labels of the training"
+            )
+        print(f"summary: {self.tracker.summary(summary)}")
+        run = self.config.run.output
+        print(f"next: fsr-fast report {run}, or fsr-fast predict --checkpoint {run} PICTURES", flush=True)
         return summary
 
     def _is_due(self, every: int, *, last: bool = True) -> bool:
@@ -301,6 +326,11 @@ class Trainer:
 def _median(lines: list[dict[str, Any]], name: str) -> float | None:
     values = [line[name] for line in lines if name in line]
     return statistics.median(values) if values else None
+
+
+def _mean_label_scores(scores: dict[str, Any]) -> dict[str, float]:
+    means = {"label_ap": scores["mean_ap"], "label_f1": scores["mean_f1"]}
+    return {name: math.nan if mean is None else mean for name, mean in means.items()}
 
 
 def _mean_ious(evaluation: Evaluation) -> dict[str, float]:

@@ -1,10 +1,11 @@
+import json
 from pathlib import Path
 from typing import get_args
 
 import pytest
 from pydantic import BaseModel
 
-from fsr_fast.config import CONFIG_FOLDER, Config, build_config, dump_config, load_config, read_yaml
+from fsr_fast.config import CONFIG_FOLDER, SECTIONS, Config, build_config, dump_config, load_config, read_yaml
 from fsr_fast.errors import UserError
 from fsr_fast.train import main
 from tests import helpers
@@ -43,6 +44,7 @@ def test_all_recipes_are_there():
         "synthetic",
         "voc_animals",
         "own",
+        "own_small",
         "voc_dinov2_b",
         "voc_dinov3_b",
         "voc_dinov2_s_animals",
@@ -181,7 +183,7 @@ def test_print_config_prints_every_resolved_value_and_starts_nothing(tmp_path, m
 
 def test_help_shows_every_field_with_its_description(capsys):
     with pytest.raises(SystemExit) as caught:
-        load("--help")
+        load("--help", "all")
     assert caught.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     for section, field in Config.model_fields.items():
@@ -225,7 +227,7 @@ def test_an_unknown_option_is_named_with_the_nearest_one():
 )
 def test_a_value_out_of_range_is_named_with_its_key_and_the_range(tmp_path, key, value, expectation):
     on_command_line = refusal(f"--{key}", value)
-    assert on_command_line.startswith(f"command line: {key}: ")
+    assert on_command_line.startswith(f"command line: --{key}: ")
     section, name = key.split(".")
     in_file = refusal_of_file(tmp_path / "recipe.yaml", f"{section}: {{{name}: {value}}}")
     assert f"recipe.yaml: {key}: " in in_file
@@ -235,15 +237,20 @@ def test_a_value_out_of_range_is_named_with_its_key_and_the_range(tmp_path, key,
 
 
 def test_a_moment_that_never_moves_is_refused():
-    assert refusal("--optim.betas", "[0.9,1.0]") == "command line: optim.betas.1: input should be less than 1, not 1.0"
+    assert (
+        refusal("--optim.betas", "[0.9,1.0]") == "command line: --optim.betas.1: input should be less than 1, not 1.0"
+    )
 
 
 @pytest.mark.parametrize(
     ("text", "parts"),
     [
-        ("mask: {low: 0.8}", ("mask.low", "0.8 is not below high: 0.7", "lower it")),
-        ("pseudo_label: {low: 0.9}", ("pseudo_label.low", "0.9 is not below high: 0.7", "lower it")),
-        ("optim: {iterations: 100}", ("optim.warmup", "1500 is not below iterations: 100", "lower it")),
+        ("mask: {low: 0.8}", ("mask.low", "0.8 is not below high: 0.7", "lower --mask.low or raise --mask.high")),
+        ("pseudo_label: {low: 0.9}", ("pseudo_label.low", "0.9 is not below high: 0.7", "raise --pseudo_label.high")),
+        (
+            "optim: {iterations: 100}",
+            ("optim.warmup", "1500 is not below iterations: 100", "or raise --optim.iterations"),
+        ),
         ("augment: {crop_scale: [0.9, 0.3]}", ("augment.crop_scale", "0.9 to 0.3", "0 < smallest <= largest")),
         ("cam: {scales: [0.5, 1.0]}", ("cam.scales", "the first is 0.5", "must be 1.0")),
         ("cam: {scales: []}", ("cam.scales", "at least 1")),
@@ -338,3 +345,67 @@ def test_a_recipe_that_would_fill_the_memory_is_one_short_error(tmp_path, case):
     message = refusal_of_file(tmp_path / "bomb.yaml", BOMBS[case])
     assert "bomb.yaml: " in message
     assert len(message) < 6000
+
+
+# --- what others rely on
+
+
+def keys_of_the_configuration() -> str:
+    """Return name, type, range and default of every key, a line each."""
+    lines = []
+    for section, model in SECTIONS.items():
+        for key, schema in model.model_json_schema()["properties"].items():
+            kept = {name: value for name, value in schema.items() if name not in ("title", "description")}
+            lines.append(f"{section}.{key} {json.dumps(kept, sort_keys=True)}\n")
+    return "".join(lines)
+
+
+def test_a_change_of_a_key_its_type_range_or_default_is_a_decision():
+    """Decided? `python -m tests.test_config > tests/configuration_keys.txt`: old runs and recipes rely on them."""
+    recorded = (Path(__file__).parent / "configuration_keys.txt").read_text()
+    assert keys_of_the_configuration().splitlines() == recorded.splitlines()
+
+
+@pytest.mark.parametrize("word", ["none", "None", "null", "NULL"])
+@pytest.mark.parametrize(
+    "key",
+    ["optim.clip_norm", "data.val_list", "data.subset", "run.wandb", "evaluate.limit", "data.root", "augment.policy"],
+)
+def test_nothing_is_one_word_on_the_command_line_and_in_files(tmp_path, key, word):
+    section, name = key.split(".")
+    (tmp_path / "recipe.yaml").write_text(f"base: synthetic\n{section}: {{{name}: {word}}}\n")
+    expected = "none" if key == "augment.policy" else None
+    for config in (load(f"--{key}", word), load("--config", str(tmp_path / "recipe.yaml"))):
+        assert getattr(getattr(config, section), name) == expected
+
+
+def test_a_file_without_quotes_says_off_and_none_as_the_command_line_does(tmp_path):
+    (tmp_path / "recipe.yaml").write_text(
+        "base: synthetic\nrun: {amp: off}\nmodel: {pretrained: null, mask_mode: None}\n"
+    )
+    config = load("--config", str(tmp_path / "recipe.yaml"))
+    assert (config.run.amp, config.model.pretrained, config.model.mask_mode) == ("off", "none", "none")
+
+
+def test_lists_take_commas_and_spaces_alike():
+    for words in (["1", "1.5"], ["1,1.5"], ["1,", "1.5"], ["[1, 1.5]"]):
+        assert load("--evaluate.scales", *words).evaluate.scales == (1.0, 1.5)
+    for words in (["cat", "potted plant"], ["cat,potted plant"], ['["cat", "potted plant"]']):
+        assert load("--data.classes", *words).data.classes == ("cat", "potted plant")
+    for words in (["depth=3", "init_values=0.1"], ["depth=3,init_values=0.1"], ["{depth: 3, init_values: 0.1}"]):
+        options = recipe("synthetic").model.backbone_options | {"depth": 3, "init_values": 0.1}
+        assert load("--model.backbone_options", *words).model.backbone_options == options
+
+
+def test_an_image_size_that_the_patches_do_not_divide_is_refused_before_the_network_is_built():
+    message = refusal("--data.image_size", "100", "--print-config")
+    assert "data.image_size: 100 is no multiple of the patch size 8" in message
+    assert message.endswith("the nearest that fits: --data.image_size 96")
+
+
+def test_a_value_of_several_forms_is_refused_once():
+    assert refusal("--run.compile", "maybe") == "command line: --run.compile: expected auto, true, false, not maybe"
+
+
+if __name__ == "__main__":
+    print(keys_of_the_configuration(), end="")

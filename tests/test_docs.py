@@ -5,7 +5,6 @@ A block titled `set-up` is not run. One titled `needs …` or `takes …` is par
 """
 
 import contextlib
-import importlib
 import os
 import re
 import shlex
@@ -88,8 +87,7 @@ def parse(words: list[str]) -> None:
     if verb == "train":
         load_config([*arguments, "--print-config"])
         return
-    parser = importlib.import_module(cli.VERBS[verb].module).build_parser()
-    options = parser.parse_args(arguments)
+    options = cli.parser_of(verb).parse_args(arguments)
     recipe = getattr(options, "config", None)
     if recipe is not None:
         load_config(["--config", str(recipe)])

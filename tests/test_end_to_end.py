@@ -11,10 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from fsr_fast import load_network, segment
+from fsr_fast import load_network
 from fsr_fast.commands.evaluate import main as evaluate
 from fsr_fast.commands.predict import main as predict
 from fsr_fast.config import load_config
+from fsr_fast.evaluation.inference import read_picture, segment_batch
 from fsr_fast.reporting.tracking import read_metrics
 from fsr_fast.runtime.checkpoint import read_checkpoint
 from fsr_fast.train import main as train
@@ -173,9 +174,9 @@ def test_predictions_of_a_folder_are_written_with_scores(finished, tmp_path):
     assert {path.stem for path in (output / "overlays").iterdir()} == names
     scores = json.loads((output / "scores.json").read_text())
     assert {Path(path).stem for path in scores} == names
-    network = load_network(finished.run)
+    config = load_config(["--config", str(finished.run / "config.yaml")])[0]
     path = finished.root / "JPEGImages" / "picture_3.jpg"
-    prediction = segment(network, path)
+    (prediction,) = segment_batch(load_network(finished.run), [read_picture(path)], config)
     assert scores[str(path)] == pytest.approx(prediction.scores)
     with Image.open(output / "masks" / "picture_3.png") as mask:
         assert mask.mode == "P"
@@ -194,5 +195,5 @@ def test_the_module_is_a_command(monkeypatch, capsys):
         runpy.run_module("fsr_fast.train", run_name="__main__")
     assert caught.value.code == 2
     message = capsys.readouterr().err
-    assert message.startswith("error: command line: mask.ratio")
+    assert message.startswith("error: command line: --mask.ratio")
     assert "Traceback" not in message

@@ -63,6 +63,7 @@ def test_the_wheel_holds_every_module_recipe_and_template(wheel):
     for linked in ("kernels", "dataloading", "configs"):
         files |= {f"fsr_fast/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / linked).glob("*.py")}
     assert files <= held
+    assert "fsr_fast/py.typed" in held
     assert {f"fsr_fast/configs/{path.name}" for path in (ROOT / "configs").glob("*.yaml")} <= held
 
 

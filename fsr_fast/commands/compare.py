@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from fsr_fast.cli import run_command
+from fsr_fast.commands import parsers
 from fsr_fast.errors import UserError
 from fsr_fast.evaluation.bootstrap import Difference, paired_bootstrap
 from fsr_fast.evaluation.journal import read_journal
 from fsr_fast.evaluation.tally import class_counts
-from fsr_fast.options import Parser
 from fsr_fast.runtime.files import write_json, write_text
 from fsr_fast.runtime.outputs import output_folder
 
@@ -24,7 +24,7 @@ MEASURES = ("mIoU", "boundary mIoU")
 
 def main(arguments: Sequence[str]) -> None:
     """Compare as the arguments say."""
-    options = build_parser().parse_args(arguments)
+    options = parsers.compare().parse_args(arguments)
     if options.draws < 100:
         raise UserError(f"--draws: {options.draws} resamples give no interval; expected 100 or more")
     if options.seed < 0:
@@ -95,17 +95,6 @@ def markdown(first: Path, second: Path, images: int, differences: Mapping[str, M
         for name, row in rows.items()
     ]
     return "\n".join(lines) + "\n"
-
-
-def build_parser() -> Parser:
-    """Build the parser of this verb."""
-    parser = Parser("compare", description=__doc__)
-    parser.add_argument("first", type=Path, help="folder of an evaluation")
-    parser.add_argument("second", type=Path, help="folder of another evaluation of the same list")
-    parser.add_argument("--draws", type=int, default=2000, help="number of resamples")
-    parser.add_argument("--seed", type=int, default=0, help="of the resamples")
-    parser.add_argument("--output", type=Path, help="folder for comparison.json and comparison.md")
-    return parser
 
 
 def _by_name(lines: Iterable[dict[str, Any]], folder: Path) -> dict[str, dict[str, Any]]:

@@ -12,12 +12,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from fsr_fast.cli import run_command
+from fsr_fast.commands import parsers
 from fsr_fast.commands.data_import import import_labels, print_notes
-from fsr_fast.config import DataConfig
-from fsr_fast.dataloading.check import KINDS, Report, check_dataset, write_clean_lists
+from fsr_fast.config import DataConfig, build_config
+from fsr_fast.dataloading.check import Report, check_dataset, write_clean_lists
 from fsr_fast.dataloading.class_names import COCO_CLASSES, VOC_CLASSES
 from fsr_fast.dataloading.coco import Instances
 from fsr_fast.dataloading.datasets import default_lists, detect_dataset, open_split
+from fsr_fast.dataloading.findings import KINDS
 from fsr_fast.dataloading.labels import write_csv
 from fsr_fast.dataloading.layout import Split, check_names, list_stem
 from fsr_fast.dataloading.masks import build_augmented_masks, write_masks
@@ -27,7 +29,7 @@ from fsr_fast.dataloading.official_labels import read_official_labels
 from fsr_fast.dataloading.pack import pack
 from fsr_fast.dataloading.threads import map_ahead
 from fsr_fast.errors import UserError
-from fsr_fast.options import Parser
+from fsr_fast.options import Given, given
 from fsr_fast.runtime.files import write_json
 from fsr_fast.runtime.terminal import track
 
@@ -37,7 +39,7 @@ MEGABYTE = 10**6
 
 def main(arguments: Sequence[str]) -> None:
     """Do what the sub-verb says."""
-    options = build_parser().parse_args(arguments)
+    options = parsers.data().parse_args(arguments)
     actions = {"check": check, "import": import_labels, "labels": labels, "masks": masks, "pack": pack_lists}
     actions[options.action](options)
 
@@ -54,6 +56,8 @@ def check(options: argparse.Namespace) -> None:
             print(f"clean list: {path}")
     if report.findings:
         sys.exit(1)
+    if config.dataset == "own":
+        print(f"next: fsr-fast train --config own --data.root {config.root}, or on a CPU --config own_small")
 
 
 def labels(options: argparse.Namespace) -> None:
@@ -76,7 +80,7 @@ def labels(options: argparse.Namespace) -> None:
         rows = ((name, [classes[number] for number in instances.labels(name)]) for name in instances.listed())
     else:
         config, parts = _open(options)
-        splits = [open_split(config, training=part == "train", with_masks=options.labels == "masks") for part in parts]
+        splits = [open_split(config, training=part == "train", with_masks=config.labels == "masks") for part in parts]
         seen: set[str] = set()
         rows = (row for split in splits for row in _rows(split, seen))
     print(f"{options.output}: labels of {write_csv(options.output, rows)} images")
@@ -125,107 +129,22 @@ def pack_lists(options: argparse.Namespace) -> None:
         print_notes(split.notes)
 
 
-def build_parser() -> Parser:
-    """Build the parser of this verb."""
-    parser = Parser("data", description=__doc__)
-    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION", parser_class=_ActionParser)
-
-    action = actions.add_parser("check", help="find every fault", description=check.__doc__)
-    _add_common(action)
-    action.add_argument("--json", type=Path, metavar="FILE", help="write all findings to this file")
-    action.add_argument(
-        "--fix", type=Path, metavar="FOLDER", help="write lists without the bad pictures to this folder"
-    )
-    action.add_argument("--accept", nargs="+", default=[], choices=KINDS, metavar="KIND", help=_kinds())
-
-    action = actions.add_parser(
-        "import", help="read what labelling tools and spreadsheets write", description=import_labels.__doc__
-    )
-    action.add_argument(
-        "source",
-        type=Path,
-        metavar="EXPORT",
-        help="Label Studio's or MS COCO's JSON, CVAT's XML or folder of masks, a folder per class, CSV or Excel",
-    )
-    action.add_argument("--output", type=Path, required=True, metavar="ROOT", help="own data set, with images/ in it")
-    action.add_argument("--list", default="train", metavar="NAME", help="name of the table (%(default)s)")
-    action.add_argument("--empty", choices=("background", "skip"), help="pictures of which the tool says nothing")
-    action.add_argument("--image-column", metavar="NAME", help="column of a table that names the pictures")
-    action.add_argument("--encoding", metavar="NAME", help="of a table, if not UTF-8 or UTF-16, e.g. cp1252")
-    action.add_argument("--separator", metavar="CHARACTER", help="between the columns of a table, if it is not certain")
-
-    action = actions.add_parser("labels", help="derive image labels", description=labels.__doc__)
-    _add_common(action, "folder of the data set, MS COCO's instances_*.json, or the official cls_labels_onehot.npy")
-    action.add_argument("--output", type=Path, required=True, metavar="FILE", help="CSV file to write")
-    action.add_argument("--names", metavar="TEMPLATE", help="how numbers become names: 'COCO_train2014_{:012d}'")
-
-    action = actions.add_parser("masks", help="build mask files", description=masks.__doc__)
-    _add_common(action)
-    action.add_argument("--sbd", type=Path, metavar="FOLDER", help="SBD's benchmark_RELEASE/dataset: VOC's train_aug")
-    action.add_argument("--output", type=Path, metavar="FOLDER", help="write the masks here, in a folder for each list")
-
-    action = actions.add_parser("pack", help="write WebDataset shards", description=pack_lists.__doc__)
-    _add_common(action)
-    action.add_argument("--output", required=True, metavar="FOLDER", help="folder, or URL (s3://…, gs://…)")
-    action.add_argument("--shard-size", type=_positive, default=256, metavar="MB", help="size of a shard (%(default)s)")
-    action.add_argument("--shuffle", type=_seed, metavar="SEED", help="pack in an order drawn from this seed")
-    return parser
-
-
-class _ActionParser(Parser):
-    def __init__(self, prog: str, **settings: Any) -> None:
-        super().__init__(prog.removeprefix("fsr-fast "), **settings)
-
-
-def _add_common(parser: argparse.ArgumentParser, source: str = "folder of the data set") -> None:
-    parser.add_argument("source", type=Path, metavar="ROOT", help=source)
-    parser.add_argument("--dataset", choices=("voc", "coco", "own"), help="layout; by default told from the folder")
-    parser.add_argument("--classes", help="names of all classes, with commas between them, if not the data set's own")
-    parser.add_argument(
-        "--labels", default="auto", choices=("auto", "xml", "csv", "masks"), help="source of the labels"
-    )
-    parser.add_argument("--train", metavar="LIST", help="training list; by default train_aug or train")
-    parser.add_argument("--val", metavar="LIST", help="validation list; by default val, if there is one")
-
-
-def _kinds() -> str:
-    return "kinds of findings that are no fault: " + "; ".join(f"{kind} ({text})" for kind, text in KINDS.items())
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not above 0")
-    return value
-
-
-def _seed(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{value} is below 0")
-    return value
-
-
 def _classes(options: argparse.Namespace) -> tuple[str, ...] | None:
-    return tuple(options.classes.split(",")) if options.classes else None
+    found = given(options).get("data.classes")
+    return tuple(found.value) if found and not isinstance(found.value, str) else None
 
 
 def _open(options: argparse.Namespace) -> tuple[DataConfig, list[str]]:
     """Return the section `data` that reads the folder, and which of `train` and `val` there are."""
-    dataset = options.dataset or detect_dataset(options.source)
-    given = {"train": options.train, "val": options.val}
-    lists = default_lists(options.source, dataset) | {part: name for part, name in given.items() if name}
-    if not lists:
+    changes = given(options) | {"data.root": Given("ROOT", str(options.source))}
+    dataset = changes["data.dataset"].value if "data.dataset" in changes else detect_dataset(options.source)
+    lists = default_lists(options.source, dataset)
+    values: dict[str, Any] = {"dataset": dataset, "train_list": lists.get("train", ""), "val_list": lists.get("val")}
+    config = build_config({"data": values}, str(options.source), changes).data
+    parts = [part for part in ("train", "val") if getattr(config, f"{part}_list")]
+    if not parts:
         raise UserError(f"{options.source}: no list of images; name one by --train LIST")
-    config = DataConfig(
-        dataset=dataset,
-        root=options.source,
-        train_list=lists.get("train", ""),
-        val_list=lists.get("val"),
-        classes=_classes(options),
-        labels=options.labels,
-    )
-    return config, sorted(lists)
+    return config, parts
 
 
 def _rows(split: Split, seen: set[str]) -> Iterator[tuple[str, list[str]]]:

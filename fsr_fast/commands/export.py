@@ -13,27 +13,27 @@ from pathlib import Path
 import torch
 
 from fsr_fast.cli import run_command
-from fsr_fast.config import ModelConfig, build_config
+from fsr_fast.commands import parsers
+from fsr_fast.commands.outputs import default_output
 from fsr_fast.errors import UserError
 from fsr_fast.evaluation.portable import write_onnx, write_program
-from fsr_fast.models import Network, load_network
-from fsr_fast.models.build import restore_network
-from fsr_fast.models.folder import is_network_folder, read_folder, write_network
-from fsr_fast.models.official import official_sizes, official_state_dict, read_official
-from fsr_fast.options import Parser
+from fsr_fast.models import Network
+from fsr_fast.models.build import open_trained
+from fsr_fast.models.folder import write_network
+from fsr_fast.models.official import official_state_dict
 from fsr_fast.reporting.card import model_card
 from fsr_fast.reporting.record import read_run
-from fsr_fast.runtime.checkpoint import read_checkpoint
 from fsr_fast.runtime.files import atomic_path
 from fsr_fast.runtime.terminal import working
 
 
 def main(arguments: Sequence[str]) -> None:
     """Export as the arguments say."""
-    options = build_parser().parse_args(arguments)
+    options = parsers.export().parse_args(arguments)
+    options.output = options.output or default_output(options.checkpoint, f"exported/{_NAMES[options.to]}")
     if options.output.exists():
         raise UserError(f"--output: {options.output} exists; delete it or give another name")
-    network = load_teacher(options.checkpoint) if options.teacher else load_network(options.checkpoint)
+    network = open_trained(options.checkpoint, teacher=options.teacher).network
     with working(f"exporting to {options.output}"), atomic_path(options.output) as partial:
         if options.to == "safetensors":
             _write_folder(network, options, partial)
@@ -45,6 +45,7 @@ def main(arguments: Sequence[str]) -> None:
     print(f"{options.output}: {_REMARKS[options.to]}; classes: {', '.join(network.classes)}")
 
 
+_NAMES = {"safetensors": "network", "onnx": "network.onnx", "torch": "network.pt2", "official": "student.pth"}
 _REMARKS = {
     "safetensors": "read it by fsr_fast.from_pretrained",
     "onnx": "RGB in 0…1, (B, 3, H, W), of any number and size, to segmentation, scores and cams",
@@ -53,57 +54,14 @@ _REMARKS = {
 }
 
 
-def load_teacher(path: Path) -> Network:
-    """Load the averaged network of a run.
-
-    Where only the projector is averaged, the rest is the student's: such a teacher's encoder is the student's.
-
-    Args:
-        path: run folder or checkpoint file.
-
-    Returns:
-        The network in eval mode, on the CPU.
-
-    Raises:
-        UserError: there is no checkpoint, or it is damaged or of another kind.
-    """
-    checkpoint = read_checkpoint(path)
-    averaged = {}
-    for name, value in checkpoint["teacher"].items():
-        part, _, rest = name.partition(".")
-        averaged[rest if part == "network" else f"projector.{rest}"] = value
-    return restore_network({**checkpoint, "student": checkpoint["student"] | averaged}, str(path))
-
-
 def _write_folder(network: Network, options: argparse.Namespace, folder: Path) -> None:
     checkpoint: Path = options.checkpoint
     run = read_run(checkpoint) if (checkpoint / "config.yaml").is_file() else None
     if run is not None and options.teacher:
         run = replace(run, summary={**run.summary, "results": {}})  # the scores are the student's
     folder.mkdir()
-    write_network(network, _model_config(checkpoint), folder)
+    write_network(network, folder)
     (folder / "README.md").write_text(model_card(options.output.name, network, run), encoding="utf-8")
-
-
-def _model_config(path: Path) -> ModelConfig:
-    if is_network_folder(path):
-        return read_folder(path)[0].model
-    weights = read_official(path)
-    if weights is not None:
-        return official_sizes(weights, str(path)).model
-    return build_config(read_checkpoint(path)["config"], str(path)).model
-
-
-def build_parser() -> Parser:
-    """Build the parser of this verb."""
-    parser = Parser("export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--checkpoint", type=Path, required=True, help="run folder, checkpoint, exported folder, official student.pth"
-    )
-    parser.add_argument("--to", choices=tuple(_REMARKS), default="safetensors", help="what to write")
-    parser.add_argument("--output", type=Path, required=True, help="file to write; for safetensors a folder")
-    parser.add_argument("--teacher", action="store_true", help="the averaged network instead of the student")
-    return parser
 
 
 if __name__ == "__main__":

@@ -5,45 +5,58 @@ there, and scores.json.
 """
 
 import argparse
-from collections.abc import Iterator, Sequence
+import csv
+import io
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from fsr_fast.cli import run_command
+from fsr_fast.commands import parsers
+from fsr_fast.commands.outputs import default_output
+from fsr_fast.config import Config
 from fsr_fast.dataloading.palette import save_palette_png
 from fsr_fast.dataloading.pictures import find_pictures
 from fsr_fast.errors import UserError
 from fsr_fast.evaluation.crf import dense_crf
 from fsr_fast.evaluation.inference import Prediction, read_picture, segment_batch
 from fsr_fast.evaluation.journal import fingerprint
-from fsr_fast.models import Network, load_network
-from fsr_fast.options import Parser
-from fsr_fast.reporting.figures import heatmap, overlay, with_legend
+from fsr_fast.models import Network
+from fsr_fast.models.build import open_trained
+from fsr_fast.options import given
+from fsr_fast.reporting.figures import heatmap, outline, overlay, with_legend
 from fsr_fast.runtime.distributed import start_process
-from fsr_fast.runtime.files import write_json, write_png
+from fsr_fast.runtime.files import write_json, write_png, write_text
 from fsr_fast.runtime.outputs import output_folder
 from fsr_fast.runtime.terminal import track
 
 
 def main(arguments: Sequence[str]) -> None:
     """Predict as the arguments say."""
-    options = build_parser().parse_args(arguments)
+    options = parsers.predict().parse_args(arguments)
     if not 0 <= options.opacity <= 1:
         raise UserError(f"--opacity: {options.opacity}; expected 0 to 1")
     if options.batch < 1:
         raise UserError(f"--batch: {options.batch}; expected 1 or more")
+    options.output = options.output or default_output(options.checkpoint, "predictions")
     pictures = find_pictures(options.images, options.output)
-    network = load_network(options.checkpoint).to(start_process(options.device).device)
+    network, config, *_ = open_trained(options.checkpoint, given(options), options.config)
+    network.to(start_process(config.run.device).device)
     with output_folder(options.output, "predict", fingerprint(network)):
-        failed = _write_all(network, pictures, options)
-    print(f"{len(pictures) - len(failed)} pictures: masks, overlays, cams and scores.json in {options.output}")
+        failed = _write_all(network, pictures, options, config)
+    print(
+        f"{len(pictures) - len(failed)} pictures: masks, overlays, cams, scores.json, results.csv in {options.output}"
+    )
     if failed:
         raise UserError(f"{len(failed)} of {len(pictures)} pictures have no mask; the first: {failed[0]}")
+    print(f"next: look at {options.output / 'overlays'}")
 
 
-def _write_all(network: Network, pictures: dict[str, Path], options: argparse.Namespace) -> list[UserError]:
+def _write_all(
+    network: Network, pictures: dict[str, Path], options: argparse.Namespace, config: Config
+) -> list[UserError]:
     """Write all results; scores.json, the last of them, says that they are complete.
 
     Returns:
@@ -54,18 +67,25 @@ def _write_all(network: Network, pictures: dict[str, Path], options: argparse.Na
     """
     failed: list[UserError] = []
     scores: dict[str, dict[str, float]] = {}
+    rows = [["picture", "class", "score", "pixels"]]
     legend = network.classes if options.legend else None
-    results = _predict(network, pictures, options.batch, failed)
+    results = _predict(network, pictures, options.batch, config, failed)
     for name, picture, prediction in track(results, "predicting", len(pictures)):
         if not scores:
             (options.output / "scores.json").unlink(missing_ok=True)  # of an earlier run, whose results go now
         image, mask = np.asarray(picture), prediction.mask
         if options.crf:
-            mask = dense_crf(image, prediction.probabilities).argmax(0).astype(np.uint8)
+            backend, device = config.evaluate.crf_backend, network.top_classifier.weight.device
+            mask = dense_crf(image, prediction.probabilities, backend=backend, device=device).argmax(0).astype(np.uint8)
         write_prediction(options.output, name, image, mask, prediction, opacity=options.opacity, legend=legend)
         scores[str(pictures[name])] = prediction.scores
+        areas = np.bincount(mask.ravel(), minlength=len(network.classes) + 1)
+        for class_name, area in zip(["background", *network.classes], areas.tolist(), strict=True):
+            score = prediction.scores.get(class_name)
+            rows.append([str(pictures[name]), class_name, "" if score is None else f"{score:.6f}", str(area)])
     if not scores:
         raise failed[0]
+    write_text(options.output / "results.csv", _table(rows))
     write_json(options.output / "scores.json", scores)
     return failed
 
@@ -89,10 +109,11 @@ def write_prediction(
         mask: (H, W), uint8.
         prediction: with the CAMs.
         opacity: of mask and CAM over the picture, 0 to 1.
-        legend: names of the classes, to be put below the overlay; none: no legend.
+        legend: names of the classes, to be put above the overlay; none: no legend.
     """
     save_palette_png(mask, folder / "masks" / f"{name}.png")
     shown = overlay(image, mask, opacity)
+    shown = outline(shown, mask) if opacity else shown
     labels = [int(label) for label in np.unique(mask) if label]
     picture = Image.fromarray(shown) if legend is None else with_legend(shown, labels, legend)
     write_png(folder / "overlays" / f"{name}.png", picture)
@@ -101,11 +122,18 @@ def write_prediction(
         write_png(folder / "cams" / f"{name}_{class_name.replace('/', '_')}.png", Image.fromarray(shown))
 
 
+def _table(rows: Iterable[Sequence[str]]) -> str:
+    """Lay out rows as CSV, for spreadsheets."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
+
+
 def _predict(
-    network: Network, pictures: dict[str, Path], batch: int, failed: list[UserError]
+    network: Network, pictures: dict[str, Path], batch: int, config: Config, failed: list[UserError]
 ) -> Iterator[tuple[str, Image.Image, Prediction]]:
     for group in _batches(pictures, batch, failed):
-        predictions = segment_batch(network, [picture for _, picture in group])
+        predictions = segment_batch(network, [picture for _, picture in group], config)
         for (name, picture), prediction in zip(group, predictions, strict=True):
             yield name, picture, prediction
 
@@ -127,22 +155,6 @@ def _batches(
         batch.append((name, picture))
     if batch:
         yield batch
-
-
-def build_parser() -> Parser:
-    """Build the parser of this verb."""
-    parser = Parser("predict", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("images", nargs="+", help="pictures, folders of pictures, or patterns such as 'trip/*.jpg'")
-    parser.add_argument(
-        "--checkpoint", type=Path, required=True, help="run folder, checkpoint, exported folder, official student.pth"
-    )
-    parser.add_argument("--output", type=Path, required=True, help="folder for the results")
-    parser.add_argument("--crf", action="store_true", help="refine the masks by the dense CRF")
-    parser.add_argument("--opacity", type=float, default=0.6, help="of the colours over the pictures, 0 to 1")
-    parser.add_argument("--legend", action="store_true", help="name the colours below the overlays")
-    parser.add_argument("--batch", type=int, default=4, help="largest number of pictures of one size in one pass")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    return parser
 
 
 if __name__ == "__main__":

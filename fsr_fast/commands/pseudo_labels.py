@@ -22,7 +22,8 @@ import numpy as np
 from PIL import Image
 
 from fsr_fast.cli import run_command
-from fsr_fast.commands.evaluate import load_evaluation
+from fsr_fast.commands import parsers
+from fsr_fast.commands.outputs import default_output
 from fsr_fast.config import Config
 from fsr_fast.dataloading.batch import ImageSet
 from fsr_fast.dataloading.class_names import VOC_CLASSES
@@ -39,7 +40,8 @@ from fsr_fast.evaluation.journal import Journal, fingerprint
 from fsr_fast.evaluation.predictions import Kind, Labels, predict_images
 from fsr_fast.evaluation.samples import Failure
 from fsr_fast.models import Network
-from fsr_fast.options import Parser
+from fsr_fast.models.build import open_trained
+from fsr_fast.options import given
 from fsr_fast.runtime.distributed import Process, start_process, stop_process, wait_for_all
 from fsr_fast.runtime.files import write_png, write_text
 from fsr_fast.runtime.outputs import output_folder
@@ -48,18 +50,20 @@ from fsr_fast.runtime.terminal import track
 
 def main(arguments: Sequence[str]) -> None:
     """Write label maps as the arguments say."""
-    options = build_parser().parse_args(arguments)
-    network, config, iteration = load_evaluation(options)
+    options = parsers.pseudo_labels().parse_args(arguments)
+    options.output = options.output or default_output(options.checkpoint, "pseudo_labels")
+    trained = open_trained(options.checkpoint, given(options), options.config, with_data=True)
+    network, config = trained.network, trained.config
     if options.archive is not None:
         _check_archive_options(options, network)
     if options.kind == "seg+crf" and config.evaluate.crf_backend == "pydensecrf":
         require_pydensecrf()
     if options.unlabelled and options.kind == "pseudo" and not options.found:
         raise UserError("--unlabelled: pseudo labels show the classes of the image labels; add --found, or --kind seg")
-    images = _open_images(config, options, network, official=iteration is None)
+    images = _open_images(config, network, named=trained.named, labelled=not options.unlabelled)
     process = start_process(config.run.device)
     try:
-        list_name = list_stem(options.list_name or config.data.train_list)
+        list_name = list_stem(config.data.train_list)
         part = f"{handover.MASKS}/{list_name}" if options.layout == "mmseg" else "labels"
         failed = write_labels(
             network.to(process.device),
@@ -76,7 +80,7 @@ def main(arguments: Sequence[str]) -> None:
             ending = handover.lay_out_pictures(images, chosen, options.output, list_name, track=track)
             print(handover.configuration(options.output.absolute(), list_name, ending, network.classes), end="")
         if process.is_main and options.archive is not None and not failed:
-            _write_archive(options, images, network)
+            _write_archive(options, images, network, config.evaluate.limit)
         if failed and process.is_main:
             name, message = next(iter(failed.items()))
             raise UserError(f"{len(failed)} images have no label map; the first is {name!r}: {message}")
@@ -168,32 +172,9 @@ def _write_share(
     journal.close()
 
 
-def build_parser() -> Parser:
-    """Build the parser of this verb."""
-    parser = Parser("pseudo-labels", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, required=True, help="run folder, checkpoint, official student.pth")
-    parser.add_argument("--output", type=Path, required=True, help="folder for the results")
-    parser.add_argument("--kind", choices=("pseudo", "seg", "seg+crf"), default="pseudo", help="what is written")
-    parser.add_argument("--config", type=Path, help="recipe, for an official checkpoint: its data and evaluation")
-    parser.add_argument("--root", help="folder or address of the data set, if not the folder of the training")
-    parser.add_argument("--list", dest="list_name", help="name of the list, if not the training list")
-    parser.set_defaults(list=None, protocol=None)  # validation list and protocol stay what they were
-    parser.add_argument("--unlabelled", action="store_true", help="the list has no image labels, as VOC's test list")
-    parser.add_argument("--found", action="store_true", help="pseudo labels of the classes that the classifier finds")
-    parser.add_argument("--scales", type=float, nargs="+", help="scales of the segmentation")
-    parser.add_argument("--no-flip", action="store_true", help="leave the mirror images of the segmentation out")
-    parser.add_argument("--threshold", type=float, help="background score of the pseudo labels")
-    parser.add_argument("--crf", choices=("pydensecrf", "exact"), help="back end of seg+crf; exact is for a GPU")
-    parser.add_argument("--limit", type=int, help="label only the first images")
-    parser.add_argument("--device", help="auto, cpu or cuda")
-    parser.add_argument("--layout", choices=("plain", "mmseg"), default="plain", help="folders of the results")
-    parser.add_argument("--archive", type=Path, help="also write a tar (.tar, .tgz) for the PASCAL VOC test server")
-    return parser
-
-
-def _open_images(config: Config, options: argparse.Namespace, network: Network, *, official: bool) -> ImageSet:
-    data = config.data.model_copy(update={"train_list": options.list_name or config.data.train_list})
-    if options.unlabelled:
+def _open_images(config: Config, network: Network, *, named: bool, labelled: bool) -> ImageSet:
+    data = config.data
+    if not labelled:
         if data.dataset == "voc":
             data = data.model_copy(update={"labels": "masks"})  # are opened when they are asked for, that is never
         split = open_split(data, training=True, with_masks=False)
@@ -201,7 +182,7 @@ def _open_images(config: Config, options: argparse.Namespace, network: Network, 
         values = np.arange(len(network.classes) + 1, dtype=np.uint8)
         return SegmentationDataset(split.files, split.ids, network.classes, labels, values)
     images, _ = build_datasets(data)
-    if official and len(images.classes) == len(network.classes):
+    if not named and len(images.classes) == len(network.classes):
         network.classes = images.classes  # an official checkpoint holds no names
     if images.classes != network.classes:
         raise UserError(f"data: its classes {images.classes} are not those of the checkpoint, {network.classes}")
@@ -243,8 +224,8 @@ def _check_archive_options(options: argparse.Namespace, network: Network) -> Non
         raise UserError(f"--archive: {options.archive} should end in .tar, .tgz or .tar.gz")
 
 
-def _write_archive(options: argparse.Namespace, images: ImageSet, network: Network) -> None:
-    count = min(len(images.ids), options.limit or len(images.ids))
+def _write_archive(options: argparse.Namespace, images: ImageSet, network: Network, limit: int | None) -> None:
+    count = min(len(images.ids), limit or len(images.ids))
     names = [bare_name(images.ids[index]) for index in range(count)]
     sizes = {name: images.image(index).size for index, name in enumerate(names)}
     write_archive(options.archive, options.output / "labels", names)

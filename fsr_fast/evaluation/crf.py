@@ -114,7 +114,7 @@ def require_pydensecrf() -> None:
     except ImportError:
         raise UserError(
             "the dense CRF needs the package pydensecrf2, which is not installed: `pip install pydensecrf2`, "
-            "or take --evaluate.crf_backend exact (a GPU is advised), or evaluate without it (--evaluate.crf false)"
+            "or take --evaluate.crf_backend exact (a GPU is advised), or leave the CRF out"
         ) from None
 
 
@@ -175,7 +175,7 @@ class CrfPool:
             yield from self._refine(items)
         except BrokenProcessPool:
             raise UserError(
-                "a process of the dense CRF died; often the memory is short: lower evaluate.crf_workers, or look at "
+                "a process of the dense CRF died; often the memory is short: lower --evaluate.crf_workers, or look at "
                 "the kernel's log"
             ) from None
 

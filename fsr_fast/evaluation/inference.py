@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as image_functions
 
-from fsr_fast.config import CamConfig, EvaluateConfig
+from fsr_fast.config import CamConfig, Config, EvaluateConfig
 from fsr_fast.dataloading.images import DamagedFileError, read_image
 from fsr_fast.errors import UserError
 from fsr_fast.kernels import MergedCams
@@ -24,6 +24,9 @@ from fsr_fast.models import Network
 from fsr_fast.models.encoder import Features
 from fsr_fast.models.network import classify, to_map
 from fsr_fast.runtime.precision import autocast
+
+Side = Literal["auto"] | int | None
+"""Longest side at which pictures pass through the network; see `evaluate.side`."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ def infer(
     scales: Sequence[float] = EvaluateConfig().scales,
     flip: bool = True,
     amp: str = "auto",
+    size: tuple[int, int] | None = None,
 ) -> Inference:
     """Run the network at every scale; a scale that CAMs and segmentation share is run once.
 
@@ -76,13 +80,14 @@ def infer(
         scales: scales of the segmentation.
         flip: add the mirror image to the segmentation; the CAMs always do.
         amp: `auto`, `off` or `bf16`, as in the configuration.
+        size: height and width of the results; None: those of the images.
 
     Returns:
-        CAMs and logits at the images' own resolution. Source: paper, CAM and evaluation; official code for the merging.
+        CAMs and logits at that resolution. Source: paper, CAM and evaluation; official code for the merging.
     """
     with autocast(images.device, amp):
         passed = _pass(network, [images], cam_scales, scales, flip)
-        return _read_out(network, passed, labels, (images.shape[-2], images.shape[-1]))
+        return _read_out(network, passed, labels, size or (images.shape[-2], images.shape[-1]))
 
 
 @torch.no_grad()
@@ -95,6 +100,7 @@ def infer_like(
     scales: Sequence[float],
     flip: bool,
     amp: str,
+    sizes: Sequence[tuple[int, int]] | None = None,
 ) -> Iterator[Inference]:
     """Run the network on images of different sizes that are alike in whole patches at every scale, in one batch.
 
@@ -106,9 +112,10 @@ def infer_like(
         scales: as in `infer`.
         flip: as in `infer`.
         amp: as in `infer`.
+        sizes: height and width of each result; None: those of the images.
 
     Returns:
-        The result of each image, at its own resolution, B = 1.
+        The result of each image, at that resolution, B = 1.
     """
     device = images[0].device
     with autocast(device, amp):
@@ -116,8 +123,33 @@ def infer_like(
     for index, (image, present) in enumerate(zip(images, labels, strict=True)):
         with autocast(device, amp):  # not while the caller has the result
             wanted = None if present is None else present[None]
-            result = _read_out(network, passed.take(index), wanted, (image.shape[-2], image.shape[-1]))
+            size = sizes[index] if sizes else (image.shape[-2], image.shape[-1])
+            result = _read_out(network, passed.take(index), wanted, size)
         yield result
+
+
+def working_size(size: tuple[int, int], side: int | None) -> tuple[int, int]:
+    """Return the height and width at which an image passes through the network.
+
+    Args:
+        size: its height and width.
+        side: largest side, in pixels; None: any.
+    """
+    if side is None or max(size) <= side:
+        return size
+    height, width = (max(1, round(length * side / max(size))) for length in size)
+    return height, width
+
+
+def largest_side(side: Side, network: Network) -> int | None:
+    """Return what `evaluate.side` means for a network: the longest side in pixels, or None."""
+    return max(512, 2 * network.image_size) if side == "auto" else side
+
+
+def scale_down(image: Image.Image, side: int | None) -> Image.Image:
+    """Scale a picture down to the size at which it passes through the network."""
+    height, width = working_size((image.height, image.width), side)
+    return image if (width, height) == image.size else image.resize((width, height), Image.Resampling.LANCZOS)
 
 
 def patch_sizes(size: tuple[int, int], scales: Sequence[float], patch_size: int) -> tuple[tuple[int, int], ...]:
@@ -188,28 +220,66 @@ def _read_out(network: Network, passed: _Passed, labels: Tensor | None, size: tu
     return Inference(class_logits, labels, cams, reduce(torch.maximum, scaled))
 
 
-def segment(network: Network, image: Image.Image | str | Path) -> Prediction:
-    """Segment one picture.
+def inference_settings(config: Config) -> dict[str, Any]:
+    """Return what a configuration says of inference, as keywords of `infer`."""
+    return {
+        "cam_scales": config.cam.scales,
+        "scales": config.evaluate.scales,
+        "flip": config.evaluate.flip,
+        "amp": config.run.amp,
+    }
+
+
+Picture = Image.Image | np.ndarray | str | Path
+
+
+@overload
+def segment(network: Network, image: Picture, *, side: Side = "auto") -> Prediction: ...
+
+
+@overload
+def segment(network: Network, image: list[Picture], *, side: Side = "auto") -> list[Prediction]: ...
+
+
+def segment(network: Network, image: Picture | list[Picture], *, side: Side = "auto") -> Prediction | list[Prediction]:
+    """Segment a picture, or several.
 
     Args:
         network: as `load_network` gives it.
-        image: a picture or its file, which is turned upright.
+        image: a picture, an array (H, W, 3) or (H, W) of uint8, or a file, which is turned upright; or a list of such.
+        side: longest side, in pixels, at which the picture passes through the network, as `evaluate.side` of the
+            configuration; None: every pixel.
+
+    Returns:
+        `mask`, (H, W) uint8, 0 background, 1… the classes in the order of `network.classes`; `scores`, the probability
+        of each class by name; `cams` by name; `probabilities`, (C + 1, H, W). For a list, one for each picture.
 
     Raises:
-        UserError: the file is missing or is no picture.
+        UserError: a file is missing or is no picture, or an array is of another shape or dtype.
     """
-    return segment_batch(network, [image if isinstance(image, Image.Image) else read_picture(Path(image))])[0]
+    if side not in ("auto", None) and not (isinstance(side, int) and side >= 1):
+        raise UserError(f"side: {side!r}; expected 'auto', None, or a number of pixels")
+    if isinstance(image, Picture):
+        return segment_batch(network, [_open(image)], side=side)[0]
+    return [segment_batch(network, [_open(one)], side=side)[0] for one in image]
 
 
-def segment_batch(network: Network, images: Sequence[Image.Image]) -> list[Prediction]:
+def segment_batch(
+    network: Network, images: Sequence[Image.Image], config: Config | None = None, *, side: Side = "auto"
+) -> list[Prediction]:
     """Segment pictures of one size in one pass.
 
     Args:
         network: as `load_network` gives it.
         images: pictures, at least one.
+        config: sections `evaluate`, `cam` and `run.amp`; None: the paper's scales with mirror images.
+        side: in place of `evaluate.side` where there is no configuration.
     """
-    pixels = torch.stack([image_functions.pil_to_tensor(image.convert("RGB")) for image in images])
-    result = infer(network, network.normalise(pixels))
+    longest = largest_side(config.evaluate.side if config else side, network)
+    small = [scale_down(image.convert("RGB"), longest) for image in images]
+    pixels = torch.stack([image_functions.pil_to_tensor(image) for image in small])
+    size = (images[0].height, images[0].width)
+    result = infer(network, network.normalise(pixels), size=size, **(inference_settings(config) if config else {}))
     cams = dense_cams(result.cams, len(network.classes)).cpu().numpy()
     masks = result.seg_logits.argmax(1).to(torch.uint8).cpu().numpy()
     probabilities = result.seg_logits.softmax(1).cpu().numpy()
@@ -223,6 +293,16 @@ def segment_batch(network: Network, images: Sequence[Image.Image]) -> list[Predi
         )
         for number in range(len(images))
     ]
+
+
+def _open(image: Picture) -> Image.Image:
+    if isinstance(image, Image.Image):
+        return image
+    if isinstance(image, str | Path):
+        return read_picture(Path(image))
+    if image.dtype != np.uint8 or not (image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 3)):
+        raise UserError(f"image: an array {image.shape} of {image.dtype}; expected (H, W, 3) or (H, W) of uint8")
+    return Image.fromarray(np.ascontiguousarray(image))
 
 
 def read_picture(source: Path | bytes, name: str = "") -> Image.Image:

@@ -9,11 +9,13 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from PIL import Image
+from torch import Tensor
 
 from fsr_fast.config import Config
 from fsr_fast.dataloading.batch import ImageSet
 from fsr_fast.evaluation.crf import CrfPool
-from fsr_fast.evaluation.inference import Inference, infer_like, patch_sizes
+from fsr_fast.evaluation.inference import Inference, infer_like, largest_side, patch_sizes, scale_down, working_size
 from fsr_fast.evaluation.official_protocol import infer_officially
 from fsr_fast.evaluation.samples import Failure, Sample, batches_of_like_size, read_samples
 from fsr_fast.method.cam import merged_labels
@@ -42,6 +44,8 @@ class Result:
     sample: Sample
     cam: np.ndarray
     """(H, W), float32, largest activation over the classes."""
+    class_logits: np.ndarray
+    """(C,), float32, of the classifier."""
     maps: dict[Kind, Labels] = field(default_factory=dict)
 
 
@@ -72,9 +76,10 @@ def predict_images(
     """
     stream = _Stream(network, config, device, kinds, labelled, confidence)
     scales = [*config.cam.scales, *config.evaluate.scales]
+    side = largest_side(config.evaluate.side, network)
     batches = batches_of_like_size(
         read_samples(images, indices, config.data.workers),
-        lambda size: patch_sizes(size, scales, network.encoder.patch_size),
+        lambda size: patch_sizes(working_size(size, side), scales, network.encoder.patch_size),
         BATCH_PIXELS[device.type],
     )
     inferred = (item for batch in batches for item in stream.infer(batch))
@@ -129,17 +134,23 @@ class _Stream:
 
     def _results(self, batch: list[Sample]) -> Iterator[Inference]:
         labels = [torch.from_numpy(sample.labels).to(self.device) if self.labelled else None for sample in batch]
-        images = [self.network.normalise(torch.tensor(sample.image).permute(2, 0, 1)) for sample in batch]
         evaluate, cam_scales = self.config.evaluate, self.config.cam.scales
         options: dict[str, Any] = {
             "cam_scales": cam_scales if "pseudo" in self.kinds else cam_scales[:1],  # no pass that nothing is read of
-            "scales": cam_scales[:1] if list(self.kinds) == ["pseudo"] else evaluate.scales,
+            "scales": evaluate.scales if {"seg", "seg+crf"} & set(self.kinds) else cam_scales[:1],
             "flip": evaluate.flip,
             "amp": self.config.run.amp,
         }
         if evaluate.protocol == "own":
-            return infer_like(self.network, images, labels, **options)
+            side = largest_side(evaluate.side, self.network)
+            images = [self._normalise(scale_down(Image.fromarray(sample.image), side)) for sample in batch]
+            sizes = [(sample.image.shape[0], sample.image.shape[1]) for sample in batch]
+            return infer_like(self.network, images, labels, sizes=sizes, **options)
+        images = [self._normalise(sample.image) for sample in batch]
         return (infer_officially(self.network, *pair, **options) for pair in zip(images, labels, strict=True))
+
+    def _normalise(self, image: Image.Image | np.ndarray) -> Tensor:
+        return self.network.normalise(torch.tensor(np.asarray(image)).permute(2, 0, 1))
 
     def _read(self, sample: Sample, result: Inference) -> Inferred:
         maps: dict[Kind, Labels] = {}
@@ -155,7 +166,7 @@ class _Stream:
             best = result.seg_logits[0].softmax(0).max(0) if self.confidence else result.seg_logits[0].max(0)
             sure = best.values.cpu().numpy() if self.confidence else None
             maps["seg"] = Labels(best.indices.to(torch.uint8).cpu().numpy(), sure)
-        item = Result(sample, cam.cpu().numpy(), maps)
+        item = Result(sample, cam.cpu().numpy(), result.class_logits[0].cpu().numpy(), maps)
         if "seg+crf" not in self.kinds:
             return item, None, None
         return item, sample.image, result.seg_logits[0].softmax(0).cpu().numpy()

@@ -1,12 +1,13 @@
 """Networks from a configuration or from a checkpoint."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
-from fsr_fast.config import ModelConfig, build_config
+from fsr_fast.config import Config, ModelConfig, build_config, check_options, merge, read_yaml, untrained_decoder
 from fsr_fast.dataloading.class_names import check_class_names
 from fsr_fast.errors import UserError
 from fsr_fast.models.backbone import create_vit
@@ -15,7 +16,9 @@ from fsr_fast.models.initial import start_from
 from fsr_fast.models.network import Network
 from fsr_fast.models.official import class_names, fill_network, official_sizes, read_official
 from fsr_fast.models.pretrained import load_pretrained
-from fsr_fast.runtime.checkpoint import read_checkpoint
+from fsr_fast.options import Given
+from fsr_fast.runtime.checkpoint import has_checksum, read_checkpoint
+from fsr_fast.runtime.log import LOGGER
 
 
 def build_network(config: ModelConfig, classes: tuple[str, ...], image_size: int) -> Network:
@@ -46,6 +49,82 @@ def without_start(config: ModelConfig) -> ModelConfig:
     return config.model_copy(update={"pretrained": "none", "initial": None})
 
 
+class Trained(NamedTuple):
+    """A trained network, and what is known of its training."""
+
+    network: Network
+    """In eval mode, on the CPU."""
+    config: Config
+    """Of its run, where the checkpoint holds it, with a recipe and the command line over it."""
+    iteration: int | None
+    """That it was saved at; None where the file does not say."""
+    named: bool
+    """Whether the classes have the names that they were trained with: official checkpoints hold none."""
+
+
+APPLIED = ("run", "data", "cam", "evaluate")
+"""Sections that decide about the use of a trained network."""
+
+
+def open_trained(
+    path: Path,
+    options: Mapping[str, Given] | None = None,
+    recipe: Path | None = None,
+    *,
+    with_data: bool = False,
+    teacher: bool = False,
+) -> Trained:
+    """Open a trained network with the configuration of its use; the checkpoint is read once.
+
+    Args:
+        path: a run folder (its newest checkpoint is taken), a checkpoint file, a folder that `fsr-fast export` wrote,
+            or an official `student.pth` or `teacher.pth`.
+        options: what the command line says of the configuration.
+        recipe: laid over the configuration of the checkpoint.
+        with_data: the data set will be opened; then the configuration must say which.
+        teacher: take the averaged network of a run. Where only the projector is averaged, the rest is the student's.
+
+    Raises:
+        UserError: no checkpoint, one that is damaged or of another kind, no such recipe, a value out of range.
+    """
+    options = options or {}
+    check_options(options)
+    network, recorded, iteration, named = _open(path, teacher)
+    laid, origin = ({}, str(path)) if recipe is None else (read_yaml(recipe), str(recipe))
+    if with_data and recorded is None and recipe is None and "data.dataset" not in options:
+        raise UserError(
+            f"{path}: does not say what data it is for; add the recipe and the folder, e.g. --config voc_official "
+            "--root VOCdevkit/VOC2012"
+        )
+    if recorded is not None:
+        values = merge(recorded, {name: laid[name] for name in APPLIED if name in laid})
+    else:
+        values = laid or {"data": {"dataset": "synthetic"}}  # the one that needs no folder
+    config = build_config(values, origin, options)
+    asked_for = "data.root" in options or "root" in (laid.get("data") or {})
+    if with_data and isinstance(config.data.root, str) and not asked_for:
+        raise UserError(
+            f"{path}: names the address {config.data.root!r} for its data; checkpoints open no addresses by "
+            "themselves: give it, or a folder, by --root"
+        )
+    if iteration is not None and (reason := untrained_decoder(config, iteration)):
+        LOGGER.warning("%s: %s", path, reason)
+    return Trained(network, config, iteration, named)
+
+
+def _open(path: Path, teacher: bool) -> tuple[Network, dict[str, Any] | None, int | None, bool]:
+    """Read network, recorded configuration, iteration, and whether the classes have their names."""
+    if is_network_folder(path) and not teacher:
+        return restore_folder(path), None, None, True
+    weights = None if teacher or path.is_dir() or has_checksum(path) else read_official(path)
+    if weights is not None:
+        return restore_official(weights, str(path)), None, None, False
+    checkpoint = read_checkpoint(path)
+    if teacher:
+        checkpoint = {**checkpoint, "student": checkpoint["student"] | _averaged(checkpoint["teacher"])}
+    return restore_network(checkpoint, str(path)), checkpoint["config"], checkpoint["iteration"], True
+
+
 def load_network(path: str | Path) -> Network:
     """Load a trained network.
 
@@ -59,12 +138,13 @@ def load_network(path: str | Path) -> Network:
     Raises:
         UserError: there is no checkpoint, or it is damaged or of another kind.
     """
-    if is_network_folder(Path(path)):
-        return restore_folder(Path(path))
-    weights = read_official(Path(path))
-    if weights is not None:
-        return restore_official(weights, str(path))
-    return restore_network(read_checkpoint(Path(path)), str(path))
+    return open_trained(Path(path)).network
+
+
+def _averaged(teacher: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Name the teacher's weights as the network does."""
+    parts = ((name.partition("."), value) for name, value in teacher.items())
+    return {rest if part == "network" else f"projector.{rest}": value for (part, _, rest), value in parts}
 
 
 def restore_network(checkpoint: dict[str, Any], origin: str) -> Network:

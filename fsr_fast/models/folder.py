@@ -37,18 +37,17 @@ def is_network_folder(path: Path) -> bool:
     return (path / WEIGHTS).is_file() and (path / DESCRIPTION).is_file()
 
 
-def write_network(network: Network, config: ModelConfig, folder: Path) -> None:
+def write_network(network: Network, folder: Path) -> None:
     """Write weights and description into a folder.
 
     Args:
         network: the network.
-        config: that it was built from.
         folder: exists.
     """
     weights = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
     known = {name: getattr(network, name) for name in ("classes", "image_size", "mean", "std")}
-    description = {"format": FORMAT, **known, "model": config.model_dump(mode="json")}
+    description = {"format": FORMAT, **known, "model": network.config.model_dump(mode="json")}
     (folder / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
 

@@ -55,6 +55,7 @@ class Network(nn.Module):
         std: tuple[float, ...],
     ) -> None:
         super().__init__()
+        self.config = config
         self.classes = classes
         self.image_size = image_size
         self.set_normalisation(mean, std)

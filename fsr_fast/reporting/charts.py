@@ -77,11 +77,12 @@ def confusion(matrix: ConfusionMatrix, names: Sequence[str], key: str) -> Chart:
     """
     counts = matrix.counts
     shares = (100 * counts / counts.sum(1, keepdim=True).clamp(min=1)).tolist()
+    seen = (counts.sum(1) > 0).tolist()
     figure = go.Figure(
         go.Heatmap(
-            z=shares,
+            z=[row if there else [None] * len(row) for row, there in zip(shares, seen, strict=True)],
             x=list(names),
-            y=list(names),
+            y=[name if there else f"{name} (no truth)" for name, there in zip(names, seen, strict=True)],
             customdata=counts.tolist(),
             colorscale="Cividis",
             zmin=0,

@@ -19,9 +19,10 @@ from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 from PIL import Image
 
+from fsr_fast.config import Config
 from fsr_fast.dataloading.palette import voc_palette
 from fsr_fast.errors import UserError
-from fsr_fast.evaluation.inference import Prediction, read_picture, segment
+from fsr_fast.evaluation.inference import Prediction, read_picture, segment_batch
 from fsr_fast.models import Network
 from fsr_fast.reporting.figures import colourise, heatmap
 from fsr_fast.reporting.page import TEMPLATES, data_uri
@@ -50,6 +51,7 @@ class DemoServer(ThreadingHTTPServer):
         network: in eval mode, on its device.
         largest: largest picture file, bytes.
         side: pictures are scaled down to this longer side, pixels.
+        config: sections `evaluate`, `cam` and `run.amp`.
 
     Raises:
         OSError: the place is taken.
@@ -57,9 +59,9 @@ class DemoServer(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, place: tuple[str, int], network: Network, *, largest: int, side: int) -> None:
+    def __init__(self, place: tuple[str, int], network: Network, *, largest: int, side: int, config: Config) -> None:
         super().__init__(place, _Handler)
-        self.network, self.largest, self.side = network, largest, side
+        self.network, self.largest, self.side, self.config = network, largest, side, config
         self.turn = threading.Lock()
         self.seats = threading.BoundedSemaphore(WAITING)
         self.senders = threading.BoundedSemaphore(SENDING)
@@ -95,7 +97,7 @@ class DemoServer(ThreadingHTTPServer):
         picture = read_picture(content, "the picture")
         picture.thumbnail((self.side, self.side), Image.Resampling.LANCZOS)
         with self.turn:
-            prediction = segment(self.network, picture)
+            prediction = segment_batch(self.network, [picture], self.config)[0]
         return _describe(picture, prediction)
 
     def handle_error(self, request: Any, client_address: Any) -> None:

@@ -56,6 +56,25 @@ def overlay(image: np.ndarray, mask: np.ndarray, opacity: float = 0.6) -> np.nda
     return np.where((mask == 0)[..., None], image, _blend(image, colours, opacity))
 
 
+def outline(picture: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Draw the borders between the labels of a mask in white: some of VOC's colours are dark on photographs.
+
+    Args:
+        picture: (H,W,3) uint8, RGB.
+        mask: (H,W) integer labels.
+
+    Returns:
+        (H,W,3) uint8, RGB; lines of a pixel per 400 of the longer side, at least one.
+    """
+    edge = np.zeros(mask.shape, bool)
+    edge[:, 1:] |= mask[:, 1:] != mask[:, :-1]
+    edge[1:] |= mask[1:] != mask[:-1]
+    for _ in range(max(mask.shape) // 400):
+        edge[:, :-1] |= edge[:, 1:]
+        edge[:-1] |= edge[1:]
+    return np.where(edge[..., None], np.uint8(255), _check_image(picture))
+
+
 def heatmap(image: np.ndarray, cam: np.ndarray, opacity: float = 0.5) -> np.ndarray:
     """Lay a class activation map over a picture, from blue (0) to red (1).
 
@@ -81,7 +100,7 @@ def heatmap(image: np.ndarray, cam: np.ndarray, opacity: float = 0.5) -> np.ndar
 
 
 def with_legend(picture: np.ndarray, labels: Sequence[int], class_names: Sequence[str]) -> Image.Image:
-    """Put a legend below a picture.
+    """Put a legend above a picture.
 
     Args:
         picture: (H,W,3) uint8, RGB.
@@ -96,11 +115,12 @@ def with_legend(picture: np.ndarray, labels: Sequence[int], class_names: Sequenc
     width = max(_check_image(picture).shape[1], longest + FONT_SIZE + 8 + 22 + 2 * MARGIN)
     legend = _legend_lines(labels, class_names, width - 2 * MARGIN, font)
     shown = Image.new("RGB", (width, picture.shape[0] + MARGIN + len(legend) * line), PAPER)
-    shown.paste(Image.fromarray(picture), ((width - picture.shape[1]) // 2, 0))
+    above = MARGIN + len(legend) * line
+    shown.paste(Image.fromarray(picture), ((width - picture.shape[1]) // 2, above))
     draw = ImageDraw.Draw(shown)
     for number, entries in enumerate(legend):
         for left, label, name in entries:
-            _draw_entry(draw, (MARGIN + left, picture.shape[0] + MARGIN + number * line), label, name, font)
+            _draw_entry(draw, (MARGIN + left, MARGIN // 2 + number * line), label, name, font)
     return shown
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,14 +32,14 @@ class Entry:
     name: str
     choices: tuple[str, ...]
     """Which of `CHOICES` it belongs to."""
-    iou: float
-    """Mean IoU of the segmentation over the classes of its truth, percent."""
+    iou: float | None
+    """Mean IoU of the segmentation over the classes of its truth, percent; None without a mask."""
     classes: tuple[str, ...]
     """Its image labels."""
     image: np.ndarray
     """(H, W, 3), uint8."""
-    truth: np.ndarray
-    """(H, W), uint8; so are the next three but the CAM."""
+    truth: np.ndarray | None
+    """(H, W), uint8; so are the next three but the CAM. None without a mask."""
     cam: np.ndarray
     """(H, W), float32 in 0…1, largest activation over the classes of the picture."""
     pseudo: np.ndarray
@@ -51,10 +51,10 @@ class Entry:
 
 @dataclass(frozen=True)
 class Gallery:
-    """Result of looking at a validation list."""
+    """Result of looking at a list."""
 
-    matrix: ConfusionMatrix
-    """Of the segmentation, over all pictures that were looked at."""
+    matrix: ConfusionMatrix | None
+    """Of the segmentation, over all pictures that were looked at; None without masks."""
     seen: int
     """Pictures looked at."""
     listed: int
@@ -76,26 +76,30 @@ def look(
     limit: int | None,
     rows: int,
 ) -> Gallery:
-    """Segment the pictures of a validation list and keep the best, the worst and some random ones.
+    """Segment the pictures of a list and keep the best, the worst and some random ones; without masks random ones.
 
     Args:
         network: in eval mode, on the device.
-        dataset: with masks.
+        dataset: with a mask for each picture, or with none.
         config: sections `evaluate`, `cam`, `data` and `run.amp`.
         device: of the network.
         limit: look at the first pictures alone; none: at all.
         rows: pictures to keep of each choice.
 
     Raises:
-        UserError: a picture or its mask is missing.
+        UserError: a picture cannot be read.
     """
-    matrix, ious = ConfusionMatrix(len(network.classes)), []
+    matrix, ious = ConfusionMatrix(len(network.classes)), dict[int, float | None]()
     seen = min(len(dataset), limit or len(dataset))
     for sample, result in _infer_all(network, dataset, config, device, limit, None):
+        truth = _truth(sample)
+        if truth is None:
+            ious[sample.index] = None
+            continue
         alone = ConfusionMatrix(len(network.classes))
-        alone.update(result.seg_logits[0].argmax(0).cpu(), _truth(sample))
+        alone.update(result.seg_logits[0].argmax(0).cpu(), truth)
         matrix.merge(alone)
-        ious.append(alone.mean_iou())
+        ious[sample.index] = alone.mean_iou()
     chosen = _choose(ious, rows)
     entries = [
         _entry(network, config, sample, result, ious[sample.index], chosen[sample.index])
@@ -105,10 +109,10 @@ def look(
     pictures = [resize_images(_normalised(network, entry.image), (side, side)) for entry in entries]
     entropies = [attention_entropy(network, picture).cpu() for picture in pictures]
     return Gallery(
-        matrix,
+        matrix if any(iou is not None for iou in ious.values()) else None,
         seen,
         len(dataset),
-        sorted(entries, key=lambda entry: -entry.iou),
+        sorted(entries, key=lambda entry: -(entry.iou or 0.0)),
         torch.stack(entropies).mean(0),
         network.encoder.grid[0] * network.encoder.grid[1],
     )
@@ -141,10 +145,11 @@ def _infer_all(
         )
 
 
-def _choose(ious: list[float], rows: int) -> dict[int, tuple[str, ...]]:
-    order = sorted(range(len(ious)), key=lambda index: (-np.nan_to_num(ious[index]), index))
+def _choose(ious: Mapping[int, float | None], rows: int) -> dict[int, tuple[str, ...]]:
+    order = sorted(ious, key=lambda index: (-np.nan_to_num(ious[index] or 0.0), index))
     drawn = random.Random(0).sample(order, min(rows, len(order)))
-    sets = {"best": order[:rows], "worst": order[-rows:], "random": drawn}
+    scored = [index for index in order if ious[index] is not None]
+    sets = {"best": scored[:rows], "worst": scored[-rows:], "random": drawn}
     return {
         index: tuple(choice for choice in CHOICES if index in sets[choice])
         for index in order
@@ -157,7 +162,7 @@ def _entry(
     config: Config,
     sample: Sample,
     result: Inference,
-    iou: float,
+    iou: float | None,
     choices: tuple[str, ...],
 ) -> Entry:
     image = sample.image
@@ -192,7 +197,5 @@ def _normalised(network: Network, image: np.ndarray) -> Tensor:
     return network.normalise(torch.from_numpy(np.array(image)).permute(2, 0, 1))[None]
 
 
-def _truth(sample: Sample) -> np.ndarray:
-    if sample.truth is None:
-        raise UserError(f"{sample.name}: no mask; a report needs the mask of every picture of the validation list")
+def _truth(sample: Sample) -> np.ndarray | None:
     return sample.truth

@@ -53,8 +53,11 @@ def render_page(runs: Sequence[RunRecord], galleries: Mapping[str, Gallery], cla
                 "environment": _flat(run.environment),
                 "snapshots": _snapshots(run),
                 "gallery": gallery,
+                "list": "validation" if run.config.get("data", {}).get("val_list") else "training",
                 "entries": [_shown(entry, names) for entry in gallery.entries] if gallery else [],
-                "confusion": confusion(gallery.matrix, names, f"confusion-{number + 1}") if gallery else None,
+                "confusion": confusion(gallery.matrix, names, f"confusion-{number + 1}")
+                if gallery and gallery.matrix
+                else None,
                 "entropy": entropy(gallery.entropy, gallery.patches, f"entropy-{number + 1}") if gallery else None,
             }
         )
@@ -110,8 +113,16 @@ def _shown(entry: Entry, names: Sequence[str]) -> dict[str, Any]:
     labels = " and ".join(entry.classes) or "no class"
     cells = [
         ("image", data_uri(Image.fromarray(entry.image)), f"{entry.name}, a picture of {labels}"),
-        ("truth", mask_uri(entry.truth), f"true mask: {_shares(entry.truth, names)}"),
-        ("CAM", data_uri(Image.fromarray(heatmap(entry.image, entry.cam))), f"class activation map of {labels}"),
+        *(
+            [("truth", mask_uri(entry.truth), f"true mask: {_shares(entry.truth, names)}")]
+            if entry.truth is not None
+            else []
+        ),
+        (
+            "CAM" if entry.cam.any() else "CAM (empty)",
+            data_uri(Image.fromarray(heatmap(entry.image, entry.cam))),
+            f"class activation map of {labels}",
+        ),
         ("pseudo", mask_uri(entry.pseudo), f"pseudo label: {_shares(entry.pseudo, names)}"),
         ("seg", mask_uri(entry.seg), f"segmentation: {_shares(entry.seg, names)}"),
         ("CRF", mask_uri(entry.crf), f"segmentation after the CRF: {_shares(entry.crf, names)}"),
@@ -139,6 +150,7 @@ def _summary(run: RunRecord) -> list[tuple[str, str]]:
     known = [
         ("iterations", run.summary.get("iterations") or (run.metrics[-1]["iteration"] if run.metrics else 0), "{:,}"),
         *((f"{kind} mIoU", scores.get("mean_iou"), "{:.1f} %") for kind, scores in run.results.items()),
+        ("mean average precision of the labels", run.labels.get("mean_ap"), "{:.1f} %"),
         ("images a second", run.summary.get("images_per_second"), "{:.1f}"),
         ("minutes", (run.summary.get("wall_seconds") or 0) / 60 or None, "{:.1f}"),
     ]

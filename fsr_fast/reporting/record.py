@@ -35,6 +35,11 @@ class RunRecord:
         """Scores of the final evaluation by kind (`pseudo`, `seg`, …); empty before the run's end."""
         return self.summary.get("results", {})
 
+    @property
+    def labels(self) -> dict[str, Any]:
+        """Scores of the image labels, of a run without pictures with masks; else empty."""
+        return self.summary.get("labels", {})
+
 
 def read_run(folder: Path) -> RunRecord:
     """Read the record of a run.

@@ -8,6 +8,7 @@ from typing import Any
 from rich import box
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 
 def score_table(results: Mapping[str, Mapping[str, Any]]) -> Table:
@@ -25,6 +26,22 @@ def score_table(results: Mapping[str, Mapping[str, Any]]) -> Table:
         table.add_column(kind, footer=_percent(scores["mean_iou"]), justify="right")
     for name in next(iter(results.values()))["classes"]:
         table.add_row(escape(name), *(_percent(scores["classes"][name]["iou"]) for scores in results.values()))
+    return table
+
+
+def label_table(scores: Mapping[str, Any]) -> Table:
+    """Lay out what image labels say of the classifier; print it with rich.
+
+    Args:
+        scores: as `evaluation.label_scores.label_scores` returns them.
+    """
+    table = Table(box=box.ASCII2, show_footer=True)
+    table.add_column("image labels (%)", footer="mean")
+    table.add_column("average precision", footer=_percent(scores["mean_ap"]), justify="right")
+    table.add_column("F1", footer=_percent(scores["mean_f1"]), justify="right")
+    table.add_column("images", justify="right")
+    for name, one in scores["classes"].items():
+        table.add_row(Text(name), _percent(one["ap"]), _percent(one["f1"]), str(one["images"]))
     return table
 
 

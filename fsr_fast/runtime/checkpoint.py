@@ -162,6 +162,15 @@ def read_newest(run: Path) -> tuple[dict[str, Any], Path]:
     raise UserError(f"{run}: no checkpoint in this folder; expected {FOLDER}/<iteration>.pt of a run")
 
 
+def has_checksum(path: Path) -> bool:
+    """Return whether a file ends as the checkpoints of runs do; its content is not read."""
+    if not path.is_file() or path.stat().st_size <= _COMMENT:
+        return False
+    with path.open("rb") as file:
+        file.seek(-_COMMENT, os.SEEK_END)
+        return file.read(len(_MARK)) == _MARK
+
+
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint; give a run folder or a .pt file")

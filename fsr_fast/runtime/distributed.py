@@ -41,10 +41,7 @@ def start_process(device: str, timeout: float = 1800.0) -> Process:
         UserError: CUDA is asked for where there is none.
     """
     if device == "cuda" and not torch.cuda.is_available():
-        raise UserError(
-            "device: 'cuda', but torch sees no CUDA GPU; give cpu (--run.device cpu in training, --device cpu else) "
-            "or check the driver"
-        )
+        raise UserError("run.device: 'cuda', but torch sees no CUDA GPU; give --run.device cpu, or check the driver")
     cuda = device != "cpu" and torch.cuda.is_available()
     rank, size, local_rank = (int(os.environ.get(key, start)) for key, start in _VARIABLES)
     target = torch.device("cuda", local_rank) if cuda else torch.device("cpu")

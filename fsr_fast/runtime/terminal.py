@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager, suppress
-from datetime import timedelta
 from types import TracebackType
 from typing import Self, TypeVar
 
@@ -19,7 +18,23 @@ from rich.progress import track as rich_track
 from rich.table import Column
 from torch import Tensor
 
+from fsr_fast.runtime.log import LOGGER
+
 Item = TypeVar("Item")
+LONG_WAIT = 0.1
+"""Share of the time from which waiting for data is worth showing."""
+LONG_TRAINING = 24 * 3600.0
+"""Seconds on a CPU from which a way out is worth naming."""
+
+
+def duration(seconds: float) -> str:
+    """Write a length of time for people, with two units at most."""
+    for unit, length, part, of_part in (("days", 86400, "h", 3600), ("h", 3600, "min", 60), ("min", 60, "s", 1)):
+        if seconds >= length:
+            whole, rest = divmod(round(seconds / of_part), length // of_part)
+            name = "day" if unit == "days" and whole == 1 else unit
+            return f"{whole} {name} {rest} {part}" if whole < 10 and rest else f"{whole} {name}"
+    return f"{round(seconds)} s"
 
 
 def on_main_process() -> bool:
@@ -60,6 +75,7 @@ class TrainingProgress:
         self._ceiling = ceiling
         self._clock = clock
         self._shown = on_main_process()
+        self._announced = False
         self._bar: Progress | None = None
         if self._shown and not is_quiet():
             self._bar = Progress(
@@ -94,6 +110,8 @@ class TrainingProgress:
         """
         self._done += 1
         self._steps += 1
+        if self._steps == 1 and not self._announced and self._device.type == "cpu":  # a GPU has only been asked so far
+            self._announce(self._clock() - self._opened)
         self._images += images
         self._data_seconds += data_seconds
         self._flops += flops
@@ -118,17 +136,20 @@ class TrainingProgress:
             "memory_gib": peak_memory(self._device) / 2**30,
             "seconds_left": (self._total - self._done) * seconds / max(self._steps, 1),
         }
-        speed = f"{rates['images_per_second']:.1f} images/s"
+        speed, arithmetic = f"{rates['images_per_second']:.1f} pictures/s", ""
         if self._flops:
             rates["tflops_per_second"] = self._flops / seconds / 1e12
-            speed += f"  {rates['tflops_per_second']:.3g} TFLOP/s"
-            if self._ceiling:
-                rates["of_ceiling"] = self._flops / seconds / self._ceiling
-                speed += f" ({rates['of_ceiling']:.0%})"
-        text = (
-            f"loss {loss:.4f}  {speed}  data wait {rates['data_wait']:.0%}  "
-            f"{rates['memory_gib']:.1f} GiB  {timedelta(seconds=round(rates['seconds_left']))} left"
-        )
+            arithmetic = f", {rates['tflops_per_second']:.3g} TFLOP/s"
+            share = self._flops / seconds / self._ceiling if self._ceiling else 1.0
+            if share < 1:  # else something else was running while the ceiling was measured
+                rates["of_ceiling"] = share
+                arithmetic += f" ({share:.0%})"
+        text = f"loss {loss:.4f}  {speed}  {duration(rates['seconds_left'])} left"
+        waiting = f"waiting for data {rates['data_wait']:.0%}"
+        if rates["data_wait"] > LONG_WAIT:
+            text += f"  {waiting}"
+        whole = f"loss {loss:.4f}, {speed}{arithmetic}, {waiting}, {rates['memory_gib']:.1f} GiB"
+        LOGGER.info("iteration %d: %s", self._done, whole)
         if self._bar:
             self._bar.update(self._task, rates=text)
         elif self._shown:
@@ -149,6 +170,21 @@ class TrainingProgress:
             self._opened += self._clock() - began
             if self._bar:
                 self._bar.start()
+
+    def _announce(self, seconds: float) -> None:
+        """Say after the first iteration how long the training will take; on a CPU it may be weeks."""
+        self._announced = True
+        left = (self._total - self._done) * seconds
+        if not self._shown or not self._total > self._done:
+            return
+        if not self._bar:
+            print(f"first iteration: {seconds:.1f} s, about {duration(left)} for all {self._total}", flush=True)
+        if left > LONG_TRAINING:
+            LOGGER.warning(
+                "this training takes about %s on this CPU: take a GPU, a smaller recipe (--config own_small), or fewer "
+                "and smaller views (--optim.iterations, --optim.batch_size, --data.image_size)",
+                duration(left),
+            )
 
     def _open_window(self) -> None:
         self._opened = self._clock()
@@ -212,7 +248,7 @@ def _lines(
         if now - printed >= interval and done != total:
             print(f"{description} {done}{of}", flush=True)
             printed = now
-    print(f"{description} {done}{of}  {timedelta(seconds=round(clock() - began))}", flush=True)
+    print(f"{description} {done}{of}  {duration(clock() - began)}", flush=True)
 
 
 def peak_memory(device: torch.device) -> int:

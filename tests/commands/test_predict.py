@@ -1,3 +1,4 @@
+import csv
 import json
 from pathlib import Path
 
@@ -6,11 +7,12 @@ import pytest
 from PIL import Image
 
 from fsr_fast.commands.predict import main
+from fsr_fast.config import dump_config
 from fsr_fast.dataloading.palette import voc_palette
 from fsr_fast.dataloading.pictures import find_pictures
 from fsr_fast.errors import UserError
 from fsr_fast.evaluation.crf import dense_crf
-from fsr_fast.evaluation.inference import read_picture, segment
+from fsr_fast.evaluation.inference import Prediction, read_picture, segment, segment_batch
 from fsr_fast.models import load_network
 from fsr_fast.runtime.checkpoint import write_checkpoint
 from tests import helpers
@@ -37,6 +39,11 @@ def save_pictures(folder: Path, *names: str) -> list[Path]:
     for name in names:
         Image.fromarray(draws.integers(0, 256, (20, 26, 3), dtype=np.uint8)).save(folder / name)
     return [folder / name for name in names]
+
+
+def expected_of(run: Path, path: Path) -> Prediction:
+    """Segment as the run evaluates: at scale 1.0 alone."""
+    return segment_batch(load_network(run), [read_picture(path)], RECIPE)[0]
 
 
 def test_files_and_folders_are_found_by_name_in_order(tmp_path):
@@ -87,7 +94,7 @@ def test_pictures_whose_results_would_overwrite_each_other_are_refused(tmp_path)
 def test_mask_overlay_cams_and_scores_are_those_of_the_network(run, tmp_path):
     (path,) = save_pictures(tmp_path, "a.png")
     main(["--checkpoint", str(run), str(path), "--output", str(tmp_path / "out")])
-    prediction = segment(load_network(run), path)
+    prediction = expected_of(run, path)
     with Image.open(tmp_path / "out" / "masks" / "a.png") as mask:
         assert mask.mode == "P"
         assert np.array_equal(np.asarray(mask), prediction.mask)
@@ -116,7 +123,7 @@ def test_a_class_name_is_no_path(tmp_path):
 def test_the_crf_refines_the_mask(run, tmp_path):
     (path,) = save_pictures(tmp_path, "a.png")
     main(["--checkpoint", str(run), str(path), "--output", str(tmp_path / "out"), "--crf"])
-    prediction = segment(load_network(run), path)
+    prediction = expected_of(run, path)
     expected = dense_crf(np.asarray(read_picture(path)), prediction.probabilities).argmax(0)
     with Image.open(tmp_path / "out" / "masks" / "a.png") as mask:
         assert np.array_equal(np.asarray(mask), expected)
@@ -163,10 +170,10 @@ def test_opacity_and_legend_change_the_overlay(run, tmp_path):
     with Image.open(tmp_path / "named/overlays/a.png") as named, Image.open(tmp_path / "plain/overlays/a.png") as plain:
         assert named.height > plain.height
         left = (named.width - plain.width) // 2
-        np.testing.assert_array_equal(np.asarray(named)[: plain.height, left : left + plain.width], np.asarray(plain))
-        prediction = segment(load_network(run), path)
+        np.testing.assert_array_equal(np.asarray(named)[-plain.height :, left : left + plain.width], np.asarray(plain))
+        prediction = expected_of(run, path)
         for label in set(np.unique(prediction.mask)) - {0}:
-            legend = np.asarray(named)[plain.height :]
+            legend = np.asarray(named)[: -plain.height]
             assert (legend == voc_palette()[label]).all(-1).any()
 
 
@@ -187,7 +194,51 @@ def test_a_picture_that_cannot_be_decoded_is_named(run, tmp_path):
 
 
 def test_options_that_are_missing_or_unknown_are_named(run):
-    with pytest.raises(UserError, match=r"required: --checkpoint, --output; `fsr-fast predict --help`"):
+    with pytest.raises(UserError, match=r"required: --checkpoint; `fsr-fast predict --help`"):
         main(["picture.png"])
     with pytest.raises(UserError, match="unknown option '--crff'; did you mean '--crf'"):
         main(["--checkpoint", str(run), "p.png", "--output", "o", "--crff"])
+
+
+def test_the_scales_are_those_of_the_run_unless_others_are_given(run, tmp_path):
+    (path,) = save_pictures(tmp_path, "a.png")
+    found = {}
+    for name, options in (("run", []), ("paper", ["--scales", "1,1.25,1.5"]), ("side", ["--side", "16"])):
+        main(["--checkpoint", str(run), str(path), "--output", str(tmp_path / name), *options])
+        found[name] = json.loads((tmp_path / name / "scores.json").read_text())[str(path)]
+        with Image.open(tmp_path / name / "masks/a.png") as mask:
+            assert mask.size == (26, 20)
+    network = load_network(run)
+    paper = segment(network, path).mask
+    with Image.open(tmp_path / "paper/masks/a.png") as mask:
+        assert np.array_equal(np.asarray(mask), paper)
+    small = segment_batch(network, [read_picture(path).resize((16, 12), Image.Resampling.LANCZOS)], RECIPE)[0]
+    assert found["side"] == pytest.approx(small.scores, rel=1e-4)
+    assert found["run"] != pytest.approx(found["side"], rel=1e-4)
+
+
+def test_results_go_to_the_run_by_default_with_a_table_of_areas(tmp_path, capsys):
+    folder = tmp_path / "run"
+    state = {"iteration": 1, "config": RECIPE.model_dump(mode="json"), "classes": list(helpers.CLASSES)}
+    write_checkpoint(folder, {**state, "student": helpers.network(RECIPE).state_dict()})
+    (folder / "config.yaml").write_text(dump_config(RECIPE))
+    (path,) = save_pictures(tmp_path, "a.png")
+    main(["--checkpoint", str(folder / "checkpoints/0000001.pt"), str(path)])
+    with (folder / "predictions/results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["class"] for row in rows] == ["background", *helpers.CLASSES]
+    assert sum(int(row["pixels"]) for row in rows) == 26 * 20
+    with Image.open(folder / "predictions/masks/a.png") as mask:
+        areas = np.bincount(np.asarray(mask).ravel(), minlength=4).tolist()
+    assert [int(row["pixels"]) for row in rows] == areas
+    assert f"next: look at {folder / 'predictions/overlays'}" in capsys.readouterr().out
+
+
+def test_a_decoder_that_was_never_trained_is_named(tmp_path, caplog):
+    for start, start_is_late in ((0, False), (50, True)):
+        recipe = helpers.config({"loss": {"segmentation_start": start}})
+        state = {"iteration": 4, "config": recipe.model_dump(mode="json"), "classes": list(helpers.CLASSES)}
+        write_checkpoint(tmp_path / str(start), {**state, "student": helpers.network(recipe).state_dict()})
+        load_network(tmp_path / str(start))
+        warned = "the decoder learns nothing and its masks are noise" in caplog.text
+        assert warned == start_is_late

@@ -181,11 +181,19 @@ def test_a_run_that_has_not_ended_is_shown_as_far_as_it_came(folder, tmp_path):
     assert any(given.get("data-chart") == "losses" for given in page.all("div"))
 
 
-def test_a_run_without_a_validation_list_has_a_report_without_pictures(folder):
-    run = train_run(folder, "unscored", data={"val_list": None})
-    main([str(run)])
+def test_a_run_without_masks_shows_training_pictures_and_what_its_labels_allow(folder, tmp_path):
+    (tmp_path / "data").mkdir()
+    for part in ("JPEGImages", "ImageSets"):
+        shutil.copytree(folder / "data" / part, tmp_path / "data" / part)
+    shutil.copy(folder / "data/labels.csv", tmp_path / "data")
+    run = train_run(tmp_path, "unscored", data={"val_list": None})
+    main([str(run), "--rows", "2"])
     page = Page(run / "report.html")
-    assert page.all("article") == []
+    assert len(page.all("article")) == 2
+    assert "truth" not in page.text("figcaption")
+    assert {"image", "CAM", "pseudo", "seg"} <= {text.removesuffix(" (empty)") for text in page.text("figcaption")}
+    assert "Scores of the image labels on training pictures, percent" in page.text("caption")
+    assert "has not come to its end" not in page.source
     assert any(given.get("data-chart") == "losses" for given in page.all("div"))
 
 

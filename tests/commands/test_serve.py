@@ -13,18 +13,20 @@ from PIL import Image
 
 from fsr_fast.commands.serve import main
 from fsr_fast.errors import UserError
-from fsr_fast.evaluation.inference import segment
+from fsr_fast.evaluation.inference import segment_batch
+from fsr_fast.models.build import Trained
 from fsr_fast.reporting.demo import WAITING, DemoServer
 from tests import helpers
 from tests.browser import open_page
 
-NETWORK = helpers.network(helpers.config()).eval()
+RECIPE = helpers.config()
+NETWORK = helpers.network(RECIPE).eval()
 LARGEST = 50_000
 
 
 @pytest.fixture(scope="module")
 def server():
-    with DemoServer(("127.0.0.1", 0), NETWORK, largest=LARGEST, side=48) as demo:
+    with DemoServer(("127.0.0.1", 0), NETWORK, largest=LARGEST, side=48, config=RECIPE) as demo:
         thread = threading.Thread(target=demo.serve_forever)
         thread.start()
         yield demo
@@ -66,7 +68,7 @@ def test_a_picture_gets_its_scores_masks_and_maps(server):
     assert status == 200
     assert headers["Content-Security-Policy"].startswith("default-src 'none'")
     answer = json.loads(body)
-    expected = segment(NETWORK, Image.open(io.BytesIO(encoded())))
+    expected = segment_batch(NETWORK, [Image.open(io.BytesIO(encoded()))], RECIPE)[0]
     assert dict(answer["scores"]) == pytest.approx(expected.scores, rel=1e-5)
     assert [name for name, _ in answer["cams"]] == list(expected.cams)
     shares = {entry["name"]: entry["share"] for entry in answer["legend"]}
@@ -183,7 +185,7 @@ def test_the_page_shows_a_picture_in_the_browser(server, tmp_path):
 
 
 def test_a_place_that_is_taken_and_a_port_that_is_none_are_refused(server, tmp_path, monkeypatch):
-    monkeypatch.setattr("fsr_fast.commands.serve.load_network", lambda path: NETWORK)
+    monkeypatch.setattr("fsr_fast.commands.serve.open_trained", lambda *arguments: Trained(NETWORK, RECIPE, None, True))
     with pytest.raises(UserError, match=r"cannot listen on 127\.0\.0\.1:\d+"):
         main(["--checkpoint", "run", "--port", str(server.server_address[1])])
     with pytest.raises(UserError, match="--port: 70000; expected 0"):

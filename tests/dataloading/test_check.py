@@ -13,8 +13,8 @@ from PIL import Image
 
 from fsr_fast.commands.data import main
 from fsr_fast.config import DataConfig
-from fsr_fast.dataloading.check import KINDS
 from fsr_fast.dataloading.datasets import default_lists, detect_dataset
+from fsr_fast.dataloading.findings import KINDS
 from fsr_fast.errors import UserError
 from tests.dataloading import people
 from tests.dataloading.conftest import CLASSES, write_mask

@@ -10,7 +10,7 @@ from fsr_fast import load_network, reference, segment
 from fsr_fast.config import build_config
 from fsr_fast.dataloading.datasets import build_datasets
 from fsr_fast.errors import UserError
-from fsr_fast.evaluation import predictions
+from fsr_fast.evaluation import inference, predictions
 from fsr_fast.evaluation.evaluator import evaluate_network
 from fsr_fast.evaluation.inference import infer, read_picture
 from fsr_fast.runtime.checkpoint import write_checkpoint
@@ -229,3 +229,52 @@ def test_evaluation_leaves_the_network_in_its_mode(tmp_path):
     for training in (True, False):
         evaluate(root, network=network.train(training))
         assert network.training is training
+
+
+# --- large pictures
+
+
+def test_a_large_picture_passes_small_and_its_results_have_its_own_size(monkeypatch):
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8))
+    seen = []
+    monkeypatch.setattr(inference, "_pass", lambda *args, _pass=inference._pass: seen.append(args[1]) or _pass(*args))
+    found = segment(NETWORK, picture, side=48)
+    assert [tuple(image.shape[-2:]) for image in seen[0]] == [(36, 48)]
+    assert found.mask.shape == (90, 120)
+    assert {cam.shape for cam in found.cams.values()} == {(90, 120)}
+    small = segment(NETWORK, picture.resize((48, 36), Image.Resampling.LANCZOS))
+    assert found.scores == pytest.approx(small.scores)
+    segment(NETWORK, picture, side=None)
+    assert tuple(seen[2][0].shape[-2:]) == (90, 120)
+
+
+def test_evaluation_scales_large_pictures_down_and_labels_every_pixel(tmp_path):
+    root = {"data": {"root": str(helpers.write_dataset(tmp_path / "data"))}}
+    cams = {}
+    for side in (24, None):
+        recipe = helpers.config(root, {"evaluate": {"side": side}})
+        _, dataset = build_datasets(recipe.data)
+        kinds = ["pseudo", "seg"]
+        (result,) = predictions.predict_images(NETWORK, dataset, [0], recipe, torch.device("cpu"), kinds)
+        assert {found.labels.shape for found in result.maps.values()} == {(40, 36)}
+        cams[side] = result.cam
+    assert not np.allclose(cams[24], cams[None], atol=1e-3)
+
+
+def test_the_longest_side_follows_the_training_size():
+    assert inference.largest_side("auto", NETWORK) == 512
+    assert inference.largest_side(None, NETWORK) is None
+    assert inference.working_size((3000, 4000), 512) == (384, 512)
+    assert inference.working_size((300, 400), 512) == (300, 400)
+    assert inference.working_size((10_000, 3), 512) == (512, 1)
+
+
+def test_arrays_and_lists_of_pictures_are_segmented():
+    array = np.random.default_rng(0).integers(0, 256, (20, 26, 3), dtype=np.uint8)
+    one, two = segment(NETWORK, [array, Image.fromarray(array)])
+    assert np.array_equal(one.mask, two.mask)
+    assert segment(NETWORK, array[..., 0]).mask.shape == (20, 26)
+    with pytest.raises(UserError, match=r"an array \(20, 26, 3\) of float64; expected .* uint8"):
+        segment(NETWORK, array / 255)
+    with pytest.raises(UserError, match="side: 0; expected 'auto', None, or a number of pixels"):
+        segment(NETWORK, array, side=0)

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fsr_fast.dataloading.palette import save_palette_png, voc_palette
-from fsr_fast.reporting.figures import colourise, heatmap, overlay, picture_grid
+from fsr_fast.reporting.figures import colourise, heatmap, outline, overlay, picture_grid
 
 NAMES = ["bird", "cat"]
 
@@ -128,3 +128,15 @@ def test_long_legends_and_titles_stay_inside():
 def test_bad_input_is_refused(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_borders_of_a_mask_are_drawn_in_white_and_nothing_else_is_touched():
+    mask = np.zeros((30, 40), dtype=np.uint8)
+    mask[10:20, 10:30] = 8  # VOC's cat, nearly black
+    dark = np.zeros((30, 40, 3), dtype=np.uint8)
+    drawn = outline(dark, mask).any(-1)
+    assert drawn[10, 10:30].all()
+    assert drawn[10:20, 10].all()
+    assert drawn[20, 10:30].all()
+    assert drawn[10:20, 30].all()
+    assert drawn.sum() == 20 + 20 + 10 + 10 - 1

@@ -1,4 +1,5 @@
 import io
+import logging
 import unicodedata
 
 import pytest
@@ -6,7 +7,7 @@ import torch
 from rich.console import Console
 
 from fsr_fast.reporting.tables import score_table
-from fsr_fast.runtime.terminal import TrainingProgress, track
+from fsr_fast.runtime.terminal import TrainingProgress, duration, track
 
 
 class Clock:
@@ -55,11 +56,10 @@ def test_without_a_terminal_every_report_is_one_plain_line(capsys, clock):
         run(progress, clock, 10)
         progress.report(0.5)
     text = capsys.readouterr().out
-    first, second = text.splitlines()
-    assert first.startswith("iteration 10/40  loss 0.7500  16.0 images/s  data wait 25%  ")
-    assert first.endswith(" GiB  0:00:15 left")
-    assert second.startswith("iteration 20/40  loss 0.5000  ")
-    assert second.endswith("0:00:10 left")
+    estimate, first, second = text.splitlines()
+    assert estimate == "first iteration: 0.5 s, about 20 s for all 40"
+    assert first == "iteration 10/40  loss 0.7500  16.0 pictures/s  15 s left  waiting for data 25%"
+    assert second == "iteration 20/40  loss 0.5000  16.0 pictures/s  10 s left  waiting for data 25%"
     assert is_plain(text)
 
 
@@ -76,7 +76,8 @@ def test_rates_are_those_since_the_last_report(clock):
     assert 0.01 < rates["memory_gib"] < 1000
 
 
-def test_arithmetic_is_shown_beside_what_the_devices_reach(clock, capsys):
+def test_arithmetic_stands_in_the_log_beside_what_the_devices_reach(clock, capsys, caplog):
+    caplog.set_level(logging.INFO, "fsr_fast")
     with TrainingProgress(100, clock=clock, ceiling=16e12) as progress:
         for _ in range(2):
             clock.now += 0.5
@@ -86,8 +87,39 @@ def test_arithmetic_is_shown_beside_what_the_devices_reach(clock, capsys):
         clock.now += 0.5
         unknown = progress.report(1.0)
     assert (rates["tflops_per_second"], rates["of_ceiling"]) == pytest.approx((4.0, 0.25))
-    assert "16.0 images/s  4 TFLOP/s (25%)  data wait 20%" in capsys.readouterr().out
+    assert "16.0 pictures/s, 4 TFLOP/s (25%), waiting for data 20%" in caplog.text
+    assert "TFLOP" not in capsys.readouterr().out
     assert not unknown.keys() & {"tflops_per_second", "of_ceiling"}
+
+
+def test_a_share_above_the_ceiling_is_not_told(clock, caplog):
+    caplog.set_level(logging.INFO, "fsr_fast")
+    with TrainingProgress(100, clock=clock, ceiling=1e12) as progress:
+        clock.now += 0.5
+        progress.step(images=8, data_seconds=0.1, flops=2.37e12)
+        rates = progress.report(1.0)
+    assert "of_ceiling" not in rates
+    assert "4.74 TFLOP/s, waiting" in caplog.text
+
+
+def test_a_training_of_weeks_on_a_cpu_is_announced_after_its_first_iteration(clock, capsys, caplog):
+    with TrainingProgress(20_000, clock=clock) as progress:
+        clock.now += 155
+        progress.step(images=8, data_seconds=0.1)
+        assert capsys.readouterr().out == "first iteration: 155.0 s, about 35 days for all 20000\n"
+        assert "about 35 days on this CPU" in caplog.text
+        assert "--config own_small" in caplog.text
+        clock.now += 155
+        progress.step(images=8, data_seconds=0.1)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.4, "0 s"), (59, "59 s"), (90, "1 min 30 s"), (600, "10 min"), (4000, "1 h 7 min"), (90_000, "1 day 1 h")],
+)
+def test_lengths_of_time_are_written_for_people(seconds, text):
+    assert duration(seconds) == text
 
 
 def test_a_pause_counts_in_no_rate(clock):
@@ -109,7 +141,7 @@ def test_a_terminal_gets_a_live_bar_with_the_same_figures(clock, monkeypatch):
     text = terminal.getvalue()
     assert "\x1b[" in text
     assert "10/40" in text
-    assert "loss 0.7500  16.0 images/s  data wait 25%" in text
+    assert "loss 0.7500  16.0 pictures/s  15 s left" in text
     assert text.count("10/40") >= 2  # drawn anew after the pause
 
 
@@ -120,7 +152,7 @@ def test_ci_gets_plain_lines_even_on_a_terminal(clock, monkeypatch):
         run(progress, clock, 10)
         progress.report(0.75)
     list(track(range(3), "evaluating"))
-    assert terminal.getvalue().startswith("iteration 10/40  loss 0.7500")
+    assert terminal.getvalue().startswith("first iteration: 0.5 s, about 20 s for all 40\niteration 10/40  loss 0.7500")
     assert is_plain(terminal.getvalue())
 
 
@@ -142,13 +174,18 @@ def test_track_yields_everything_and_prints_a_line_an_interval_and_one_at_the_en
 
     assert list(track(images(), "evaluating", total=10, interval=30, clock=clock)) == list(range(10))
     text = capsys.readouterr().out
-    assert text.splitlines() == ["evaluating 3/10", "evaluating 6/10", "evaluating 9/10", "evaluating 10/10  0:01:40"]
+    assert text.splitlines() == [
+        "evaluating 3/10",
+        "evaluating 6/10",
+        "evaluating 9/10",
+        "evaluating 10/10  1 min 40 s",
+    ]
 
 
 def test_track_takes_the_total_from_the_length_or_does_without(capsys):
     list(track([1, 2], "evaluating"))
     list(track(iter([1, 2]), "predicting"))
-    assert capsys.readouterr().out == "evaluating 2/2  0:00:00\npredicting 2  0:00:00\n"
+    assert capsys.readouterr().out == "evaluating 2/2  0 s\npredicting 2  0 s\n"
 
 
 def test_score_table_has_a_row_a_class_and_the_mean_last():

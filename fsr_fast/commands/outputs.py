@@ -1,0 +1,25 @@
+"""Where the results of a verb go when no --output is given: to the run that the checkpoint belongs to."""
+
+from pathlib import Path
+
+from fsr_fast.runtime.checkpoint import FOLDER
+from fsr_fast.runtime.run_folder import CONFIG_FILE
+
+
+def run_of(checkpoint: Path) -> Path | None:
+    """Return the run folder of a checkpoint, itself a run folder or a file; None where there is no run."""
+    folder = checkpoint.parent.parent if checkpoint.parent.name == FOLDER else checkpoint
+    return folder if (folder / CONFIG_FILE).is_file() else None
+
+
+def default_output(checkpoint: Path, name: str) -> Path:
+    """Return where results of this name go: into the run, else into the folder that one is in."""
+    return (run_of(checkpoint) or Path()) / name
+
+
+def evaluation_folder(checkpoint: Path) -> Path:
+    """Return where an evaluation goes: of a run into the run, of one of its files into a folder there."""
+    run = run_of(checkpoint)
+    if run is None:
+        return checkpoint if checkpoint.is_dir() else checkpoint.parent
+    return run if checkpoint.is_dir() else run / "evaluations" / checkpoint.stem
