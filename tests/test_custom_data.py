@@ -104,7 +104,7 @@ def test_the_document_s_lists_masks_labels_and_shards_were_written(user: Path) -
 
 
 def test_the_document_names_every_kind_of_finding() -> None:
-    from fsr_fast.dataloading.check import KINDS
+    from fsr_fast.dataloading.findings import KINDS
 
     text = DOCUMENT.read_text(encoding="utf-8")
     assert set(re.findall(r"`([a-z-]+)`", text.partition("| finding |")[2].partition("\n\n")[0])) == set(KINDS)
