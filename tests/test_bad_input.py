@@ -354,13 +354,13 @@ def test_cuda_for_a_checkpoint_where_there_is_none(tmp_path, root, command):
     ]
     with pytest.raises(UserError) as caught:
         command([*arguments, *([str(root / "JPEGImages")] if command is predict else [])])
-    assert_names(str(caught.value), "'cuda'", "no CUDA GPU", "--device cpu")
+    assert_names(str(caught.value), "'cuda'", "no CUDA GPU", "--run.device cpu")
     assert not (tmp_path / "o").exists()
 
 
 @pytest.mark.parametrize(
     ("option", "value", "key"),
-    [("--threshold", "2", "evaluate.threshold"), ("--scales", "9", "evaluate.scales"), ("--limit", "0", "limit")],
+    [("--threshold", "2", "--threshold"), ("--scales", "9", "--scales"), ("--limit", "0", "--limit")],
 )
 def test_an_option_of_the_evaluation_out_of_range(tmp_path, root, option, value, key):
     with pytest.raises(UserError) as caught:

@@ -257,7 +257,7 @@ def test_evaluation_takes_data_and_settings_from_a_recipe(file, tmp_path):
 
 
 def test_evaluation_without_a_recipe_says_what_is_missing(file):
-    with pytest.raises(UserError, match=r"--config configs/voc_official\.yaml --root"):
+    with pytest.raises(UserError, match="--config voc_official --root"):
         evaluate.main(["--checkpoint", str(file)])
 
 
