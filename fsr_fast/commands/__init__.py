@@ -1,1 +1,1 @@
-"""The verbs of `fsr-fast`, one module for each: `main(arguments)` and `build_parser()`."""
+"""The verbs of `fsr-fast`, one module for each, with `main(arguments)`; their command lines stand in parsers.py."""
