@@ -1,6 +1,7 @@
 """Processes: one per GPU, or gloo processes on the CPU."""
 
 import os
+import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -79,13 +80,15 @@ def distribute(step: torch.nn.Module, process: Process, *, all_reached: bool) ->
     if process.world_size == 1 or isinstance(step, FSDPModule):
         return step
     devices = [process.device] if process.device.type == "cuda" else None
-    return DistributedDataParallel(
-        step,
-        device_ids=devices,
-        broadcast_buffers=False,
-        find_unused_parameters=not all_reached,
-        gradient_as_bucket_view=True,
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # the newest torch has another name for broadcast_buffers
+        return DistributedDataParallel(
+            step,
+            device_ids=devices,
+            broadcast_buffers=False,
+            find_unused_parameters=not all_reached,
+            gradient_as_bucket_view=True,
+        )
 
 
 def world_size() -> int:
