@@ -65,9 +65,10 @@ def test_the_summary_holds_the_scores_and_where_the_pictures_are(finished):
     assert summary["wall_seconds"] > 0
     with Image.open(summary["picture"]) as picture:
         assert picture.width > 5 * 36  # image | truth | CAM | pseudo | seg
-    assert finished.printed.splitlines()[-2:] == [
+    assert finished.printed.splitlines()[-3:] == [
         f"picture: {summary['picture']}",
         f"summary: {finished.run / 'summary.json'}",
+        f"next: fsr-fast report {finished.run}, or fsr-fast predict --checkpoint {finished.run} PICTURES",
     ]
 
 
