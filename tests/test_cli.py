@@ -142,7 +142,7 @@ def test_a_list_with_commas_takes_no_other_argument():
 
 
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z0-9_.-]*[a-z0-9]")
-OF_OTHER_PROGRAMS = {"--max-restarts", "--nproc-per-node"}
+OF_OTHER_PROGRAMS = {"--max-restarts", "--nproc-per-node", "--ipc", "--shm-size"}
 
 
 def options_of_messages() -> list[tuple[str, str]]:
@@ -154,7 +154,13 @@ def options_of_messages() -> list[tuple[str, str]]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("UserError", "ValueError"):
                 texts = [part.value for part in ast.walk(node) if isinstance(part, ast.Constant)]
-                words = {word for text in texts if isinstance(text, str) for word in OPTION.findall(text)}
+                words = {
+                    word
+                    for text in texts
+                    if isinstance(text, str)
+                    for word in OPTION.findall(text)
+                    if not text.endswith(f"{word}.")  # the key follows
+                }
                 found |= {(str(path.relative_to(ROOT)), word) for word in words - OF_OTHER_PROGRAMS}
     return sorted(found)
 
@@ -163,9 +169,11 @@ def verbs_that_raise(module: str, option: str) -> list[str]:
     """Return the verbs whose users may read a message of a module."""
     own = {f"fsr_fast/commands/{name.replace('-', '_')}.py": [name] for name in cli.VERBS}
     trained = ["evaluate", "pseudo-labels", "predict", "serve", "report"]
+    own["fsr_fast/commands/data_import.py"] = ["data"]
+    own["fsr_fast/runtime/outputs.py"] = ["evaluate", "pseudo-labels", "predict"]
     if module in own:
         return own[module]
-    if module == "dataloading/check.py":
+    if module.startswith("dataloading") and "." not in option:
         return ["data"]
     if module.startswith(("fsr_fast/evaluation", "fsr_fast/models/build.py")):
         return ["evaluate", "pseudo-labels"]
