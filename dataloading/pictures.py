@@ -72,9 +72,7 @@ def _expand(argument: str, without: Path | None) -> Iterator[Picture]:
         raise UserError(f"{argument}: an address of the web, which is not fetched; download the picture, give its file")
     path = Path(argument)
     if path.is_dir():
-        files = [file for file in sorted(path.rglob("*")) if has_ending(file.name) and file.is_file()]
-        if without is not None:
-            files = [file for file in files if without.absolute() not in file.absolute().parents]
+        files = _pictures(sorted(path.rglob("*")), without)
         if not files:
             raise UserError(f"{path}: no picture in this folder; expected {', '.join(IMAGE_ENDINGS)}")
         yield from ((path, file.relative_to(path)) for file in files)
@@ -83,8 +81,12 @@ def _expand(argument: str, without: Path | None) -> Iterator[Picture]:
     elif not glob.has_magic(argument):
         raise UserError(f"{path}: no such file or folder")
     else:
-        files = [Path(name) for name in sorted(glob.glob(argument, recursive=True))]
-        files = [file for file in files if has_ending(file.name) and file.is_file()]
+        files = _pictures(map(Path, sorted(glob.glob(argument, recursive=True))), without)
         if not files:
             raise UserError(f"{argument}: no picture fits this pattern; expected {', '.join(IMAGE_ENDINGS)}")
         yield from ((file.parent, Path(file.name)) for file in files)
+
+
+def _pictures(files: Iterable[Path], without: Path | None) -> list[Path]:
+    found = [file for file in files if has_ending(file.name) and file.is_file()]
+    return [file for file in found if without is None or without.resolve() not in file.resolve().parents]
