@@ -200,7 +200,7 @@ def _waiting(call: Callable[[], None], device: torch.device) -> Callable[[], Non
 
 @functools.cache
 def _ceilings(dtype: torch.dtype) -> dict[str, float]:
-    """What this GPU reaches: bytes a second in a copy of 1 GiB, FLOPs a second in an 8192³ matrix product."""
+    """What this GPU reaches: bytes per second in a copy of 1 GiB, FLOPs per second in an 8192³ matrix product."""
     from triton.testing import do_bench
 
     source = torch.randn(1 << 28, device="cuda")

@@ -28,7 +28,7 @@ def read_cases(results: Path, bench: str) -> list[Cases]:
 
 
 def draw_waterfall(cases: Cases, path: Path) -> None:
-    """Draw images a second, and peak memory on a GPU, from the reference step to ours.
+    """Draw images per second, and peak memory on a GPU, from the reference step to ours.
 
     Args:
         cases: of the bench `step` on one device.

@@ -98,7 +98,7 @@ def beliefs_of(mask: np.ndarray, generator: torch.Generator) -> Tensor:
 
 @pytest.mark.skipif("FSR_VOC_ANIMALS" not in os.environ, reason="FSR_VOC_ANIMALS names no folder of photographs")
 def test_agreement_on_photographs(benchmark: Any, device: torch.device) -> None:
-    """Both back ends on photographs: equal pixels, mean IoU, seconds an image. A CPU takes them at half size."""
+    """Both back ends on photographs: equal pixels, mean IoU, seconds per image. A CPU takes them at half size."""
     root = Path(os.environ["FSR_VOC_ANIMALS"])
     names = (root / "ImageSets/Segmentation/val.txt").read_text().split()
     names = size(device, gpu=names, cpu=names[1:40:13])

@@ -1,4 +1,4 @@
-"""Evaluation: the latency of a single image, and images a second beside a plain loop with pydensecrf.
+"""Evaluation: the latency of a single image, and images per second beside a plain loop with pydensecrf.
 
 The plain loop is what one writes first: image by image, the passes of the CAMs, then those of the segmentation, each
 scale and each mirror image by itself, then pydensecrf on all classes in the same process. It runs the same network. A

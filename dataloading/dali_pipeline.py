@@ -282,7 +282,7 @@ class _Recorder(v2.AutoAugment):
 
 
 def _is_plain(data: bytes, kind: str, mode: str) -> bool:
-    """Whether DALI decodes a file as Pillow does: 8 bits a channel, colour or grey, and nothing cut off."""
+    """Whether DALI decodes a file as Pillow does: 8 bits per channel, colour or grey, and nothing cut off."""
     if mode not in ("RGB", "L"):
         return False
     tail = data[-TAIL:]

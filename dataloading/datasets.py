@@ -327,7 +327,7 @@ def _build(config: DataConfig, *, training: bool, said: set[str]) -> Segmentatio
 
 
 def _tell(split: Split, config: DataConfig, empty: NDArray[np.bool_], dropped: int) -> None:
-    """Say which training images show nothing, and which are left out."""
+    """Report which training images show nothing, and which are left out."""
     count = len(empty)
     if empty.any() and keeps_negatives(config):
         logger.info("data: %d of %d training images show no class: background alone", empty.sum(), count)

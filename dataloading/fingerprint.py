@@ -50,7 +50,7 @@ def fingerprint(dataset: Parts, *, contents: bool) -> Tensor:
 
 
 def first_difference(recorded: Tensor, present: Tensor, dataset: Parts) -> str | None:
-    """Say where a training set differs from an earlier one.
+    """Describe where a training set differs from an earlier one.
 
     Args:
         recorded: fingerprint of the earlier one.

@@ -210,7 +210,7 @@ def open_picture(
 
 
 def _describe(source: Source) -> str:
-    """Say what a file is that is none of the formats."""
+    """Describe a file that is none of the formats."""
     content = source if isinstance(source, bytes) else source.read_bytes()
     if not content:
         return "the file is empty"

@@ -238,7 +238,7 @@ def list_stem(name: str) -> str:
 
 
 def read_list(path: Path, key: str, *, encoding: str | None = None, notes: Notes | None = None) -> list[str]:
-    """Read a text file with one name a line.
+    """Read a text file with one name per line.
 
     Raises:
         UserError: it is empty or not text.

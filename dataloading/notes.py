@@ -32,7 +32,7 @@ class Notes:
         return f"{text}, for example {example}" if example else text
 
     def log(self, logger: logging.Logger, said: set[str]) -> None:
-        """Say each remark once, but for those that were said already, of another list."""
+        """Log each remark once, but for those that were said already, of another list."""
         for text, (_, level) in list(self._texts.items()):
             if text not in said:
                 logger.log(level, "data: %s", self._shown(text))

@@ -4,7 +4,7 @@ ROOT/images/…                   pictures (.jpg, .png, .tif, .bmp, .webp), in f
 ROOT/train.csv, ROOT/val.csv    header `image,labels`: the path below images, and class names with spaces between them
                                 (a space inside a name is written `_`), none for a picture of background alone; or
                                 train.xlsx; or train.json: [{"image": "cat 1.jpg", "labels": ["cat"]}, …]
-ROOT/classes.txt                one class a line, in the order of the mask values 1, 2, …
+ROOT/classes.txt                one class per line, in the order of the mask values 1, 2, …
 ROOT/masks/…png                 masks, under the names of their pictures; only validation needs them
 """
 

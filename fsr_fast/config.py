@@ -227,7 +227,7 @@ def read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 
 def untrained_decoder(config: Config, iterations: int) -> str | None:
-    """Say why the decoder of a training has learned nothing, if that is so.
+    """Explain why the decoder of a training has learned nothing, if that is so.
 
     Args:
         config: of the training.
@@ -285,7 +285,7 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def _explain(error: ValidationError, origin: str, options: Mapping[str, Given], *above: str) -> str:
-    """Say what is wrong, a line for each fault; of the forms that a value may have, no more than their names."""
+    """Describe what is wrong, one line per fault; of the forms that a value may have, no more than their names."""
     found = [((*above, *item["loc"]), item) for item in error.errors()]
     short = [keys for keys, item in found if item["type"] == "too_short"]
     lines = [

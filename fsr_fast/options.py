@@ -283,7 +283,7 @@ def _read(values: Any, kind: Any) -> Any:
 
 
 def expectation(kind: Any) -> str:
-    """Say in short what is expected."""
+    """Summarise what is expected."""
     words: list[str] = []
     for part in _parts(kind):
         origin = typing.get_origin(part)

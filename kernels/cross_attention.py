@@ -1,7 +1,7 @@
 """The class token attends to the patches that are left: the aggregator's cross-attention without keys or values.
 
 With one query an image, the projections are absorbed. Per head, softmax(q · (W_k x̂_n)) = softmax((W_kᵀ q) · x̂_n), and
-Σ p_n (W_v x̂_n) = W_v (Σ p_n x̂_n). Both matrices then act on one vector an image and head instead of on N tokens. The
+Σ p_n (W_v x̂_n) = W_v (Σ p_n x̂_n). Both matrices then act on one vector per image and head instead of on N tokens. The
 key bias and the bias of the norm add the same constant to all logits of a head, which the softmax takes away (not so
 where the logits are multiplied by the mask).
 """

@@ -1,4 +1,4 @@
-"""softmax(u · x̂) x̂ for a few queries u an image: the Triton kernels that masked cross-attention launches.
+"""softmax(u · x̂) x̂ for a few queries u per image: the Triton kernels that masked cross-attention launches.
 
 x̂ is the token after LayerNorm without its weight and bias, formed in registers from the raw token. Forward: one launch
 gives row statistics and logits, one the softmax and the average; backward: one launch gives the tokens' gradient, one

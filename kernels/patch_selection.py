@@ -197,7 +197,7 @@ def uncertain_mask_from_cam(
     Args:
         cam: (B, C, h', w') fp32, bf16 or fp16 in [0, 1], any resolution, sampled at its nearest pixel.
         labels: (B, C) any dtype: a class is present where it is > 0.
-        uniform: (B, (h / block) * (w / block)) fp32 in [0, 1): one draw a block.
+        uniform: (B, (h / block) * (w / block)) fp32 in [0, 1): one draw per block.
         grid: (h, w) patches; both are multiples of ``block``.
         k: number of blocks to mask in each image.
         low: lower threshold of Eq. 3, exclusive.

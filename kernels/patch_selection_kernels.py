@@ -180,7 +180,7 @@ def launch_selection(
 
 
 def _select_configuration(patches: int) -> tuple[int, int]:
-    """(padded number of patches, warps): 8 values a thread, 16 for the largest."""
+    """(padded number of patches, warps): 8 values per thread, 16 for the largest."""
     padded = next_power_of_2(patches)
     return padded, min(max(padded // 256, 4), 16)
 

@@ -203,7 +203,7 @@ def pixel_adaptive_refinement(
 ) -> Tensor:
     """Replaces every pixel of the maps, again and again, by a mean of its neighbours, nearer colours weighing more.
 
-    The weights of a pixel sum to 1.01, so the maps grow by 1 % an iteration. No gradient.
+    The weights of a pixel sum to 1.01, so the maps grow by 1 % per iteration. No gradient.
 
     Args:
         images: (B, 3, h, w) floating, any range, used as given.

@@ -211,7 +211,7 @@ def place_weights(dilations: Sequence[int]) -> list[float]:
         dilations: distances of the 8 neighbours, in pixels.
 
     Returns:
-        One weight a neighbour, in the order of :func:`neighbour_offsets`; they sum to 0.01.
+        One weight per neighbour, in the order of :func:`neighbour_offsets`; they sum to 0.01.
 
     Source: official code, pixel-adaptive refinement, position term.
     """
@@ -268,7 +268,7 @@ def pixel_config() -> tuple[int, int]:
     """Chooses the block of every kernel that walks over pixels.
 
     Returns:
-        (pixels of a program, warps): one pixel a thread, enough programs for every multiprocessor.
+        (pixels of a program, warps): one pixel per thread, enough programs for every multiprocessor.
     """
     return 128, 4
 

@@ -175,7 +175,7 @@ def launch_terms(logits: Tensor, labels: Tensor, ignore_index: int, with_gradien
 
 
 def _configuration(channels: int) -> dict[str, Any]:
-    """One warp a cell and 256 numbers a tile: channels are reduced within a warp, gradients stay in registers."""
+    """One warp per cell and 256 numbers per tile: channels are reduced within a warp, gradients stay in registers."""
     block = max(16, next_power_of_2(channels))
     return {"BLOCK_K": block, "BLOCK_X": max(1, 256 // block), "num_warps": 1, "num_stages": 1}
 

@@ -2,7 +2,7 @@
 
     OUTPUT/labels/NAME.png        PNG with VOC's palette; its values are the labels: 0 background, 1… the classes
     OUTPUT/confidence/NAME.png    8-bit greyscale, how sure each label is: 0 to 255 for 0 to 1
-    OUTPUT/classes.txt            names of the labels from 0 on, one a line
+    OUTPUT/classes.txt            names of the labels from 0 on, one per line
 
 With `--layout mmseg` the folder is one that mmsegmentation and lightly-train train on as it is: the pictures are in
 img_dir/LIST, the labels in ann_dir/LIST, as greyscale PNG; what to write into their configuration is printed.

@@ -163,7 +163,7 @@ class CrfPool:
 
         Args:
             items: anything, (H, W, 3) uint8 RGB, and (C+1, H, W) float32 probabilities; or anything, none and none,
-                which keeps its place. No more are drawn ahead than two a process.
+                which keeps its place. No more are drawn ahead than two per process.
 
         Returns:
             The item, its marginals (C+1, H, W) float32, and none; or the item, none, and what went wrong.

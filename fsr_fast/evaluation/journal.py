@@ -1,4 +1,4 @@
-"""The journal of an evaluation: one line an image, from which an interrupted evaluation goes on.
+"""The journal of an evaluation: one line per image, from which an interrupted evaluation goes on.
 
 Each process writes `images.RANK.partial.jsonl`: a line that says what is evaluated, then a line for each image. When
 all is done, the first process joins them into `images.jsonl`, which also serves the comparison of two evaluations.
@@ -55,7 +55,7 @@ class Journal:
             yield from self._read(path)
 
     def failed(self) -> dict[str, str]:
-        """Return what kept images from being done, by name; what failed before may have been mended since."""
+        """Return what kept images from being done, by name; what failed before may have been fixed since."""
         lines = list(self.lines())
         done = {line["name"] for line in lines if "error" not in line}
         return {line["name"]: line["error"] for line in lines if "error" in line and line["name"] not in done}

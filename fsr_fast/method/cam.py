@@ -41,7 +41,7 @@ def multi_scale_passes(
         float8: round the factors of the blocks' linear layers to float8.
 
     Returns:
-        One pair of features a scale. Source: paper, implementation details.
+        One pair of features per scale. Source: paper, implementation details.
     """
     views = scaled_views(images, scales, encoder.patch_size, known=first is not None)
     factors = torch.cat(list(drop_path), dim=-1) if drop_path else None
@@ -58,7 +58,7 @@ def scaled_views(images: Tensor, scales: Sequence[float], patch_size: int, *, kn
         known: leave out the images at the first scale, whose features are known.
 
     Returns:
-        One (2B, 3, h, w) a scale, images first; without `known` images (B, 3, h, w) at the first.
+        One (2B, 3, h, w) per scale, images first; without `known` images (B, 3, h, w) at the first.
     """
     size = (images.shape[-2], images.shape[-1])
     scaled = [resize_images(images, scaled_size(size, scale, patch_size)) for scale in scales]

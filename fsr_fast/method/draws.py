@@ -18,9 +18,9 @@ class Draws(NamedTuple):
     teacher: Tensor | None = None
     """(depth, 2, 2B), of the teacher; none: not drawn."""
     mask_cam: list[Tensor] | None = None
-    """(depth, 2, 2B) a scale, of the CAM passes of view 2."""
+    """(depth, 2, 2B) per scale, of the CAM passes of view 2."""
     cam: list[Tensor] | None = None
-    """(depth, 2, 2B) a scale, of the CAM passes of view 1."""
+    """(depth, 2, 2B) per scale, of the CAM passes of view 1."""
 
 
 def draw_step(

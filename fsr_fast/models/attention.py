@@ -12,7 +12,7 @@ from torch import Tensor
 from fsr_fast.errors import UserError
 
 Groups = tuple[tuple[int, int], ...]
-"""Packed images: (images, tokens an image) of each size in turn."""
+"""Packed images: (images, tokens per image) of each size in turn."""
 Backend = Literal["sdpa", "xformers", "varlen"]
 
 

@@ -33,7 +33,7 @@ def read_rotary(rope: Any) -> Rotary:
 
 
 def rotary_obstacle(rope: Any) -> str | None:
-    """Say why rotary positions cannot be taken over; None: they can."""
+    """Explain why rotary positions cannot be taken over; None: they can."""
     if not isinstance(rope, RotaryEmbeddingCat | RotaryEmbeddingDinoV3):
         return "its rotary positions are learned, or not those of EVA-02 or DINOv3"
     if rope.grid_offset or rope.grid_indexing != "ij":

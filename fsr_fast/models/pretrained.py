@@ -53,7 +53,7 @@ class StartWeights(NamedTuple):
 
 
 def describe_start(config: ModelConfig) -> StartWeights | None:
-    """Say which pretrained weights a configuration names, without fetching them; None: it names none.
+    """Describe which pretrained weights a configuration names, without fetching them; None: it names none.
 
     Raises:
         UserError: timm has no such weights.
@@ -174,7 +174,7 @@ def _check_patches(weights: dict[str, Tensor], vit: Any, origin: str) -> None:
 
 
 def _fit_positions(vit: Any, weights: dict[str, Tensor]) -> None:
-    """Give the transformer the grid of the file's positions."""
+    """Set the transformer to the grid of the file's positions."""
     leading = position_entries(vit)
     if vit.pos_embed is None or "pos_embed" not in weights or weights["pos_embed"].ndim != 3:
         return

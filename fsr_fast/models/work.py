@@ -10,7 +10,7 @@ class TrunkPass(NamedTuple):
     """One pass of packed images through the trunk."""
 
     groups: Groups
-    """(Images, tokens an image) of each size."""
+    """(Images, tokens per image) of each size."""
     blocks: int
     """Number of blocks that were run."""
     gradient: bool

@@ -88,7 +88,7 @@ def merge_scales(cams: Sequence[Tensor], flipped: Sequence[Tensor], *, size: tup
     """Merges the maps of several scales and of the mirrored image into one normalised map per class.
 
     Args:
-        cams: one entry a scale, (B, C, h_s, w_s) floating, class activation maps before or after their ReLU.
+        cams: one entry per scale, (B, C, h_s, w_s) floating, class activation maps before or after their ReLU.
         flipped: the same of the mirrored image, still mirrored.
         size: (H, W), the resolution at which maps are merged and normalised.
 
@@ -118,7 +118,7 @@ def merge_cams(
     """Merges the maps of several scales, see merge_scales, and keeps the classes that are present.
 
     Args:
-        cams: one entry a scale, (B, C, h_s, w_s) floating, class activation maps before or after their ReLU.
+        cams: one entry per scale, (B, C, h_s, w_s) floating, class activation maps before or after their ReLU.
         flipped: the same of the mirrored image, still mirrored.
         labels: (B, C), a class is present where it is > 0.
         max_classes: M, the number of class slots.

@@ -78,7 +78,7 @@ def uncertain_mask_from_cam(
     Args:
         cam: (B, C, h', w') floating in [0, 1], any resolution.
         labels: (B, C), a class is present where it is > 0.
-        uniform: (B, (h / block) * (w / block)) floating in [0, 1), one draw a block.
+        uniform: (B, (h / block) * (w / block)) floating in [0, 1), one draw per block.
         grid: (h, w), the patch grid.
         k: the number of blocks to mask in each image.
         low: β_l of Eq. 3, in [0, 1].

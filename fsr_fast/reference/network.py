@@ -171,7 +171,7 @@ def forward_network(
 
 
 class MultiScaleCams(NamedTuple):
-    """Class activation maps of several scales, one entry a scale, as merge_cams takes them."""
+    """Class activation maps of several scales, one entry per scale, as merge_cams takes them."""
 
     cams: list[Tensor]
     """(B, C, h_s, w_s), top features."""
@@ -205,7 +205,7 @@ def multi_scale_cams(
         patch_size: side of a patch, in pixels.
         scales: of the images' sides; a scaled side is rounded to whole patches, of which it has at least one. (The
             official code cuts off what is left over of a patch; at its 448 pixels nothing is.)
-        drop_path: one entry a scale, (depth, 2, 2B) stochastic-depth factors of the B images and then of their mirror
+        drop_path: one entry per scale, (depth, 2, 2B) stochastic-depth factors of the B images and then of their mirror
             images, or None for none.
         aggregation: see forward_network.
         aux_block: see forward_trunk.

@@ -32,9 +32,9 @@ class Draws(NamedTuple):
     teacher: Tensor | None = None
     """(depth, 2, 2B), of the teacher: view 1, then view 2; None: all branches kept."""
     mask_cam: Sequence[Tensor] | None = None
-    """(depth, 2, 2B) a scale, of the maps of view 2, then of its mirror image."""
+    """(depth, 2, 2B) per scale, of the maps of view 2, then of its mirror image."""
     cam: Sequence[Tensor] | None = None
-    """(depth, 2, 2B) a scale, of the maps of view 1, then of its mirror image."""
+    """(depth, 2, 2B) per scale, of the maps of view 1, then of its mirror image."""
     edges: Tensor | None = None
     """(B, H, W) bool, edges of view 2, for the strategy "edge_strict" alone; the paper does not define them."""
 

@@ -46,7 +46,7 @@ class Entry:
     seg: np.ndarray
     crf: np.ndarray
     attention: list[np.ndarray]
-    """Attention of the class token to the patches, (h, w) a block, 0…1 (paper, Fig. 7); none where it pools."""
+    """Attention of the class token to the patches, (h, w) per block, 0…1 (paper, Fig. 7); none where it pools."""
 
 
 @dataclass(frozen=True)

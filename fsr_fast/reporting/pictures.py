@@ -23,7 +23,7 @@ def evaluation_grid(examples: Sequence[Example], classes: Sequence[str]) -> Imag
 
 
 def training_grid(step: FSRStep, views: Sequence[Tensor], output: StepOutput, count: int) -> Image.Image:
-    """Lay out view 1 | CAM | uncertain | pseudo label | view 2 without its masked patches, one row an image.
+    """Lay out view 1 | CAM | uncertain | pseudo label | view 2 without its masked patches, one row per image.
 
     Uncertain are the pixels of view 1 whose activation lies between the mask's two thresholds; they are bright.
 

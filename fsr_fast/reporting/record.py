@@ -70,7 +70,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error}); mend the file or move it away") from None
+        raise UserError(f"{path}: not JSON ({error}); fix the file or move it away") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path}: expected a JSON object; mend the file or move it away")
+        raise UserError(f"{path}: expected a JSON object; fix the file or move it away")
     return content

@@ -190,7 +190,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
         folder: run folder.
 
     Returns:
-        One mapping a line, in order; none where there is no file. A last line that a crash cut short is left out.
+        One mapping per line, in order; none where there is no file. A last line that a crash cut short is left out.
 
     Raises:
         UserError: a line before the last is not a JSON object with an iteration.

@@ -1,4 +1,4 @@
-"""Messages of a run: warnings on the terminal, everything in one file a process."""
+"""Messages of a run: warnings on the terminal, everything in one file per process."""
 
 import logging
 import sys

@@ -56,7 +56,7 @@ def claim_run_folder(config: Config, *, locked: bool = False) -> Path | None:
         raise UserError(f"run.output: {folder} is a file; give a folder")
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"run.output: {existing} cannot be written to; mend its permissions or give another folder")
+        raise UserError(f"run.output: {existing} cannot be written to; fix its permissions or give another folder")
     if not folder.is_dir() or not any(folder.iterdir()):
         return None
     if not locked and os.path.lexists(folder / LOCK_FILE):

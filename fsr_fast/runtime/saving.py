@@ -77,7 +77,7 @@ class Saver:
         if self._failure is not None:
             raise UserError(
                 f"{self._run / FOLDER}: the last checkpoint could not be written ({self._failure.strerror}); "
-                "make room or mend the permissions, and repeat the command: it goes on from the checkpoint before"
+                "free space or fix the permissions, and repeat the command: it resumes from the last good checkpoint"
             )
 
     def mark_best(self, score: float) -> None:

@@ -1,4 +1,4 @@
-"""Random streams: one seed, one stream a purpose and process."""
+"""Random streams: one seed, one stream per purpose and process."""
 
 import hashlib
 
@@ -6,7 +6,7 @@ import torch
 
 
 def stream(seed: int, *purpose: int | str) -> torch.Generator:
-    """Return the generator of a purpose, e.g. `stream(seed, "step", rank, iteration)`.
+    """Return the generator for one purpose, e.g. `stream(seed, "step", rank, iteration)`.
 
     Streams of different purposes are independent; the same purpose always gives the same stream.
     """

@@ -63,7 +63,7 @@ class Signals:
 
 
 class Vote:
-    """A number a process and iteration; all processes learn the largest one an iteration later.
+    """A number per process and iteration; all processes learn the largest one an iteration later.
 
     The exchange runs on the CPU while the next iteration is computed: nothing waits for a GPU.
     """

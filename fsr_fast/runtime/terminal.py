@@ -172,7 +172,7 @@ class TrainingProgress:
                 self._bar.start()
 
     def _announce(self, seconds: float) -> None:
-        """Say after the first iteration how long the training will take; on a CPU it may be weeks."""
+        """Report after the first iteration how long the training will take; on a CPU it may be weeks."""
         self._announced = True
         left = (self._total - self._done) * seconds
         if not self._shown or not self._total > self._done:

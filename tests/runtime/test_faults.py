@@ -130,7 +130,7 @@ def test_a_run_whose_last_checkpoint_cannot_be_written_says_so_and_fails(recipe,
     (process,) = children.start_ranks(path, 1, children.limit_files, 20_000)
     assert children.exit_codes([process]) == [1]
     log = (tmp_path / "run" / "logs" / "rank_0.log").read_text()
-    assert "the last checkpoint could not be written (File too large); make room" in log
+    assert "the last checkpoint could not be written (File too large); free space" in log
     assert not (tmp_path / "run" / "summary.json").exists()
     assert children.exit_codes(children.start_ranks(path, 1)) == [0]
     record(
@@ -227,7 +227,7 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before_any_work(tmp_path,
     folder = tmp_path / "run" if place == "parent" else tmp_path
     access = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path and access(path, mode))
-    with pytest.raises(UserError, match="cannot be written to; mend its permissions") as caught:
+    with pytest.raises(UserError, match="cannot be written to; fix its permissions") as caught:
         claim_run_folder(helpers.config({"run": {"output": str(folder)}}))
     assert str(tmp_path) in str(caught.value)
     assert list(tmp_path.iterdir()) == []
