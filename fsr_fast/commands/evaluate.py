@@ -41,10 +41,7 @@ def main(arguments: Sequence[str]) -> None:
     trained = open_trained(options.checkpoint, changes, options.config, with_data=True)
     network, config, iteration = trained.network, trained.config, trained.iteration
     _, dataset = build_datasets(config.data)
-    if not trained.named and len(network.classes) == len(dataset.classes):
-        network.classes = dataset.classes  # an official checkpoint holds no names
-    if dataset.classes != network.classes:
-        raise UserError(f"data: its classes {dataset.classes} are not those of the checkpoint, {network.classes}")
+    trained.match_classes(dataset.classes)
     process = start_process(config.run.device)
     try:
         _evaluate(options, network, config, dataset, process, iteration)

@@ -40,7 +40,7 @@ from fsr_fast.evaluation.journal import Journal, fingerprint
 from fsr_fast.evaluation.predictions import Kind, Labels, predict_images
 from fsr_fast.evaluation.samples import Failure
 from fsr_fast.models import Network
-from fsr_fast.models.build import open_trained
+from fsr_fast.models.build import Trained, open_trained
 from fsr_fast.options import given
 from fsr_fast.runtime.distributed import Process, start_process, stop_process, wait_for_all
 from fsr_fast.runtime.files import write_png, write_text
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str]) -> None:
         require_pydensecrf()
     if options.unlabelled and options.kind == "pseudo" and not options.found:
         raise UserError("--unlabelled: pseudo labels show the classes of the image labels; add --found, or --kind seg")
-    images = _open_images(config, network, named=trained.named, labelled=not options.unlabelled)
+    images = _open_images(trained, labelled=not options.unlabelled)
     process = start_process(config.run.device)
     try:
         list_name = list_stem(config.data.train_list)
@@ -172,20 +172,18 @@ def _write_share(
     journal.close()
 
 
-def _open_images(config: Config, network: Network, *, named: bool, labelled: bool) -> ImageSet:
-    data = config.data
+def _open_images(trained: Trained, *, labelled: bool) -> ImageSet:
+    data = trained.config.data
     if not labelled:
         if data.dataset == "voc":
-            data = data.model_copy(update={"labels": "masks"})  # are opened when they are asked for, that is never
+            data = data.model_copy(update={"labels": "masks"})  # opened on demand, and nothing here demands them
         split = open_split(data, training=True, with_masks=False)
-        labels = np.zeros((len(split.ids), len(network.classes)), np.float32)
-        values = np.arange(len(network.classes) + 1, dtype=np.uint8)
-        return SegmentationDataset(split.files, split.ids, network.classes, labels, values)
+        classes = trained.network.classes
+        labels = np.zeros((len(split.ids), len(classes)), np.float32)
+        values = np.arange(len(classes) + 1, dtype=np.uint8)
+        return SegmentationDataset(split.files, split.ids, classes, labels, values)
     images, _ = build_datasets(data)
-    if not named and len(images.classes) == len(network.classes):
-        network.classes = images.classes  # an official checkpoint holds no names
-    if images.classes != network.classes:
-        raise UserError(f"data: its classes {images.classes} are not those of the checkpoint, {network.classes}")
+    trained.match_classes(images.classes)
     return images
 
 

@@ -48,11 +48,11 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _look_at(run: RunRecord, options: argparse.Namespace) -> tuple[Gallery, tuple[str, ...]]:
-    network, config, *_ = open_trained(run.folder, given(options), options.config, with_data=True)
+    trained = open_trained(run.folder, given(options), options.config, with_data=True)
+    network, config = trained.network, trained.config
     train, validation = build_datasets(config.data)
     dataset = validation if len(validation) else train
-    if dataset.classes != network.classes:
-        raise UserError(f"data: its classes {dataset.classes} are not those of the run, {network.classes}")
+    trained.match_classes(dataset.classes)
     target = start_process(config.run.device).device
     gallery = look(network.to(target), dataset, config, target, limit=options.limit, rows=options.rows)
     return gallery, network.classes

@@ -61,6 +61,20 @@ class Trained(NamedTuple):
     named: bool
     """Whether the classes have the names that they were trained with: official checkpoints hold none."""
 
+    def match_classes(self, classes: tuple[str, ...]) -> None:
+        """Check that the classes of a data set are the network's; one without names takes theirs.
+
+        Args:
+            classes: names of the data set's foreground classes, in its order.
+
+        Raises:
+            UserError: other classes, or another order.
+        """
+        if not self.named and len(classes) == len(self.network.classes):
+            self.network.classes = classes
+        if classes != self.network.classes:
+            raise UserError(f"data: its classes {classes} are not those of the checkpoint, {self.network.classes}")
+
 
 APPLIED = ("run", "data", "cam", "evaluate")
 """Sections that decide about the use of a trained network."""
