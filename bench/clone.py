@@ -24,9 +24,11 @@ def precise() -> Iterator[None]:
     widen = Tensor.float
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
-    with mock.patch.object(Tensor, "float", lambda one: one if one.dtype == torch.float64 else widen(one)):
-        yield
-    torch.set_default_dtype(before)
+    try:
+        with mock.patch.object(Tensor, "float", lambda one: one if one.dtype == torch.float64 else widen(one)):
+            yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 @contextlib.contextmanager

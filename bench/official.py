@@ -1,6 +1,6 @@
 """The official code beside ours, from your own clone: `python -m bench.official --path CLONE`.
 
-Network, operations and training loop of the clone run in this process, as they stand, on a CPU and in float64. Nothing
+Network and operations of the clone run in this process, as they stand, on a CPU and in float64. Nothing
 of them is kept. What they ask for and do not use here (a GPU, data sets, downloads, libraries for pictures and tables)
 is stood in for; where the extension for the dense energy is not built, its lattice is, by exact Gaussians.
 """
@@ -10,9 +10,8 @@ import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import FunctionType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
@@ -20,25 +19,20 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from bench.clone import CLASSES, PATCH, PROTOTYPES, SIDE, build_official, official_code, precise
+from bench.clone import CLASSES, PATCH, SIDE, build_official, official_code, precise
 from fsr_fast import reference
 from fsr_fast.cli import run_command
 from fsr_fast.config import CONFIG_FOLDER, Config, build_config, read_yaml
-from fsr_fast.engine import build_step
 from fsr_fast.kernels import MergedCams
 from fsr_fast.method.cam import merge_passes, merged_labels, multi_scale_passes, resize_images
 from fsr_fast.method.losses import affinity_loss, energy_loss, segmentation_loss
-from fsr_fast.method.optim import build_optimiser, fill_missing_gradients, set_learning_rate
 from fsr_fast.method.pseudo_labels import generate_pseudo_labels, half_size
-from fsr_fast.method.schedules import schedule_at
 from fsr_fast.models import Network, load_network
 from fsr_fast.models.official import official_sizes
 
 BATCH, STARTS = 2, 2
 """Images, and the iteration from which L_seg and the energy count."""
 SCALES = (1.0, 0.5, 1.5)
-LITERAL = 2000
-"""Iteration, written into the official loop, from which L_seg counts."""
 
 
 def main(arguments: list[str]) -> None:
@@ -46,11 +40,10 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.official", description=__doc__.partition("\n")[0])
     parser.add_argument("--path", type=Path, required=True, help="clone of the official code")
     parser.add_argument("--pictures", type=Path, nargs=2 * BATCH, help=f"{2 * BATCH} pictures; else coloured noise")
-    parser.add_argument("--iterations", type=int, default=12, help="of the training loop")
     parser.add_argument("--json", type=Path, help="file that takes the differences, too")
     options = parser.parse_args(arguments)
     with precise(), official_code(options.path) as (code, lattice):
-        differences = compare(code, draw_views(options.pictures), options.iterations)
+        differences = compare(code, draw_views(options.pictures))
     energy = "the clone's lattice" if lattice else "exact Gaussians in place of the lattice"
     print(f"Largest difference, relative to the largest value; energy: {energy}\n\n| what | difference |\n|---|---:|")
     print("\n".join(f"| {name} | {value:.1e} |" for name, value in differences.items()))
@@ -58,16 +51,14 @@ def main(arguments: list[str]) -> None:
         options.json.write_text(json.dumps({"energy": energy, "differences": differences}, indent=2) + "\n")
 
 
-def compare(code: SimpleNamespace, views: tuple[Tensor, Tensor], iterations: int) -> dict[str, float]:
+def compare(code: SimpleNamespace, views: tuple[Tensor, Tensor]) -> dict[str, float]:
     """Return the largest relative difference of every quantity, by its name."""
     torch.manual_seed(0)
-    student, teacher = build_official(code), build_official(code)
+    student = build_official(code)
     ours = to_ours(student)
     differences = {f"network: {name}": value for name, value in compare_networks(code, student, ours, views[0]).items()}
     differences |= {f"operation: {name}": relative(*pair) for name, pair in operations(code, student, ours, views)}
-    teacher.load_state_dict(student.state_dict())
-    theirs = train_theirs(code, student, teacher, views, iterations)
-    return differences | {f"loop: {name}": value for name, value in train_ours(ours, theirs, views, iterations).items()}
+    return differences
 
 
 # --- the two sides
@@ -154,7 +145,7 @@ def operations(
         classes, live = reference.present_classes(labels, max_classes=2)
         index = classes[:, :, None, None].expand(-1, -1, *half_size(size))
         values = resize_images(cam, half_size(size)).gather(1, index) * live[:, :, None, None]
-        recipe = read_recipe(ours, 1)
+        recipe = read_recipe(ours)
         found_labels = generate_pseudo_labels(
             ours.denormalise(views[0]), MergedCams(values, classes, live), recipe.pseudo_label
         )
@@ -214,86 +205,7 @@ def with_gradient(
     yield f"{name}, gradient", (mine.grad, their.grad)
 
 
-# --- the loop
-
-
-def train_theirs(
-    code: SimpleNamespace, student: Any, teacher: Any, views: tuple[Tensor, Tensor], iterations: int
-) -> list[dict[str, Any]]:
-    """Run the official `train` on the same views in every iteration; return what each of them made."""
-    train, records = code.train, []  # type: ignore[var-annotated]
-    draws = iter(draw_uniform(iterations))
-    args = train.parser.parse_args([])
-    vars(args).update(
-        max_iters=iterations,
-        fsr_iters=iterations,
-        warmup_iters=2,
-        input_size=SIDE,
-        out_dim=PROTOTYPES,
-        spg=BATCH,
-        log_iters=10**6,
-        eval_iters=10**6,
-        num_classes=CLASSES + 1,
-        block_size=2 * PATCH,
-    )
-    built = iter((student, teacher))
-    refine, energy, reduce = train.refine_cams_with_bkg_v2, train.get_energy_loss, train.reduce_tensor
-    draws = iter(draw_uniform(iterations))
-
-    def note_labels(*arguments: Any, **options: Any) -> Tensor:
-        labels = refine(*arguments, **options)
-        records[-1].setdefault("pseudo labels", labels)
-        return labels
-
-    def note_energy(**options: Any) -> Tensor:
-        records[-1]["energy"] = energy(**options).double()
-        return records[-1]["energy"]
-
-    def note_loss(loss: Tensor) -> Tensor:
-        names = ("classification", "affinity", "segmentation", "class_token", "uncertain")
-        found = [name for name in names if name in records[-1]]
-        records[-1][names[len(found)]] = loss.detach()
-        if len(found) + 1 == len(names):
-            records[-1]["student"] = {name: value.clone() for name, value in student.state_dict().items()}
-            records[-1]["teacher"] = {name: value.clone() for name, value in teacher.state_dict().items()}
-            gradients = ((name, one.grad) for name, one in student.named_parameters() if one.grad is not None)
-            records[-1]["gradient"] = {name: one.clone() for name, one in gradients}
-        return reduce(loss)
-
-    class Generator(train.MaskGenerator):  # type: ignore[misc]
-        def __call__(self, *arguments: Any, **options: Any) -> Tensor:
-            with mock.patch("torch.rand", return_value=next(draws).clone()):
-                mask: Tensor = super().__call__(*arguments, **options)
-            records.append({"mask": mask})
-            return mask
-
-    batch = [["0"] * BATCH, [view.clone() for view in views], image_labels()]
-    stand_ins = {
-        "build_model": lambda *_, **__: next(built),
-        "MultiviewTransform": mock.MagicMock(),
-        "DataLoader": lambda *_, **__: [batch] * iterations,
-        "voc": mock.MagicMock(),
-        "setup_logger": lambda *_: None,
-        "MaskGenerator": Generator,
-        "refine_cams_with_bkg_v2": note_labels,
-        "get_energy_loss": note_energy,
-        "reduce_tensor": note_loss,
-    }
-    constants = tuple(STARTS if one == LITERAL else one for one in train.train.__code__.co_consts)
-    body = FunctionType(train.train.__code__.replace(co_consts=constants), vars(train))
-    with tempfile.TemporaryDirectory() as folder, mock.patch.multiple(train, **stand_ins):
-        args.work_dir = folder
-        body(args)
-    return records
-
-
-def draw_uniform(iterations: int) -> Tensor:
-    """Draw u of Eq. 3 for blocks of 2 × 2 patches: (iterations, B, blocks)."""
-    blocks = (SIDE // PATCH // 2) ** 2
-    return torch.rand(iterations, BATCH, blocks, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-
-
-def read_recipe(network: Network, iterations: int) -> Config:
+def read_recipe(network: Network) -> Config:
     """Return the official recipe for a network read from an official checkpoint."""
     values = read_yaml(CONFIG_FOLDER / "voc_official.yaml")
     sizes = official_sizes(network.state_dict(), "the clone").model.model_dump(mode="json")
@@ -302,47 +214,12 @@ def read_recipe(network: Network, iterations: int) -> Config:
         "data": {"image_size": SIDE, "dataset": "synthetic", "root": None},
         "mask": {"block": 2},
         "loss": {"segmentation_start": STARTS, "energy": 0.05},  # both sides sum exactly the same
-        "optim": {"iterations": iterations, "warmup": min(2, iterations - 1), "batch_size": BATCH},
+        "optim": {"iterations": 1, "warmup": 0, "batch_size": BATCH},
         "run": {"device": "cpu", "amp": "off"},
     }
     for section, content in changes.items():
         values[section] = values.get(section, {}) | content
     return build_config(values, "voc_official")
-
-
-def train_ours(
-    network: Network, theirs: list[dict[str, Any]], views: tuple[Tensor, Tensor], iterations: int
-) -> dict[str, float]:
-    """Run our iterations on the same views and draws; return the largest difference of all iterations."""
-    config = read_recipe(network, iterations)
-    step = build_step(network.train(), config, 2).double()
-    optimiser = build_optimiser(network, config.optim)
-    worst: dict[str, float] = {}
-    for iteration, record in enumerate(theirs):
-        schedule = schedule_at(config, iteration)
-        set_learning_rate(optimiser, schedule.learning_rate_factor)
-        draws = step.draw(BATCH, torch.Generator().manual_seed(0))._replace(uniform=draw_uniform(iterations)[iteration])
-        output = step(views, image_labels(), draws, schedule)
-        optimiser.zero_grad()
-        output.loss.backward()
-        fill_missing_gradients(optimiser)
-        gradients = {name: one.grad.clone() for name, one in network.named_parameters() if one.grad is not None}
-        optimiser.step()
-        assert step.teacher.network is not None
-        step.teacher.update_ema(network, schedule.encoder_momentum, schedule.projector_momentum)
-        found = {f"loss {name}": relative(loss, record[name]) for name, loss in output.losses.items()}
-        assert output.mask is not None
-        found["mask"] = relative(output.mask, record["mask"].flatten(1))
-        if output.pseudo_labels is not None:
-            found["pseudo labels"] = relative(output.pseudo_labels, record["pseudo labels"])
-        largest = max(one.abs().max().item() for one in record["gradient"].values())
-        found["gradients"] = max(
-            (gradients[name] - one).abs().max().item() / largest for name, one in record["gradient"].items()
-        )
-        for name, state in (("student", network.state_dict()), ("teacher", step.teacher.network.state_dict())):
-            found[f"weights of the {name}"] = max(relative(state[key], one) for key, one in record[name].items())
-        worst = {name: max(value, worst.get(name, 0.0)) for name, value in (worst | found).items()}
-    return worst
 
 
 if __name__ == "__main__":

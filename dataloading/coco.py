@@ -287,6 +287,6 @@ def _class_numbers(path: Path, categories: Iterable[dict[str, Any]], classes: Se
     numbers = {}
     for category in categories:
         if category["name"] not in classes:
-            raise UserError(f"{path}: unknown class {category['name']!r}{nearest(category['name'], classes)}")
+            raise UserError(f"{path}: unknown class {category['name']!r}{nearest(str(category['name']), classes)}")
         numbers[category["id"]] = classes.index(category["name"])
     return numbers

@@ -203,7 +203,7 @@ def served(host: str, port: int) -> DemoServer:
     with pytest.MonkeyPatch.context() as patch:  # without listening on the port
         patch.setattr(DemoServer, "server_bind", lambda self: setattr(self, "server_address", (host, port)))
         patch.setattr(DemoServer, "server_activate", lambda self: None)
-        demo = DemoServer((host, port), NETWORK, largest=LARGEST, side=48)
+        demo = DemoServer((host, port), NETWORK, largest=LARGEST, side=48, config=RECIPE)
     demo.server_close()
     return demo
 

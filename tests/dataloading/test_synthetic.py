@@ -165,7 +165,7 @@ def test_what_is_interrupted_leaves_nothing(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_a_folder_with_something_else_is_refused(folder: Path, drawn: list[Path]) -> None:
-    with pytest.raises(UserError, match=r"data\.root.*something else.*--data\.dataset voc"):
+    with pytest.raises(UserError, match=r"data\.root.* is not the embedded data set.*--data\.dataset voc"):
         build_datasets(DataConfig(dataset="synthetic", root=folder))
     assert not drawn
 

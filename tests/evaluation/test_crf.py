@@ -82,7 +82,7 @@ def test_bad_arrays_are_refused(image, probabilities, error, message):
 
 def test_a_missing_package_is_named_with_the_ways_out(monkeypatch):
     monkeypatch.setitem(sys.modules, "pydensecrf.densecrf", None)
-    with pytest.raises(UserError, match=r"pip install pydensecrf2.*evaluate\.crf false"):
+    with pytest.raises(UserError, match=r"pip install pydensecrf2.*--evaluate\.crf_backend exact"):
         dense_crf(two_colour_image(), probabilities_of(np.where(truth(), 0.7, 0.3)))
 
 

@@ -207,6 +207,10 @@ def test_a_compiled_block_of_a_backbone_is_one_program(monkeypatch):
 )
 def test_a_backbone_that_cannot_be_the_encoder_is_refused_with_the_reason_and_the_nearest(backbone, parts):
     with pytest.raises(UserError) as caught:
-        create_vit(helpers.config({"model": {"backbone": backbone, "backbone_options": {"depth": 1}}}).model)
+        create_vit(
+            helpers.config(
+                {"model": {"backbone": backbone, "backbone_options": {"depth": 1}}, "data": {"image_size": 224}}
+            ).model
+        )
     for part in ("model.backbone", *parts):
         assert part in str(caught.value)

@@ -230,7 +230,14 @@ def test_start_weights_are_described_by_name_tag_file_digest_and_normalisation(t
 
 
 def test_weights_of_the_hub_are_described_before_they_are_fetched(hub):
-    start = describe_start(model(backbone="vit_base_patch14_dinov2.lvd142m", backbone_options={}, pretrained="hub"))
+    start = describe_start(
+        helpers.config(
+            {
+                "model": {"backbone": "vit_base_patch14_dinov2.lvd142m", "backbone_options": {}, "pretrained": "hub"},
+                "data": {"image_size": 224},
+            }
+        ).model
+    )
     assert start.file == "timm/vit_base_patch14_dinov2.lvd142m/model.safetensors"
     assert start.sha256 is None
     assert start.mean == (0.485, 0.456, 0.406)
