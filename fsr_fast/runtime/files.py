@@ -119,7 +119,8 @@ def finite(values: Any) -> Any:
 def sync_folder(folder: Path) -> None:
     """Have the names in a folder written to disk; some file systems cannot, which is noted once."""
     try:
-        _sync_one(folder)
+        with naming(folder):
+            _sync_one(folder)
     except OSError as error:
         if error.errno not in _CANNOT_SYNC:
             raise

@@ -109,3 +109,10 @@ def test_a_file_system_that_cannot_write_out_folders_is_noted_once(tmp_path, mon
     monkeypatch.setattr(files.os, "fsync", failing(errno.EIO))
     with pytest.raises(OSError, match="Input/output"):
         write_text(tmp_path / "c", "3")
+
+
+def test_a_folder_that_cannot_be_written_out_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(files.os, "fsync", failing(errno.ENOSPC))
+    with pytest.raises(OSError, match="No space") as caught:
+        files.sync_folder(tmp_path)
+    assert caught.value.filename == str(tmp_path)
