@@ -153,8 +153,9 @@ def tabulate_seeds(records: list[Cases]) -> str:
     """Return the table of the demonstration from several seeds: means, and the class that is worst."""
     lines = ["| seed | pseudo | worst class | seg | worst class |", "|---|---|---|---|---|"]
     for cases in records:
-        rows = [[_with_worst(content[kind]) for kind in ("pseudo", "seg")] for content in cases.values()]
-        for content, row in zip(cases.values(), rows, strict=True):
+        runs = sorted(cases.values(), key=lambda content: content["seed"])
+        rows = [[_with_worst(content[kind]) for kind in ("pseudo", "seg")] for content in runs]
+        for content, row in zip(runs, rows, strict=True):
             cells = [cell for mean, name, worst in row for cell in (f"{mean:.1f}", f"{name} {worst:.1f}")]
             lines.append(f"| {content['seed']} | {' | '.join(cells)} |")
         summary = []
