@@ -15,8 +15,9 @@ from torch import Tensor
 from fsr_fast.config import Config
 from fsr_fast.dataloading.batch import ImageSet
 from fsr_fast.evaluation.crf import CrfPool
-from fsr_fast.evaluation.inference import Inference, infer_like, largest_side, patch_sizes, scale_down, working_size
+from fsr_fast.evaluation.inference import Inference, infer_like
 from fsr_fast.evaluation.official_protocol import infer_officially
+from fsr_fast.evaluation.passes import largest_side, patch_sizes, scale_down, working_size
 from fsr_fast.evaluation.samples import Failure, Sample, batches_of_like_size, read_samples
 from fsr_fast.method.cam import merged_labels
 from fsr_fast.models import Network

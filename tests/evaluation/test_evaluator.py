@@ -18,9 +18,10 @@ from fsr_fast.dataloading.datasets import build_datasets
 from fsr_fast.errors import UserError
 from fsr_fast.evaluation import evaluator, predictions
 from fsr_fast.evaluation.evaluator import choose_images, evaluate_network
-from fsr_fast.evaluation.inference import infer, infer_like, patch_sizes
+from fsr_fast.evaluation.inference import infer, infer_like
 from fsr_fast.evaluation.journal import Journal, fingerprint
 from fsr_fast.evaluation.metrics import ConfusionMatrix
+from fsr_fast.evaluation.passes import patch_sizes
 from fsr_fast.evaluation.samples import WINDOW, Failure, Sample, batches_of_like_size
 from fsr_fast.evaluation.tally import Tally, class_counts, count_image
 from fsr_fast.models import build_network

@@ -10,7 +10,7 @@ from fsr_fast import load_network, reference, segment
 from fsr_fast.config import build_config
 from fsr_fast.dataloading.datasets import build_datasets
 from fsr_fast.errors import UserError
-from fsr_fast.evaluation import inference, predictions
+from fsr_fast.evaluation import inference, passes, predictions
 from fsr_fast.evaluation.evaluator import evaluate_network
 from fsr_fast.evaluation.inference import infer, read_picture
 from fsr_fast.runtime.checkpoint import write_checkpoint
@@ -237,7 +237,9 @@ def test_evaluation_leaves_the_network_in_its_mode(tmp_path):
 def test_a_large_picture_passes_small_and_its_results_have_its_own_size(monkeypatch):
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8))
     seen = []
-    monkeypatch.setattr(inference, "_pass", lambda *args, _pass=inference._pass: seen.append(args[1]) or _pass(*args))
+    monkeypatch.setattr(
+        inference, "pass_scales", lambda *args, run=inference.pass_scales: seen.append(args[1]) or run(*args)
+    )
     found = segment(NETWORK, picture, side=48)
     assert [tuple(image.shape[-2:]) for image in seen[0]] == [(36, 48)]
     assert found.mask.shape == (90, 120)
@@ -262,11 +264,11 @@ def test_evaluation_scales_large_pictures_down_and_labels_every_pixel(tmp_path):
 
 
 def test_the_longest_side_follows_the_training_size():
-    assert inference.largest_side("auto", NETWORK) == 512
-    assert inference.largest_side(None, NETWORK) is None
-    assert inference.working_size((3000, 4000), 512) == (384, 512)
-    assert inference.working_size((300, 400), 512) == (300, 400)
-    assert inference.working_size((10_000, 3), 512) == (512, 1)
+    assert passes.largest_side("auto", NETWORK) == 512
+    assert passes.largest_side(None, NETWORK) is None
+    assert passes.working_size((3000, 4000), 512) == (384, 512)
+    assert passes.working_size((300, 400), 512) == (300, 400)
+    assert passes.working_size((10_000, 3), 512) == (512, 1)
 
 
 def test_arrays_and_lists_of_pictures_are_segmented():

@@ -1,0 +1,98 @@
+"""The passes of a picture through trunk and decoder, and the sizes that it has there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from fsr_fast.method.cam import ScalePass, pair_mirrored, resize_images, scaled_size
+from fsr_fast.models import Network
+from fsr_fast.models.encoder import Features
+from fsr_fast.models.network import to_map
+
+Side = Literal["auto"] | int | None
+"""Longest side at which pictures pass through the network; see `evaluate.side`."""
+
+
+def working_size(size: tuple[int, int], side: int | None) -> tuple[int, int]:
+    """Return the height and width at which an image passes through the network.
+
+    Args:
+        size: its height and width.
+        side: largest side, in pixels; None: any.
+    """
+    if side is None or max(size) <= side:
+        return size
+    height, width = (max(1, round(length * side / max(size))) for length in size)
+    return height, width
+
+
+def largest_side(side: Side, network: Network) -> int | None:
+    """Return what `evaluate.side` means for a network: the longest side in pixels, or None."""
+    return max(512, 2 * network.image_size) if side == "auto" else side
+
+
+def scale_down(image: Image.Image, side: int | None) -> Image.Image:
+    """Scale a picture down to the size at which it passes through the network."""
+    height, width = working_size((image.height, image.width), side)
+    return image if (width, height) == image.size else image.resize((width, height), Image.Resampling.LANCZOS)
+
+
+def patch_sizes(size: tuple[int, int], scales: Sequence[float], patch_size: int) -> tuple[tuple[int, int], ...]:
+    """Return the sizes, in pixels, that an image of `size` has at the scales: whole patches."""
+    return tuple(scaled_size(size, scale, patch_size) for scale in scales)
+
+
+class Passed(NamedTuple):
+    """A batch after trunk and decoder, on the grids of its scales."""
+
+    cams: list[ScalePass]
+    """Features at the scales of the CAMs."""
+    logits: list[Tensor]
+    """(B, C+1, h, w), of each scale of the segmentation, mirror images added."""
+
+    def take(self, index: int) -> Passed:
+        """Return one image of the batch, B = 1."""
+        part = slice(index, index + 1)
+
+        def cut(features: Features) -> Features:
+            return features._replace(tokens=features.tokens[part], aux=features.aux[part])
+
+        cams = [ScalePass(cut(plain), cut(mirrored)) for plain, mirrored in self.cams]
+        return Passed(cams, [logits[part] for logits in self.logits])
+
+
+def pass_scales(
+    network: Network, images: Sequence[Tensor], cam_scales: Sequence[float], scales: Sequence[float], flip: bool
+) -> Passed:
+    """Run trunk and decoder on images (B, 3, H, W), of one or more sizes that are alike in whole patches."""
+
+    def decode(features: Features) -> Tensor:
+        return network.decoder(to_map(network.encoder.norm(features.tokens), features.grid)).float()
+
+    wanted = [*cam_scales, *(scale for scale in scales if scale not in cam_scales)]
+    views = []
+    for scale in wanted:
+        size = scaled_size((images[0].shape[-2], images[0].shape[-1]), scale, network.encoder.patch_size)
+        scaled = torch.cat([resize_images(part, size) for part in images])
+        views.append(torch.cat([scaled, scaled.flip(-1)]))
+    passes = dict(zip(wanted, pair_mirrored(run_trunk(network, views)), strict=True))
+    logits = []
+    for plain, mirrored in (passes[scale] for scale in scales):
+        logits.append(decode(plain) + decode(mirrored).flip(-1) if flip else decode(plain))
+    return Passed([passes[scale] for scale in cam_scales], logits)
+
+
+def run_trunk(network: Network, views: Sequence[Tensor]) -> list[Features]:
+    """Pass images of several sizes (B, 3, h, w): on a GPU all at once, on a CPU one by one, as its caches like it."""
+    if views[0].is_cuda:
+        return network.encoder.forward_packed(views)
+    found = [[network.encoder(image[None]) for image in view] for view in views]
+    return [
+        each[0]._replace(tokens=torch.cat([one.tokens for one in each]), aux=torch.cat([one.aux for one in each]))
+        for each in found
+    ]
