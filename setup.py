@@ -6,6 +6,7 @@ from setuptools import setup
 
 EXPORT = ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"]
 EXCEL = ["openpyxl>=3.1"]
+SCIENTIFIC = ["pydicom>=3.0"]
 DOCS = ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.27"]
 
 setup(
@@ -69,16 +70,21 @@ setup(
         "shtab>=1.7",
         "webdataset>=1.0",
         "fsspec>=2026.6",
+        "tifffile>=2025.5",
+        "imagecodecs>=2025.3",
     ],
     entry_points={"console_scripts": ["fsr-fast = fsr_fast.cli:main"]},
     extras_require={
         "excel": EXCEL,
         "export": EXPORT,
+        "scientific": SCIENTIFIC,
         "docs": DOCS,
         "dev": [
             *EXCEL,
             *EXPORT,
+            *SCIENTIFIC,
             *DOCS,
+            "rasterio>=1.4",
             "build>=1.2",
             "setuptools>=77",
             "playwright>=1.49",

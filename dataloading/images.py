@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -52,6 +53,7 @@ UPRIGHT = {  # what undoes an EXIF orientation
 SIDEWAYS = (5, 6, 7, 8)  # orientations that exchange width and height
 
 Source = Path | bytes
+_LIMIT = threading.Lock()
 
 
 class DamagedFileError(UserError):
@@ -76,7 +78,7 @@ def read_image(source: Source, name: str = "", max_pixels: int = MAX_PIXELS) -> 
         DamagedFileError: missing, empty, truncated, of an unknown kind, or too large.
     """
     with open_picture(source, name, max_pixels=max_pixels) as image:
-        turn = UPRIGHT.get(_orientation(image))
+        turn = UPRIGHT.get(orientation(image))
         picture = _to_rgb(image)
         return picture.transpose(turn) if turn is not None else picture
 
@@ -98,7 +100,7 @@ def image_header(source: Source, name: str = "", max_pixels: int = MAX_PIXELS) -
     """
     with open_picture(source, name, decode=False, max_pixels=max_pixels) as image:
         width, height = image.size
-        sideways = _orientation(image) in SIDEWAYS
+        sideways = orientation(image) in SIDEWAYS
         return Header(*((height, width) if sideways else (width, height)), image.format or "", image.mode)
 
 
@@ -118,7 +120,7 @@ def is_upright(source: Source) -> bool:
         DamagedFileError: as `image_header`.
     """
     with open_picture(source, decode=False) as image:
-        return _orientation(image) not in UPRIGHT
+        return orientation(image) not in UPRIGHT
 
 
 def inside(folder: Path, name: str, links: Sequence[Path] = ()) -> Path:
@@ -180,16 +182,44 @@ def open_picture(
         DamagedFileError: missing, empty, damaged, of another format, or of more than `max_pixels` pixels.
     """
     where = name or (str(source) if isinstance(source, Path) else "image")
-    try:
+    with explained(source, where, max_pixels):
         content = source.read_bytes() if decode and isinstance(source, Path) else source
-        with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content, formats=FORMATS) as image:
+        with _open(io.BytesIO(content) if isinstance(content, bytes) else content, max_pixels) as image:
             if image.width * image.height > max_pixels:
                 raise Image.DecompressionBombError
             scans = content.count(b"\xff\xda") if isinstance(content, bytes) else 0
             if image.format in ("JPEG", "MPO") and scans > SCANS:
                 raise ValueError(f"a JPEG of more than {SCANS} scans, made to keep its reader busy")
             yield image
-    except UserError:
+
+
+def _open(file: io.BytesIO | Path, max_pixels: int) -> Image.Image:
+    """Open a file by Pillow, whose own limit gives way to a higher one of the user's."""
+    if Image.MAX_IMAGE_PIXELS is None or max_pixels <= Image.MAX_IMAGE_PIXELS:
+        return Image.open(file, formats=FORMATS)
+    with _LIMIT:
+        before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, max_pixels
+        try:
+            return Image.open(file, formats=FORMATS)
+        finally:
+            Image.MAX_IMAGE_PIXELS = before
+
+
+@contextmanager
+def explained(source: Source, where: str, max_pixels: int) -> Iterator[None]:
+    """Turn whatever decoders raise on damaged files into one error.
+
+    Args:
+        source: file, or its content.
+        where: what messages call it.
+        max_pixels: of the largest picture that is opened; a `DecompressionBombError` says that it is larger.
+
+    Raises:
+        DamagedFileError: in place of all errors but `UserError` and `NotImplementedError`, another reader's turn.
+    """
+    try:
+        yield
+    except (UserError, NotImplementedError):
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise DamagedFileError(
@@ -202,8 +232,8 @@ def open_picture(
         raise DamagedFileError(
             f"{where}: cannot be decoded: {_describe(source)}; replace the file, or take its id off the list"
         ) from None
-    except Exception as error:  # Pillow's decoders raise all kinds of errors on damaged files
-        reason = str(error) or type(error).__name__
+    except Exception as error:  # decoders raise all kinds of errors on damaged files
+        reason = " ".join((str(error) or type(error).__name__).split())
         raise DamagedFileError(
             f"{where}: cannot be decoded: {reason}; replace the file, or take its id off the list"
         ) from None
@@ -222,7 +252,8 @@ def _describe(source: Source) -> str:
     return f"it is {kind}; {known}" if kind else f"it begins like no picture; {known}"
 
 
-def _orientation(image: Image.Image) -> int:
+def orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation of an opened picture, 1 to 8."""
     try:
         # the base class's: PNG's own would decode the pixels, and its errors would be lost here
         return Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
