@@ -408,6 +408,12 @@ class EvaluateConfig(Section):
     side: Literal["auto"] | Count | None = "auto"
     """Longest side, in pixels, at which pictures pass through the network; larger ones are scaled down, and their masks
     and maps brought back to the picture's size. `auto`: twice `data.image_size`, at least 512; none: every pixel."""
+    tile: Literal["auto"] | Count | None = "auto"
+    """Side, in pixels, of the tiles in which pictures pass that are larger after `side`; rounded up to whole patches.
+    With a number, `side: auto` means every pixel. `auto`: pictures of more than 16,384 patches pass in tiles of the
+    size that `side: auto` stands for; none: never."""
+    overlap: float = Field(0.25, ge=0, le=0.75)
+    """Least part of a tile that it shares with the next one; there the logits of both are blended."""
     threshold: Probability = 0.5
     """Background score of the pseudo labels (COCO: 0.45)."""
     protocol: Literal["own", "official"] = "own"

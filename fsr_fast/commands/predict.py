@@ -8,6 +8,7 @@ import argparse
 import csv
 import io
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from PIL import Image
 from fsr_fast.cli import run_command
 from fsr_fast.commands import parsers
 from fsr_fast.commands.outputs import default_output
+from fsr_fast.commands.predict_large import Large, open_large, write_large
 from fsr_fast.config import Config
 from fsr_fast.dataloading.palette import save_palette_png
 from fsr_fast.dataloading.pictures import find_pictures
@@ -73,15 +75,22 @@ def _write_all(
     for name, picture, prediction in track(results, "predicting", len(pictures)):
         if not scores:
             (options.output / "scores.json").unlink(missing_ok=True)  # of an earlier run, whose results go now
-        image, mask = np.asarray(picture), prediction.mask
-        if options.crf:
-            backend, device = config.evaluate.crf_backend, network.top_classifier.weight.device
-            mask = dense_crf(image, prediction.probabilities, backend=backend, device=device).argmax(0).astype(np.uint8)
-        write_prediction(options.output, name, image, mask, prediction, opacity=options.opacity, legend=legend)
-        scores[str(pictures[name])] = prediction.scores
-        areas = np.bincount(mask.ravel(), minlength=len(network.classes) + 1)
+        draw = partial(write_views, options.output, name, opacity=options.opacity, legend=legend)
+        if isinstance(picture, Large):
+            found, areas = write_large(options.output, name, picture, network, config, crf=options.crf, draw=draw)
+        else:
+            assert prediction is not None
+            image, found, mask = np.asarray(picture), prediction.scores, prediction.mask
+            if options.crf:
+                backend, device = config.evaluate.crf_backend, network.top_classifier.weight.device
+                refined = dense_crf(image, prediction.probabilities, backend=backend, device=device)
+                mask = refined.argmax(0).astype(np.uint8)
+            save_palette_png(mask, options.output / "masks" / f"{name}.png")
+            draw(image, mask, prediction.cams)
+            areas = np.bincount(mask.ravel(), minlength=len(network.classes) + 1)
+        scores[str(pictures[name])] = found
         for class_name, area in zip(["background", *network.classes], areas.tolist(), strict=True):
-            score = prediction.scores.get(class_name)
+            score = found.get(class_name)
             rows.append([str(pictures[name]), class_name, "" if score is None else f"{score:.6f}", str(area)])
     if not scores:
         raise failed[0]
@@ -90,34 +99,33 @@ def _write_all(
     return failed
 
 
-def write_prediction(
+def write_views(
     folder: Path,
     name: str,
     image: np.ndarray,
     mask: np.ndarray,
-    prediction: Prediction,
+    cams: dict[str, np.ndarray],
     *,
     opacity: float = 0.6,
     legend: Sequence[str] | None = None,
 ) -> None:
-    """Write mask (palette PNG), overlay and the CAM of each class that was found.
+    """Write the overlay, and the CAM of each class that was found.
 
     Args:
-        folder: results go to its `masks`, `overlays` and `cams`.
+        folder: results go to its `overlays` and `cams`.
         name: of the files, without suffix.
         image: (H, W, 3), uint8.
         mask: (H, W), uint8.
-        prediction: with the CAMs.
+        cams: (H, W), float32, by name of the class.
         opacity: of mask and CAM over the picture, 0 to 1.
         legend: names of the classes, to be put above the overlay; none: no legend.
     """
-    save_palette_png(mask, folder / "masks" / f"{name}.png")
     shown = overlay(image, mask, opacity)
     shown = outline(shown, mask) if opacity else shown
     labels = [int(label) for label in np.unique(mask) if label]
     picture = Image.fromarray(shown) if legend is None else with_legend(shown, labels, legend)
     write_png(folder / "overlays" / f"{name}.png", picture)
-    for class_name, cam in prediction.cams.items():
+    for class_name, cam in cams.items():
         shown = heatmap(image, cam, opacity)
         write_png(folder / "cams" / f"{name}_{class_name.replace('/', '_')}.png", Image.fromarray(shown))
 
@@ -131,25 +139,30 @@ def _table(rows: Iterable[Sequence[str]]) -> str:
 
 def _predict(
     network: Network, pictures: dict[str, Path], batch: int, config: Config, failed: list[UserError]
-) -> Iterator[tuple[str, Image.Image, Prediction]]:
-    for group in _batches(pictures, batch, failed):
-        predictions = segment_batch(network, [picture for _, picture in group], config)
-        for (name, picture), prediction in zip(group, predictions, strict=True):
+) -> Iterator[tuple[str, Image.Image | Large, Prediction | None]]:
+    """Return the pictures with what they show; those that are written in bands, without."""
+    for group in _batches(network, pictures, batch, config, failed):
+        if isinstance(group[0][1], Large):
+            yield from ((name, picture, None) for name, picture in group)
+            continue
+        small = [picture for _, picture in group if isinstance(picture, Image.Image)]
+        for (name, picture), prediction in zip(group, segment_batch(network, small, config), strict=True):
             yield name, picture, prediction
 
 
 def _batches(
-    pictures: dict[str, Path], largest: int, failed: list[UserError]
-) -> Iterator[list[tuple[str, Image.Image]]]:
-    """Gather neighbours of one size."""
-    batch: list[tuple[str, Image.Image]] = []
+    network: Network, pictures: dict[str, Path], largest: int, config: Config, failed: list[UserError]
+) -> Iterator[list[tuple[str, Image.Image | Large]]]:
+    """Gather neighbours of one size; large pictures alone."""
+    batch: list[tuple[str, Image.Image | Large]] = []
     for name, path in pictures.items():
         try:
-            picture = read_picture(path)
+            picture = open_large(path, network, config) or read_picture(path)
         except UserError as error:
             failed.append(error)
             continue
-        if batch and (len(batch) == largest or batch[0][1].size != picture.size):
+        alone = isinstance(picture, Large) or isinstance(batch[0][1], Large) if batch else False
+        if batch and (alone or len(batch) == largest or batch[0][1].size != picture.size):
             yield batch
             batch = []
         batch.append((name, picture))

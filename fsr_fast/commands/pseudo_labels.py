@@ -13,7 +13,7 @@ An interrupted run goes on where it stopped, with the same weights and settings 
 import argparse
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,8 @@ from fsr_fast.dataloading.batch import ImageSet
 from fsr_fast.dataloading.class_names import VOC_CLASSES
 from fsr_fast.dataloading.datasets import SegmentationDataset, build_datasets, open_split
 from fsr_fast.dataloading.images import check_name
+from fsr_fast.dataloading.label_files import write_rows
 from fsr_fast.dataloading.layout import bare_name, list_stem
-from fsr_fast.dataloading.palette import save_palette_png
 from fsr_fast.errors import UserError
 from fsr_fast.evaluation import handover
 from fsr_fast.evaluation.archive import check_archive, write_archive
@@ -46,6 +46,8 @@ from fsr_fast.runtime.distributed import Process, start_process, stop_process, w
 from fsr_fast.runtime.files import write_png, write_text
 from fsr_fast.runtime.outputs import output_folder
 from fsr_fast.runtime.terminal import track
+
+ROWS = 1024
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -188,15 +190,20 @@ def _open_images(trained: Trained, *, labelled: bool) -> ImageSet:
 
 
 def _write_maps(folder: Path, part: str, name: str, found: Labels) -> None:
-    """Write both pictures, each whole or not at all."""
+    """Write both pictures, each whole or not at all; what mmsegmentation reads is PNG, however large."""
     assert found.confidence is not None
-    file = f"{bare_name(name)}.png"
+    place, size = bare_name(name), (found.labels.shape[0], found.labels.shape[1])
     if part == "labels":
-        save_palette_png(found.labels, folder / part / file)
+        write_rows(folder / part / place, size, [found.labels], colours=True)
     else:
-        write_png(folder / part / file, Image.fromarray(found.labels))
-    confidence = np.rint(255 * found.confidence.clip(0, 1)).astype(np.uint8)
-    write_png(folder / "confidence" / file, Image.fromarray(confidence))
+        write_png(folder / part / f"{place}.png", Image.fromarray(found.labels))
+    write_rows(folder / "confidence" / place, size, _as_bytes(found.confidence), colours=False)
+
+
+def _as_bytes(confidence: np.ndarray) -> Iterator[np.ndarray]:
+    """Bring 0…1 to 0…255, some rows at a time."""
+    for top in range(0, len(confidence), ROWS):
+        yield np.rint(255 * confidence[top : top + ROWS].clip(0, 1)).astype(np.uint8)
 
 
 def _check_names(names: Sequence[str]) -> None:

@@ -11,6 +11,8 @@ from torch import Tensor
 DILATION_RATIO = 0.02
 """Width of the band, as a share of the image's diagonal."""
 IGNORE_INDEX = 255
+PIXELS = 2**22
+"""Larger images are looked at in parts of so many pixels, and the rows around that decide about them."""
 
 
 def band_width(height: int, width: int) -> int:
@@ -43,13 +45,22 @@ def boundary_counts(prediction: Tensor, truth: Tensor, classes: int) -> Tensor:
     Returns:
         (C+1, 3), int64: pixels in both bands of the class, in that of the truth, in that of the prediction.
     """
-    prediction = torch.where(truth == IGNORE_INDEX, truth, prediction.to(truth.dtype))
-    width = band_width(truth.shape[0], truth.shape[1])
-    there, found = contour_band(truth, width), contour_band(prediction, width)
-    hit = there & found & (prediction == truth)
-    parts = (truth[hit], truth[there], prediction[found])
-    counts = [part.long().bincount(minlength=IGNORE_INDEX + 1)[: classes + 1] for part in parts]
-    return torch.stack(counts, 1)
+    height, width = truth.shape
+    band, total = band_width(height, width), torch.zeros(classes + 1, 3, dtype=torch.int64, device=truth.device)
+    step = max(4 * band, PIXELS // width)
+    for top in range(0, height, step):
+        bottom = min(top + step, height)
+        first, last = max(0, top - band), min(height, bottom + band)  # what decides about the rows top to bottom
+        inner = slice(top - first, bottom - first)
+        there = truth[first:last]
+        found = torch.where(there == IGNORE_INDEX, there, prediction[first:last].to(truth.dtype))
+        bands = [contour_band(labels, band)[inner] for labels in (there, found)]
+        there, found = there[inner], found[inner]
+        hit = bands[0] & bands[1] & (found == there)
+        parts = (there[hit], there[bands[0]], found[bands[1]])
+        counts = [part.long().bincount(minlength=IGNORE_INDEX + 1)[: classes + 1] for part in parts]
+        total += torch.stack(counts, 1)
+    return total
 
 
 def boundary_iou(counts: Tensor) -> Tensor:

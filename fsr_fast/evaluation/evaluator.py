@@ -14,6 +14,7 @@ import torch
 from fsr_fast.config import Config
 from fsr_fast.dataloading.batch import ImageSet
 from fsr_fast.errors import UserError
+from fsr_fast.evaluation.activations import PREVIEW
 from fsr_fast.evaluation.crf import require_pydensecrf
 from fsr_fast.evaluation.journal import Journal
 from fsr_fast.evaluation.predictions import Kind, Result, predict_images
@@ -165,10 +166,13 @@ def _count(result: Result | Failure, classes: int, device: torch.device) -> dict
 
 
 def _example(result: Result) -> Example:
+    """Keep an image for pictures; of a large one, every n-th pixel."""
     sample = result.sample
     assert sample.truth is not None
-    labels = {kind: found.labels for kind, found in result.maps.items()}
-    return Example(sample.name, sample.image, sample.truth, result.cam, labels["pseudo"], labels["seg"])
+    step = -(-max(sample.truth.shape) // PREVIEW)
+    parts = (sample.image, sample.truth, *(result.maps[kind].labels for kind in ("pseudo", "seg")))
+    image, truth, pseudo, seg = (part[::step, ::step].copy() if step > 1 else part for part in parts)
+    return Example(sample.name, image, truth, result.cam, pseudo, seg)
 
 
 def _gather(done: int, failed: dict[str, str]) -> tuple[int, dict[str, str]]:

@@ -18,6 +18,7 @@ from torchvision.transforms.v2 import functional as image_functions
 from fsr_fast.config import CamConfig, Config, EvaluateConfig
 from fsr_fast.dataloading.images import DamagedFileError, read_image
 from fsr_fast.errors import UserError
+from fsr_fast.evaluation.large import Cut, LargePicture, plan_picture
 from fsr_fast.evaluation.passes import Passed, Side, largest_side, pass_scales, scale_down
 from fsr_fast.kernels import MergedCams
 from fsr_fast.method.cam import dense_cams, merge_passes
@@ -151,14 +152,25 @@ Picture = Image.Image | np.ndarray | str | Path
 
 
 @overload
-def segment(network: Network, image: Picture, *, side: Side = "auto") -> Prediction: ...
+def segment(
+    network: Network, image: Picture, *, side: Side = "auto", tile: Side = "auto", overlap: float = 0.25
+) -> Prediction: ...
 
 
 @overload
-def segment(network: Network, image: list[Picture], *, side: Side = "auto") -> list[Prediction]: ...
+def segment(
+    network: Network, image: list[Picture], *, side: Side = "auto", tile: Side = "auto", overlap: float = 0.25
+) -> list[Prediction]: ...
 
 
-def segment(network: Network, image: Picture | list[Picture], *, side: Side = "auto") -> Prediction | list[Prediction]:
+def segment(
+    network: Network,
+    image: Picture | list[Picture],
+    *,
+    side: Side = "auto",
+    tile: Side = "auto",
+    overlap: float = 0.25,
+) -> Prediction | list[Prediction]:
     """Segment a picture, or several.
 
     Args:
@@ -166,6 +178,8 @@ def segment(network: Network, image: Picture | list[Picture], *, side: Side = "a
         image: a picture, an array (H, W, 3) or (H, W) of uint8, or a file, which is turned upright; or a list of such.
         side: longest side, in pixels, at which the picture passes through the network, as `evaluate.side` of the
             configuration; None: every pixel.
+        tile: side of the tiles in which a picture passes that is larger after that, as `evaluate.tile`; None: never.
+        overlap: least part of a tile that it shares with the next one, 0 to 0.75.
 
     Returns:
         `mask`, (H, W) uint8, 0 background, 1… the classes in the order of `network.classes`; `scores`, the probability
@@ -174,29 +188,43 @@ def segment(network: Network, image: Picture | list[Picture], *, side: Side = "a
     Raises:
         UserError: a file is missing or is no picture, or an array is of another shape or dtype.
     """
-    if side not in ("auto", None) and not (isinstance(side, int) and side >= 1):
-        raise UserError(f"side: {side!r}; expected 'auto', None, or a number of pixels")
+    for name, value in (("side", side), ("tile", tile)):
+        if value not in ("auto", None) and not (isinstance(value, int) and value >= 1):
+            raise UserError(f"{name}: {value!r}; expected 'auto', None, or a number of pixels")
+    if not 0 <= overlap <= 0.75:
+        raise UserError(f"overlap: {overlap}; expected 0 to 0.75")
+    evaluate = EvaluateConfig(side=side, tile=tile, overlap=overlap)
     if isinstance(image, Picture):
-        return segment_batch(network, [_open(image)], side=side)[0]
-    return [segment_batch(network, [_open(one)], side=side)[0] for one in image]
+        return segment_batch(network, [_open(image)], evaluate=evaluate)[0]
+    return [segment_batch(network, [_open(one)], evaluate=evaluate)[0] for one in image]
 
 
 def segment_batch(
-    network: Network, images: Sequence[Image.Image], config: Config | None = None, *, side: Side = "auto"
+    network: Network,
+    images: Sequence[Image.Image],
+    config: Config | None = None,
+    *,
+    evaluate: EvaluateConfig | None = None,
 ) -> list[Prediction]:
-    """Segment pictures of one size in one pass.
+    """Segment pictures of one size, in one pass if they are not cut into tiles.
 
     Args:
         network: as `load_network` gives it.
         images: pictures, at least one.
         config: sections `evaluate`, `cam` and `run.amp`; None: the paper's scales with mirror images.
-        side: in place of `evaluate.side` where there is no configuration.
+        evaluate: in place of the configuration, where there is none.
     """
-    longest = largest_side(config.evaluate.side if config else side, network)
+    settings = config.evaluate if config else evaluate or EvaluateConfig()
+    options: dict[str, Any] = {"cam_scales": CamConfig().scales, "scales": settings.scales, "flip": True, "amp": "auto"}
+    options = inference_settings(config) if config else options
+    size = (images[0].height, images[0].width)
+    cut = plan_picture(settings, network, size)
+    if cut is not None:
+        return [_segment_large(network, np.asarray(image.convert("RGB")), cut, options) for image in images]
+    longest = largest_side(settings.side, network)
     small = [scale_down(image.convert("RGB"), longest) for image in images]
     pixels = torch.stack([image_functions.pil_to_tensor(image) for image in small])
-    size = (images[0].height, images[0].width)
-    result = infer(network, network.normalise(pixels), size=size, **(inference_settings(config) if config else {}))
+    result = infer(network, network.normalise(pixels), size=size, **options)
     cams = dense_cams(result.cams, len(network.classes)).cpu().numpy()
     masks = result.seg_logits.argmax(1).to(torch.uint8).cpu().numpy()
     probabilities = result.seg_logits.softmax(1).cpu().numpy()
@@ -210,6 +238,21 @@ def segment_batch(
         )
         for number in range(len(images))
     ]
+
+
+def _segment_large(network: Network, pixels: np.ndarray, cut: Cut, options: dict[str, Any]) -> Prediction:
+    picture = LargePicture(network, pixels, cut, None, cams="all", **options)
+    size = cut.network.size
+    probabilities = np.empty((len(network.classes) + 1, *size), np.float32)
+    mask = np.empty(size, np.uint8)
+    for rows, logits in picture.bands():
+        probabilities[:, rows] = logits.softmax(0).cpu().numpy()
+        mask[rows] = logits.argmax(0).cpu().numpy()
+    cams = {network.classes[index]: np.empty(size, np.float32) for index in picture.activations.classes.tolist()}
+    for rows, found in picture.activations.bands():
+        for cam, values in zip(cams.values(), found.values[0].numpy(), strict=True):
+            cam[rows] = values
+    return Prediction(mask, picture.scores(), cams, probabilities)
 
 
 def _open(image: Picture) -> Image.Image:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,27 +15,16 @@ from torch import Tensor
 from fsr_fast.config import Config
 from fsr_fast.dataloading.batch import ImageSet
 from fsr_fast.evaluation.crf import CrfPool
-from fsr_fast.evaluation.inference import Inference, infer_like
+from fsr_fast.evaluation.inference import Inference, infer_like, inference_settings
+from fsr_fast.evaluation.label_maps import Kind, Labels, labels_of_cams, labels_of_logits, labels_of_marginals
+from fsr_fast.evaluation.large import Cut, LargePicture, plan_picture
 from fsr_fast.evaluation.official_protocol import infer_officially
 from fsr_fast.evaluation.passes import largest_side, patch_sizes, scale_down, working_size
 from fsr_fast.evaluation.samples import Failure, Sample, batches_of_like_size, read_samples
-from fsr_fast.method.cam import merged_labels
 from fsr_fast.models import Network
 
-Kind = Literal["pseudo", "seg", "seg+crf"]
 BATCH_PIXELS = {"cpu": 2**18, "cuda": 2**22}
 """Pixels of the images that go through the network together, at their own resolution."""
-
-
-@dataclass(frozen=True)
-class Labels:
-    """A label map and how sure it is."""
-
-    labels: np.ndarray
-    """(H, W), uint8: 0 background, class + 1."""
-    confidence: np.ndarray | None = None
-    """(H, W), float32 in 0…1, of the label given: activation or 1 - activation of the pseudo label, probability of the
-    others; where asked for."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +33,8 @@ class Result:
 
     sample: Sample
     cam: np.ndarray
-    """(H, W), float32, largest activation over the classes."""
+    """(h, w), float32, largest activation over the classes; of a large picture, at every n-th pixel,
+    and 0 where no pseudo labels are wanted."""
     class_logits: np.ndarray
     """(C,), float32, of the classifier."""
     maps: dict[Kind, Labels] = field(default_factory=dict)
@@ -75,26 +65,33 @@ def predict_images(
         labelled: pseudo labels show the true classes of each image; else those that the classifier finds.
         confidence: also say how sure the maps are.
     """
-    stream = _Stream(network, config, device, kinds, labelled, confidence)
-    scales = [*config.cam.scales, *config.evaluate.scales]
-    side = largest_side(config.evaluate.side, network)
-    batches = batches_of_like_size(
-        read_samples(images, indices, config.data.workers),
-        lambda size: patch_sizes(working_size(size, side), scales, network.encoder.patch_size),
-        BATCH_PIXELS[device.type],
-    )
+    evaluate = config.evaluate
+    pool = None
+    if "seg+crf" in kinds:
+        pool = CrfPool(evaluate.crf_backend, device, workers=evaluate.crf_workers, images=len(indices))
+    stream = _Stream(network, config, device, kinds, labelled, confidence, pool)
+    scales = [*config.cam.scales, *evaluate.scales]
+    side = largest_side(evaluate.side, network)
+
+    def alike(size: tuple[int, int]) -> Hashable:
+        large = plan_picture(evaluate, network, size) is not None
+        return large, patch_sizes(working_size(size, side), scales, network.encoder.patch_size)
+
+    samples = read_samples(images, indices, config.data.workers)
+    batches = batches_of_like_size(samples, alike, BATCH_PIXELS[device.type])
     inferred = (item for batch in batches for item in stream.infer(batch))
-    if "seg+crf" not in kinds:
+    if pool is None:
         yield from (item for item, _, _ in inferred)
         return
-    evaluate = config.evaluate
-    pool = CrfPool(evaluate.crf_backend, device, workers=evaluate.crf_workers, images=len(indices))
     with pool:
         for item, marginals, error in pool.refine(inferred):
-            if marginals is None:
-                yield item if isinstance(item, Failure) else Failure(item.sample.name, f"dense CRF: {error}")
-            elif isinstance(item, Result):
-                yield replace(item, maps={**item.maps, "seg+crf": _strongest(marginals, confidence)})
+            if isinstance(item, Failure) or "seg+crf" in item.maps:
+                yield item
+            elif marginals is None:
+                yield Failure(item.sample.name, f"dense CRF: {error}")
+            else:
+                found = labels_of_marginals(marginals, confidence=confidence)
+                yield replace(item, maps={**item.maps, "seg+crf": found})
 
 
 Inferred = tuple[Result | Failure, np.ndarray | None, np.ndarray | None]
@@ -109,6 +106,7 @@ class _Stream:
     kinds: Sequence[Kind]
     labelled: bool
     confidence: bool
+    pool: CrfPool | None
 
     def infer(self, batch: list[Sample] | Failure) -> Iterator[Inferred]:
         """Pass a batch; if memory runs out or an image cannot be done, each of the rest by itself."""
@@ -117,8 +115,7 @@ class _Stream:
             return
         done = 0
         try:
-            for sample, result in zip(batch, self._results(batch), strict=True):
-                item = self._read(sample, result)
+            for item in self._infer(batch):
                 done += 1
                 yield item
             return
@@ -133,12 +130,50 @@ class _Stream:
         for sample in batch[done:]:
             yield from self.infer([sample])
 
+    def _infer(self, batch: list[Sample]) -> Iterator[Inferred]:
+        cuts = [plan_picture(self.config.evaluate, self.network, sample.image.shape[:2]) for sample in batch]
+        if cuts[0] is None:
+            for sample, result in zip(batch, self._results(batch), strict=True):
+                yield self._read(sample, result)
+            return
+        for sample, cut in zip(batch, cuts, strict=True):
+            assert cut is not None  # a batch is of one kind
+            yield self._infer_large(sample, cut), None, None
+
+    def _infer_large(self, sample: Sample, cut: Cut) -> Result:
+        picture = LargePicture(
+            self.network,
+            sample.image,
+            cut,
+            self._shown(sample),
+            cams="all" if "pseudo" in self.kinds else "none",
+            **{**inference_settings(self.config), "scales": self.config.evaluate.scales if self._decodes else ()},
+        )
+        size = (sample.image.shape[0], sample.image.shape[1])
+        maps = {kind: np.empty(size, np.uint8) for kind in self.kinds}
+        sure = {kind: np.empty(size if self.confidence else 0, np.float32) for kind in self.kinds}
+        threshold = self.config.evaluate.threshold
+        for kind, rows, found in picture.strips(self.kinds, threshold, pool=self.pool, confidence=self.confidence):
+            maps[kind][rows] = found.labels
+            if found.confidence is not None:
+                sure[kind][rows] = found.confidence
+        cam = picture.activations.preview().amax(0).numpy()
+        whole = {kind: Labels(maps[kind], sure[kind] if self.confidence else None) for kind in self.kinds}
+        return Result(sample, cam, picture.class_logits.cpu().numpy(), whole)
+
+    @property
+    def _decodes(self) -> bool:
+        return bool({"seg", "seg+crf"} & set(self.kinds))
+
+    def _shown(self, sample: Sample) -> Tensor | None:
+        return torch.from_numpy(sample.labels).to(self.device) if self.labelled else None
+
     def _results(self, batch: list[Sample]) -> Iterator[Inference]:
-        labels = [torch.from_numpy(sample.labels).to(self.device) if self.labelled else None for sample in batch]
+        labels = [self._shown(sample) for sample in batch]
         evaluate, cam_scales = self.config.evaluate, self.config.cam.scales
         options: dict[str, Any] = {
             "cam_scales": cam_scales if "pseudo" in self.kinds else cam_scales[:1],  # no pass that nothing is read of
-            "scales": evaluate.scales if {"seg", "seg+crf"} & set(self.kinds) else cam_scales[:1],
+            "scales": evaluate.scales if self._decodes else cam_scales[:1],
             "flip": evaluate.flip,
             "amp": self.config.run.amp,
         }
@@ -159,19 +194,10 @@ class _Stream:
         if not (cam.isfinite().all() and result.seg_logits.isfinite().all()):
             raise ValueError("the network's result is not finite; take an earlier checkpoint")
         if "pseudo" in self.kinds:
-            threshold = self.config.evaluate.threshold
-            labels = merged_labels(result.cams, high=threshold, low=threshold)[0]
-            sure = torch.where(labels == 0, 1 - cam, cam).cpu().numpy() if self.confidence else None
-            maps["pseudo"] = Labels(labels.to(torch.uint8).cpu().numpy(), sure)
+            maps["pseudo"] = labels_of_cams(result.cams, self.config.evaluate.threshold, confidence=self.confidence)
         if "seg" in self.kinds:
-            best = result.seg_logits[0].softmax(0).max(0) if self.confidence else result.seg_logits[0].max(0)
-            sure = best.values.cpu().numpy() if self.confidence else None
-            maps["seg"] = Labels(best.indices.to(torch.uint8).cpu().numpy(), sure)
+            maps["seg"] = labels_of_logits(result.seg_logits[0], confidence=self.confidence)
         item = Result(sample, cam.cpu().numpy(), result.class_logits[0].cpu().numpy(), maps)
         if "seg+crf" not in self.kinds:
             return item, None, None
         return item, sample.image, result.seg_logits[0].softmax(0).cpu().numpy()
-
-
-def _strongest(marginals: np.ndarray, confidence: bool) -> Labels:
-    return Labels(marginals.argmax(0).astype(np.uint8), marginals.max(0) if confidence else None)

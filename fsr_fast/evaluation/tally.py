@@ -12,6 +12,8 @@ from torch import Tensor
 from fsr_fast.evaluation.boundary import boundary_counts, boundary_iou
 from fsr_fast.evaluation.metrics import ConfusionMatrix, plain, scores
 
+ROWS = 512
+"""Rows of an image that are counted at a time."""
 Counts = dict[str, list[list[int]]]
 """Of one image and one kind of result. `cells`: true class, predicted class, pixels; `bands`: class, pixels in both
 bands, in the band of the truth, in that of the prediction. Entries of 0 pixels are left out."""
@@ -30,8 +32,11 @@ def count_image(prediction: np.ndarray, truth: np.ndarray, classes: int, device:
         ValueError: shapes that differ, or labels outside their range.
     """
     found, there = (torch.tensor(labels, device=device) for labels in (prediction, truth))
+    if found.shape != there.shape:
+        raise ValueError(f"prediction is {tuple(found.shape)} but truth is {tuple(there.shape)}; resize one")
     matrix = ConfusionMatrix(classes)
-    matrix.update(found, there)
+    for parts in zip(found.split(ROWS), there.split(ROWS), strict=True):
+        matrix.update(*parts)
     return {
         "cells": _entries(matrix.counts),
         "bands": _entries(boundary_counts(found, there, classes).cpu(), rows=True),

@@ -103,7 +103,7 @@ def test_pictures_in_the_folder_of_the_results_are_no_input(place, tmp_path):
 
 def test_an_interrupted_prediction_leaves_whole_files_and_nothing_that_looks_finished(place, tmp_path, monkeypatch):
     commands(place)["predict"](tmp_path / "out")
-    write, written = predict.write_prediction, []
+    write, written = predict.write_views, []
 
     def stop(folder, name, *rest, **options):
         if len(written) == 2:
@@ -111,7 +111,7 @@ def test_an_interrupted_prediction_leaves_whole_files_and_nothing_that_looks_fin
         written.append(name)
         write(folder, name, *rest, **options)
 
-    monkeypatch.setattr(predict, "write_prediction", stop)
+    monkeypatch.setattr(predict, "write_views", stop)
     with pytest.raises(KeyboardInterrupt):
         commands(place)["predict"](tmp_path / "out")
     assert not (tmp_path / "out" / "scores.json").exists()

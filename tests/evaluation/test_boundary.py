@@ -6,6 +6,7 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
+from fsr_fast.evaluation import boundary
 from fsr_fast.evaluation.boundary import band_width, boundary_counts, boundary_iou, contour_band
 
 
@@ -38,7 +39,9 @@ def test_the_band_is_two_percent_of_the_diagonal_wide():
     assert band_width(3, 4) == 1
 
 
-def test_counts_are_those_of_the_masks_of_each_class():
+@pytest.mark.parametrize("pixels", [1, 2**22])
+def test_counts_are_those_of_the_masks_of_each_class_whatever_the_parts(monkeypatch, pixels):
+    monkeypatch.setattr(boundary, "PIXELS", pixels)
     truth, prediction = blobs(1), blobs(1).roll((1, 2), (0, 1))
     truth[:, :9] = 255
     counts = boundary_counts(prediction, truth, 4)

@@ -1,0 +1,82 @@
+"""Label maps that are written as their rows become known: PNG where they are small, tiled TIFF where they are large."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tifffile
+from PIL import Image
+
+from fsr_fast.dataloading.palette import voc_palette
+from fsr_fast.runtime.files import atomic_path, write_png
+
+LARGE_PIXELS = 2**24
+"""Maps of more pixels, 4,096 by 4,096, are TIFF."""
+TILE = 256
+BIG_TIFF = 2**31
+"""Bytes beyond which a TIFF counts in 64 bits."""
+
+
+def write_rows(
+    place: Path, size: tuple[int, int], bands: Iterable[np.ndarray], *, colours: bool, tags: Sequence[Any] = ()
+) -> Path:
+    """Write a map of labels, or of another quantity of 8 bits, whole or not at all.
+
+    Args:
+        place: path of the file, without its ending.
+        size: height and width.
+        bands: (h, W) uint8, from the top to the bottom, of any heights; drawn as they are written.
+        colours: with VOC's palette, else greyscale.
+        tags: further tags of a TIFF, as `extratags` of tifffile.
+
+    Returns:
+        The file: NAME.png, or NAME.tif where the map has more than `LARGE_PIXELS` pixels: in compressed tiles of 256
+        pixels, which programs for large pictures read by region.
+    """
+    height, width = size
+    if height * width <= LARGE_PIXELS:
+        picture = Image.fromarray(np.concatenate(list(bands)))
+        if colours:
+            picture.putpalette(voc_palette().tobytes())
+        return write_png(place.with_name(f"{place.name}.png"), picture)
+    path = place.with_name(f"{place.name}.tif")
+    with atomic_path(path, sync=False) as partial:
+        tifffile.imwrite(
+            partial,
+            _tiles(bands, width),
+            shape=size,
+            dtype=np.uint8,
+            tile=(TILE, TILE),
+            photometric="palette" if colours else "minisblack",
+            colormap=voc_palette().T.astype(np.uint16) * 257 if colours else None,
+            compression="zlib",
+            metadata=None,
+            extratags=tags,
+            bigtiff=height * width > BIG_TIFF,
+        )
+    return path
+
+
+def _tiles(bands: Iterable[np.ndarray], width: int) -> Iterator[np.ndarray]:
+    """Cut bands into tiles, row by row of tiles; those at the edges are filled up by 0."""
+    for band in _of_height(bands, TILE):
+        padded = np.pad(band, ((0, TILE - len(band)), (0, -width % TILE)))
+        yield from (np.ascontiguousarray(padded[:, left : left + TILE]) for left in range(0, width, TILE))
+
+
+def _of_height(bands: Iterable[np.ndarray], height: int) -> Iterator[np.ndarray]:
+    held: list[np.ndarray] = []
+    count = 0
+    for band in bands:
+        held.append(band)
+        count += len(band)
+        if count >= height:
+            joined = np.concatenate(held)
+            whole = count // height * height
+            yield from (joined[top : top + height] for top in range(0, whole, height))
+            held, count = [joined[whole:]], count - whole
+    if count:
+        yield np.concatenate(held)
