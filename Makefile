@@ -2,6 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
+# with it every process that a test starts would compile all of torch's modules anew
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: train seeds test test-full test-cpus interpret gpu lint types docs bench clean
 
 train: .venv/runtime

@@ -1,5 +1,6 @@
 """Options that change how the step is computed, and not what."""
 
+import os
 from unittest import mock
 
 import pytest
@@ -64,6 +65,8 @@ def test_a_teacher_of_its_own_is_compiled_too():
 @pytest.fixture
 def graphs(monkeypatch) -> list[torch.fx.GraphModule]:
     """What is compiled, in place of compiling it."""
+    if "FSR_ROUNDING" in os.environ:
+        pytest.skip("nothing is compiled while operations are intercepted")
     found: list[torch.fx.GraphModule] = []
     compile_with = torch.compile
 

@@ -35,7 +35,7 @@ def shard_step(step: nn.Module, process: Process, amp: str) -> None:
         return
     mesh = init_device_mesh(process.device.type, (process.world_size,))
     half = torch.bfloat16 if uses_half(process.device, amp) else None
-    policy = MixedPrecisionPolicy(half, torch.float32, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(half, half and torch.float32, cast_forward_inputs=False)
     for name, layer in step.named_modules():
         if isinstance(layer, nn.Linear) and ".encoder.blocks." in name:
             fully_shard(layer, mesh=mesh, mp_policy=policy)
