@@ -14,13 +14,17 @@ from torch import Tensor
 
 from fsr_fast.errors import UserError
 
-SIDE, PATCH, WIDTH, DEPTH, PROTOTYPES, CLASSES = 128, 16, 64, 4, 64, 20
+BATCH, SIDE, PATCH, WIDTH, DEPTH, PROTOTYPES, CLASSES = 2, 128, 16, 64, 4, 64, 20
 UNUSED = ("imageio", "sklearn", "sklearn.metrics", "texttable", "matplotlib.pyplot", "cv2", "joblib", "tqdm")
 
 
 @contextlib.contextmanager
-def precise() -> Iterator[None]:
-    """Compute in float64 throughout: ours widens half precision by `.float()`, which would narrow it."""
+def float64() -> Iterator[None]:
+    """Compute in float64 throughout, where a difference of 1e-9 tells a rounding error from a mistake.
+
+    The fast path widens half precision by `.float()`, which would narrow float64, and divides whole numbers, which
+    gives the default dtype.
+    """
     widen = Tensor.float
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
@@ -111,3 +115,16 @@ def build_official(code: SimpleNamespace) -> Any:
             if not name.endswith("weight_g"):
                 parameter.add_(0.05 * torch.randn_like(parameter))
     return network
+
+
+def image_labels() -> Tensor:
+    """Return labels (B, C): one class, then two."""
+    labels = torch.zeros(BATCH, CLASSES)
+    labels[0, 3] = labels[1, 7] = labels[1, 11] = 1
+    return labels
+
+
+def relative(ours: Tensor, theirs: Tensor) -> float:
+    """Return the largest difference, relative to the largest value."""
+    ours, theirs = ours.detach().double(), theirs.detach().double().view(ours.shape)
+    return ((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-30)).item()

@@ -223,10 +223,10 @@ def _line(case: str, row: dict[str, Any]) -> str:
     return text
 
 
-def present_commit() -> str:
-    """Return the commit that is checked out."""
+def present_commit(folder: Path = RESULTS.parent) -> str:
+    """Return the commit that is checked out in a folder; empty where it is not under git."""
     command = ["git", "rev-parse", "HEAD"]
-    return subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True, check=True).stdout.strip()
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def device_name(device: torch.device) -> str:

@@ -1,6 +1,6 @@
 """The official code beside ours, from your own clone: `python -m bench.official --path CLONE`.
 
-Network and operations of the clone run in this process, as they stand, on a CPU and in float64. Nothing
+Network, operations and training loop of the clone run in this process, as they stand, on a CPU and in float64. Nothing
 of them is kept. What they ask for and do not use here (a GPU, data sets, downloads, libraries for pictures and tables)
 is stood in for; where the extension for the dense energy is not built, its lattice is, by exact Gaussians.
 """
@@ -8,7 +8,7 @@ is stood in for; where the extension for the dense energy is not built, its latt
 import argparse
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,19 +19,18 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from bench.clone import CLASSES, PATCH, SIDE, build_official, official_code, precise
+from bench.clone import BATCH, CLASSES, PATCH, SIDE, build_official, float64, image_labels, official_code, relative
+from bench.harness import present_commit, record
+from bench.official_loop import compare_loops, read_recipe
 from fsr_fast import reference
 from fsr_fast.cli import run_command
-from fsr_fast.config import CONFIG_FOLDER, Config, build_config, read_yaml
+from fsr_fast.errors import UserError
 from fsr_fast.kernels import MergedCams
 from fsr_fast.method.cam import merge_passes, merged_labels, multi_scale_passes, resize_images
 from fsr_fast.method.losses import affinity_loss, energy_loss, segmentation_loss
 from fsr_fast.method.pseudo_labels import generate_pseudo_labels, half_size
 from fsr_fast.models import Network, load_network
-from fsr_fast.models.official import official_sizes
 
-BATCH, STARTS = 2, 2
-"""Images, and the iteration from which L_seg and the energy count."""
 SCALES = (1.0, 0.5, 1.5)
 
 
@@ -40,25 +39,34 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.official", description=__doc__.partition("\n")[0])
     parser.add_argument("--path", type=Path, required=True, help="clone of the official code")
     parser.add_argument("--pictures", type=Path, nargs=2 * BATCH, help=f"{2 * BATCH} pictures; else coloured noise")
+    parser.add_argument("--iterations", type=int, default=12, help="of the training loop; 12 take about a minute")
     parser.add_argument("--json", type=Path, help="file that takes the differences, too")
     options = parser.parse_args(arguments)
-    with precise(), official_code(options.path) as (code, lattice):
-        differences = compare(code, draw_views(options.pictures))
+    if options.iterations < 1:
+        raise UserError(f"--iterations: {options.iterations}; expected 1 or more")
+    with float64(), official_code(options.path) as (code, lattice):
+        differences = compare(code, draw_views(options.pictures), options.iterations)
     energy = "the clone's lattice" if lattice else "exact Gaussians in place of the lattice"
     print(f"Largest difference, relative to the largest value; energy: {energy}\n\n| what | difference |\n|---|---:|")
     print("\n".join(f"| {name} | {value:.1e} |" for name, value in differences.items()))
+    content = {"energy": energy, "iterations": options.iterations, "differences": differences}
     if options.json:
-        options.json.write_text(json.dumps({"energy": energy, "differences": differences}, indent=2) + "\n")
+        options.json.write_text(json.dumps(content, indent=2) + "\n")
+    pictures = "photographs" if options.pictures else "coloured noise"
+    setting = {"official_commit": present_commit(options.path), "pictures": pictures}
+    record("official", torch.device("cpu"), {**setting, **content})
 
 
-def compare(code: SimpleNamespace, views: tuple[Tensor, Tensor]) -> dict[str, float]:
+def compare(code: SimpleNamespace, views: tuple[Tensor, Tensor], iterations: int) -> dict[str, float]:
     """Return the largest relative difference of every quantity, by its name."""
     torch.manual_seed(0)
-    student = build_official(code)
+    student, teacher = build_official(code), build_official(code)
     ours = to_ours(student)
     differences = {f"network: {name}": value for name, value in compare_networks(code, student, ours, views[0]).items()}
     differences |= {f"operation: {name}": relative(*pair) for name, pair in operations(code, student, ours, views)}
-    return differences
+    teacher.load_state_dict(student.state_dict())
+    loops = compare_loops(code, student, teacher, views, iterations)
+    return differences | {f"loop: {name}": value for name, value in loops.items()}
 
 
 # --- the two sides
@@ -71,10 +79,18 @@ def to_ours(network: Any) -> Network:
         return load_network(Path(folder) / "student.pth").double()
 
 
+def read_picture(file: Path) -> np.ndarray[Any, Any]:
+    """Return a picture (SIDE, SIDE, 3), uint8."""
+    try:
+        return np.asarray(Image.open(file).convert("RGB").resize((SIDE, SIDE)))
+    except OSError as error:
+        raise UserError(f"--pictures: {file} cannot be read: {error}; give JPEG or PNG files") from None
+
+
 def draw_views(pictures: list[Path] | None) -> tuple[Tensor, Tensor]:
     """Return two normalised views (B, 3, H, W) of pictures, or of coloured noise."""
     if pictures:
-        images = [np.asarray(Image.open(file).convert("RGB").resize((SIDE, SIDE))) for file in pictures]
+        images = [read_picture(file) for file in pictures]
         levels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).double() / 255
     else:
         noise = torch.rand(2 * BATCH, 3, 7, 7, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -83,19 +99,6 @@ def draw_views(pictures: list[Path] | None) -> tuple[Tensor, Tensor]:
     # half a grey level away from whole ones, where the last bit would decide
     first, second = (((levels * 255).floor() + 0.5) / 255 - mean).div(std).chunk(2)
     return first, second
-
-
-def image_labels() -> Tensor:
-    """Return labels (B, C): one class, then two."""
-    labels = torch.zeros(BATCH, CLASSES)
-    labels[0, 3] = labels[1, 7] = labels[1, 11] = 1
-    return labels
-
-
-def relative(ours: Tensor, theirs: Tensor) -> float:
-    """Return the largest difference, relative to the largest value."""
-    ours, theirs = ours.detach().double(), theirs.detach().double().view(ours.shape)
-    return ((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-30)).item()
 
 
 # --- network and operations
@@ -145,7 +148,7 @@ def operations(
         classes, live = reference.present_classes(labels, max_classes=2)
         index = classes[:, :, None, None].expand(-1, -1, *half_size(size))
         values = resize_images(cam, half_size(size)).gather(1, index) * live[:, :, None, None]
-        recipe = read_recipe(ours)
+        recipe = read_recipe(ours.state_dict())
         found_labels = generate_pseudo_labels(
             ours.denormalise(views[0]), MergedCams(values, classes, live), recipe.pseudo_label
         )
@@ -203,23 +206,6 @@ def with_gradient(
     assert their.grad is not None
     yield name, losses
     yield f"{name}, gradient", (mine.grad, their.grad)
-
-
-def read_recipe(network: Network) -> Config:
-    """Return the official recipe for a network read from an official checkpoint."""
-    values = read_yaml(CONFIG_FOLDER / "voc_official.yaml")
-    sizes = official_sizes(network.state_dict(), "the clone").model.model_dump(mode="json")
-    changes: Mapping[str, dict[str, Any]] = {
-        "model": {**sizes, "stochastic_depth": 0.0},
-        "data": {"image_size": SIDE, "dataset": "synthetic", "root": None},
-        "mask": {"block": 2},
-        "loss": {"segmentation_start": STARTS, "energy": 0.05},  # both sides sum exactly the same
-        "optim": {"iterations": 1, "warmup": 0, "batch_size": BATCH},
-        "run": {"device": "cpu", "amp": "off"},
-    }
-    for section, content in changes.items():
-        values[section] = values.get(section, {}) | content
-    return build_config(values, "voc_official")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from bench.harness import RESULTS
+from bench.seeds import KINDS
 
 ROOT = RESULTS.parent.parent
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "evidence.md")
@@ -154,7 +155,7 @@ def tabulate_seeds(records: list[Cases]) -> str:
     lines = ["| seed | pseudo | worst class | seg | worst class |", "|---|---|---|---|---|"]
     for cases in records:
         runs = sorted(cases.values(), key=lambda content: content["seed"])
-        rows = [[_with_worst(content[kind]) for kind in ("pseudo", "seg")] for content in runs]
+        rows = [[_with_worst(content[kind]) for kind in KINDS] for content in runs]
         for content, row in zip(runs, rows, strict=True):
             cells = [cell for mean, name, worst in row for cell in (f"{mean:.1f}", f"{name} {worst:.1f}")]
             lines.append(f"| {content['seed']} | {' | '.join(cells)} |")
@@ -164,6 +165,51 @@ def tabulate_seeds(records: list[Cases]) -> str:
             summary += [f"**{statistics.fmean(row[0] for row in kind):.1f}**", f"**{name} {worst:.1f}**"]
         lines.append(f"| **mean, worst of all** | {' | '.join(summary)} |")
     return "\n".join(lines)
+
+
+def tabulate_official(records: list[Cases], whole: bool) -> str:
+    """Return the table of the differences from the official code: all of them, or the largest of each kind."""
+    lines = ["| what | largest difference |", "|---|---:|"]
+    for cases in records:
+        for content in cases.values():
+            rows: dict[str, float] = {}
+            for name, value in content["differences"].items():
+                kind = name if whole else _kind_of_difference(name, content["iterations"])
+                rows[kind] = max(value, rows.get(kind, 0.0))
+            lines += [f"| {name} | {value:.1e} |" for name, value in rows.items()]
+    return "\n".join(lines)
+
+
+def _kind_of_difference(name: str, iterations: int) -> str:
+    part, _, rest = name.partition(": ")
+    if part == "loop":
+        part = f"{iterations} iterations"
+        rest = "losses" if rest.startswith("loss ") and "energy" not in rest else rest.removeprefix("loss ")
+        return f"{part}: {rest}"
+    energy = "dense energy and its gradient" if "energy" in rest else ""
+    return f"{part}: {energy}" if energy else {"network": "network: all outputs", "operation": "operations"}[part]
+
+
+def tabulate_depth(shared: list[Cases], never: list[Cases]) -> str:
+    """Return the table of the demonstration with its own `teacher.stochastic_depth`, `shared`, and with `never`."""
+    scores = {
+        name: {content["seed"]: content for cases in records for content in cases.values()}
+        for name, records in (("shared", shared), ("never", never))
+    }
+    seeds = sorted(set(scores["shared"]) & set(scores["never"]))
+    lines = [f"| mIoU of seeds {', '.join(map(str, seeds))} | pseudo | seg |", "|---|---|---|"]
+    runs = {name: [[known[seed][kind]["mean"] for seed in seeds] for kind in KINDS] for name, known in scores.items()}
+    for name, kinds in runs.items():
+        lines.append(f"| `{name}` | {' | '.join(_spread(values) for values in kinds)} |")
+    pairs = ([own - other for own, other in zip(*kinds, strict=True)] for kinds in zip(*runs.values(), strict=True))
+    lines.append(f"| `shared` - `never`, seed by seed | {' | '.join(_spread(values, '+.1f') for values in pairs)} |")
+    return "\n".join(lines)
+
+
+def _spread(values: list[float], form: str = ".1f") -> str:
+    """Return values, their mean and their standard deviation."""
+    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{', '.join(format(value, form) for value in values)}: {format(statistics.fmean(values), form)}{deviation}"
 
 
 def _with_worst(scores: dict[str, Any]) -> tuple[float, str, float]:
@@ -179,6 +225,9 @@ def tabulate(results: Path) -> dict[str, str]:
         "kernels": tabulate_kernels(results),
         "data": tabulate_data(read_cases(results, "data")),
         "seeds": tabulate_seeds(read_cases(results, "seeds")),
+        "official": tabulate_official(read_cases(results, "official"), whole=False),
+        "official in full": tabulate_official(read_cases(results, "official"), whole=True),
+        "depth": tabulate_depth(read_cases(results, "seeds"), read_cases(results, "depth")),
         "rehearsal": tabulate_rehearsal(read_cases(results, "rehearsal")),
     }
 

@@ -52,6 +52,7 @@ def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.seeds", description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--output", type=Path, default=Path("runs/seeds"), help="folder of the runs")
+    parser.add_argument("--name", default="seeds", help="of the JSON file, where other options are measured")
     options, recipe = parser.parse_known_args(arguments)
     for seed in options.seeds:
         scores = run_seed(seed, options.output, recipe)
@@ -61,7 +62,8 @@ def main(arguments: Sequence[str]) -> None:
             + ", ".join(f"{k} {scores[k]['mean']:.1f} (worst {worst[k][0]} {worst[k][1]:.1f})" for k in KINDS)
         )
         setting = {"threads": torch.get_num_threads(), "capability": torch.backends.cpu.get_cpu_capability()}
-        record(f"seeds {seed}", torch.device("cpu"), {"seed": seed, "options": list(recipe), **setting, **scores})
+        content = {"seed": seed, "options": list(recipe), **setting, **scores}
+        record(f"{options.name} {seed}", torch.device("cpu"), content)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ import yaml
 from PIL import Image
 from torch import Tensor
 
+from bench import clone
 from fsr_fast.config import Config, build_config
 from fsr_fast.method.step import FSRStep
 from fsr_fast.models import Network, build_network
@@ -151,22 +153,12 @@ def generator(seed: int = 0) -> torch.Generator:
 
 @contextmanager
 def float64() -> Iterator[None]:
-    """Compute in float64 throughout, where a difference of 1e-9 tells a rounding error from a mistake.
-
-    The fast path widens half precision by `.float()`, which would narrow float64, and divides whole numbers, which
-    gives the default dtype. Batches of the trainer are widened; evaluations are not.
-    """
-    widen, iterate, before = Tensor.float, Trainer._iterate, torch.get_default_dtype()
+    """Compute in float64 throughout, batches of the trainer included; its evaluations are not."""
+    iterate = Trainer._iterate
 
     def iterate_wide(trainer, forward, batch):
         views = tuple(view.double() for view in batch.views)
         return iterate(trainer, forward, dataclasses.replace(batch, views=views))
 
-    Tensor.float = lambda tensor: tensor if tensor.dtype == torch.float64 else widen(tensor)
-    Trainer._iterate = iterate_wide
-    torch.set_default_dtype(torch.float64)
-    try:
+    with mock.patch.object(Trainer, "_iterate", iterate_wide), clone.float64():
         yield
-    finally:
-        Tensor.float, Trainer._iterate = widen, iterate
-        torch.set_default_dtype(before)

@@ -43,3 +43,11 @@ def test_what_is_recorded_names_the_commit_that_trained(tmp_path, trained, monke
     seeds.main(["--seeds", "4", "--output", str(tmp_path)])
     content = recorded["seeds 4"]
     assert (content["seed"], content["commit"], content["seg"]["classes"]["pogo"]) == (4, "abc", 51.0)
+
+
+def test_other_options_are_recorded_under_a_name_of_their_own(tmp_path, trained, monkeypatch):
+    recorded = {}
+    monkeypatch.setattr(seeds, "record", lambda case, device, content: recorded.update({case: content}))
+    seeds.main(["--seeds", "4", "--output", str(tmp_path), "--name", "depth", "--teacher.stochastic_depth", "never"])
+    assert list(recorded) == ["depth 4"]
+    assert recorded["depth 4"]["options"] == ["--teacher.stochastic_depth", "never"]
