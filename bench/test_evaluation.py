@@ -117,10 +117,9 @@ def plain_crf(picture: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
 
 def plain_loop(network: Network, dataset: SegmentationDataset, indices: Sequence[int], device: torch.device) -> None:
     matrices = [ConfusionMatrix(len(network.classes)) for _ in range(3)]
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (network.mean, network.std))
     for index in indices:
         picture = np.asarray(dataset.image(index))
-        image = (torch.tensor(picture).permute(2, 0, 1) / 255 - mean) / std
+        image = network.normalise(torch.tensor(picture).permute(2, 0, 1))
         labels = torch.from_numpy(dataset.labels[index])[None].to(device)
         cam, logits = plain_passes(network, image[None].to(device), labels)
         refined = plain_crf(picture, logits[0].softmax(0).cpu().numpy())

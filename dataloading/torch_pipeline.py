@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from fsr_fast.config import AugmentConfig, DataConfig
 from fsr_fast.dataloading.augment import apply_view, build_erasing, build_policy, draw_view_at
 from fsr_fast.dataloading.batch import Batch, TrainSource
 from fsr_fast.dataloading.images import read_image
+from fsr_fast.dataloading.pixels import normalise
 from fsr_fast.dataloading.stream import Positions, Stream, StreamLoader, read_ahead
 from fsr_fast.errors import UserError
 
@@ -80,7 +80,7 @@ class _Views(Dataset[Any]):
     ) -> None:
         self.stream, self.augment, self.size, self.max_pixels = stream, augment, data.image_size, data.max_pixels
         self.policy, self.erase = build_policy(augment, data.image_size, mean), build_erasing(augment)
-        self.normalise = _Normalise(mean, std)
+        self.mean, self.std = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
         self.cache: dict[int, _Decoded] = {}
         self.cache_bytes = self.cache_room = CACHE_BYTES // max(data.workers, 1)
 
@@ -105,7 +105,8 @@ class _Views(Dataset[Any]):
                 view = draw_view_at(self.stream.seed, position, number, self.augment, image.height, image.width)
                 pixels[number, item] = np.asarray(apply_view(image, view, self.size, self.policy))
                 seeds[number, item] = view.seed
-        views = tuple(self.normalise(part) for part in pixels)
+        planes = torch.from_numpy(pixels).permute(0, 1, 4, 2, 3).contiguous()  # (V, B, 3, H, W)
+        views = tuple(normalise(view, self.mean, self.std) for view in planes)
         if self.erase is not None:
             for number, item in np.ndindex(*seeds.shape):
                 self.erase(views[number][item], int(seeds[number, item]) + 1)
@@ -127,15 +128,3 @@ class _Views(Dataset[Any]):
 class _Decoded(NamedTuple):
     image: Image.Image
     labels: NDArray[np.float32]
-
-
-class _Normalise:
-    """(B, H, W, 3) uint8 → (B, 3, H, W) float32, (value / 255 − mean) / std."""
-
-    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        self.factor = 1 / (255 * torch.tensor(std).view(3, 1, 1))
-        self.shift = -torch.tensor(mean).view(3, 1, 1) / torch.tensor(std).view(3, 1, 1)
-
-    def __call__(self, pixels: NDArray[np.uint8]) -> Tensor:
-        values = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
-        return values.mul_(self.factor).add_(self.shift)

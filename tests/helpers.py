@@ -146,6 +146,12 @@ def labels(batch: int = 2) -> Tensor:
     return torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 1.0]]).repeat((batch + 1) // 2, 1)[:batch]
 
 
+def normalised(pixels: np.ndarray | Tensor, network: Network) -> Tensor:
+    """Return grey levels (..., 3, H, W) of 0…255 as the network reads them: the formula, in float64 until the end."""
+    mean, std = (torch.tensor(values, dtype=torch.float64).view(3, 1, 1) for values in (network.mean, network.std))
+    return ((torch.as_tensor(pixels).double() / 255 - mean) / std).float()
+
+
 def generator(seed: int = 0) -> torch.Generator:
     """Return a seeded generator."""
     return torch.Generator().manual_seed(seed)

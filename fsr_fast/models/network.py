@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fsr_fast.config import ModelConfig
+from fsr_fast.dataloading.pixels import normalise
 from fsr_fast.models.decoder import Decoder
 from fsr_fast.models.encoder import Encoder
 from fsr_fast.models.projector import Projector
@@ -76,8 +77,7 @@ class Network(nn.Module):
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """Bring grey levels (…, 3, H, W) of 0…255, of any dtype, to the network's device and range: float32."""
-        mean, std = self.exact_mean.float(), self.exact_std.float()
-        return pixels.to(mean.device).float() * (1 / (255 * std)) - mean / std
+        return normalise(pixels.to(self.exact_mean.device), self.exact_mean.float(), self.exact_std.float())
 
     def grey_levels(self, images: Tensor) -> Tensor:
         """Undo the normalisation.

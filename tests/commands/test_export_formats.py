@@ -118,8 +118,7 @@ def test_the_onnx_file_says_its_classes(onnx_file):
 @pytest.mark.parametrize("height", [32, 48])
 def test_the_portable_network_is_one_scale_of_the_inference(network, height):
     images = pictures(2, height, 40)
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (network.mean, network.std))
-    inference = infer(network, (images - mean) / std, scales=(1.0,), flip=False)
+    inference = infer(network, helpers.normalised(255 * images, network), scales=(1.0,), flip=False)
     segmentation, scores, cams = portable.PortableNetwork(network)(images)
     torch.testing.assert_close(segmentation, inference.seg_logits, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(scores, inference.class_logits.sigmoid())

@@ -59,8 +59,7 @@ def read(path: Path) -> np.ndarray:
 def expected(root: Path, number: int, **options):
     config = build_config(helpers.values(root=root), "the test")
     images, _ = build_datasets(config.data)
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (NETWORK.mean, NETWORK.std))
-    image = (torch.from_numpy(np.array(images.image(number))).permute(2, 0, 1) / 255 - mean) / std
+    image = helpers.normalised(np.array(images.image(number)).transpose(2, 0, 1), NETWORK)
     return infer(NETWORK, image[None], torch.from_numpy(images.labels[number])[None], scales=(1.0,), **options)
 
 

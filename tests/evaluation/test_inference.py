@@ -122,9 +122,7 @@ def test_a_picture_is_segmented_in_three_lines(tmp_path):
 def test_a_picture_is_normalised_as_in_training(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)
     prediction = segment(NETWORK, Image.fromarray(pixels))
-    scaled = torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (NETWORK.mean, NETWORK.std))
-    expected = infer(NETWORK, ((scaled - mean) / std)[None])
+    expected = infer(NETWORK, helpers.normalised(pixels.transpose(2, 0, 1), NETWORK)[None])
     assert torch.allclose(torch.from_numpy(prediction.probabilities), expected.seg_logits[0].softmax(0), atol=1e-5)
 
 
@@ -181,8 +179,7 @@ def test_pseudo_labels_are_the_cam_of_the_true_classes_above_the_threshold(tmp_p
     config = build_config(helpers.values(root=root), "the test")
     _, dataset = build_datasets(config.data)
     (example,) = evaluate(root, {"evaluate": {"threshold": 0.3}}, examples=1).examples
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (NETWORK.mean, NETWORK.std))
-    image = (torch.from_numpy(example.image.copy()).permute(2, 0, 1) / 255 - mean) / std
+    image = helpers.normalised(example.image.transpose(2, 0, 1).copy(), NETWORK)
     result = infer(NETWORK, image[None], torch.from_numpy(dataset.labels[:1]), cam_scales=config.cam.scales)
     value, slot = result.cams.values[0].max(0)
     expected = torch.where(value > 0.3, result.cams.classes[0][slot] + 1, 0)

@@ -47,11 +47,10 @@ def test_the_classifier_of_a_network_is_scored_on_pictures_without_masks(tmp_pat
     assert scores["images"] == len(train)
     assert network.training
     network.eval()
-    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (network.mean, network.std))
     logits = []
     for index in range(len(train)):
-        pixels = torch.from_numpy(np.array(train.image(index))).permute(2, 0, 1)[None].float() / 255
-        logits.append(infer(network, (pixels - mean) / std).class_logits[0].numpy())
+        image = helpers.normalised(np.array(train.image(index)).transpose(2, 0, 1), network)
+        logits.append(infer(network, image[None]).class_logits[0].numpy())
     expected = label_scores(np.array(logits), train.labels, network.classes)
     assert scores["mean_ap"] == pytest.approx(expected["mean_ap"], rel=1e-6)
 

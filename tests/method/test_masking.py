@@ -1,8 +1,12 @@
+import math
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import ndimage
 
 from fsr_fast import reference
 from fsr_fast.config import MaskConfig
@@ -205,6 +209,33 @@ def test_a_weak_line_is_an_edge_only_where_a_strong_one_continues_it():
     assert not edges_of(picture_of(weak)).any()
     assert not find_edges(picture_of(fading), MaskConfig(edge_low=99.9))[0, 16:].any()
     assert edges_of(picture_of(fading))[0].any(1).all()
+
+
+def canny_of(grey: np.ndarray, sigma: float, low: float, high: float) -> np.ndarray:
+    """Canny's detector from its description: smooth, differentiate, keep the ridges, grow them from strong pixels."""
+    smooth = ndimage.gaussian_filter(grey, sigma, mode="mirror", radius=math.ceil(2 * sigma))
+    down, right = (ndimage.sobel(smooth, axis=axis, mode="nearest") for axis in (0, 1))
+    slope = np.hypot(right, down)
+    angle = np.round(np.arctan2(down, right) / (np.pi / 4)) * (np.pi / 4)
+    rows, columns = np.indices(grey.shape) + 1
+    y, x = (np.round(part).astype(int) for part in (np.sin(angle), np.cos(angle)))
+    padded = np.pad(slope, 1)
+    ridge = (slope > padded[rows + y, columns + x]) & (slope > padded[rows - y, columns - x])
+    lines, _ = ndimage.label(ridge & (slope > low), np.ones((3, 3)))
+    return np.isin(lines, np.unique(lines[ridge & (slope > high)]))
+
+
+@pytest.mark.parametrize("settings", [(1.4, 40.0, 100.0), (0.8, 60.0, 150.0), (1.0, 20.0, 25.0)])
+def test_edges_are_those_of_canny_s_description(settings):
+    sigma, low, high = settings
+    recipe = MaskConfig(edge_sigma=sigma, edge_low=low, edge_high=high)
+    with helpers.float64():
+        pictures = 255 * torch.rand(4, 3, 5, 6, generator=helpers.generator(7))
+        pictures = F.interpolate(pictures, size=(40, 48), mode="bicubic")
+        found = find_edges(pictures, recipe).numpy()
+    expected = np.stack([canny_of(picture, sigma, low, high) for picture in pictures.mean(1).numpy()])
+    assert expected.any()
+    assert np.array_equal(found, expected)
 
 
 def test_only_patches_that_hold_an_edge_are_masked():

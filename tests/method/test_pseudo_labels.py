@@ -8,20 +8,12 @@ from fsr_fast.kernels import MergedCams
 from fsr_fast.method.pseudo_labels import generate_pseudo_labels, half_size
 from tests import helpers
 
-MEAN, DEVIATION = (
-    torch.tensor(values, dtype=torch.float64) for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
-)
-
 NETWORK = helpers.network(helpers.config({"model": {"normalisation": "imagenet"}}))
-
-
-def normalise(grey: torch.Tensor) -> torch.Tensor:
-    return ((grey.double() / 255 - MEAN.view(3, 1, 1)) / DEVIATION.view(3, 1, 1)).float()
 
 
 def test_denormalised_images_have_whole_grey_levels_rounded_down():
     grey = torch.tensor([0.4, 17.6, 99.99, 254.9]).expand(1, 3, 1, 4)
-    actual = NETWORK.denormalise(normalise(grey))
+    actual = NETWORK.denormalise(helpers.normalised(grey, NETWORK))
     assert actual.tolist() == [[[[0.0, 17.0, 99.0, 254.0]]] * 3]
 
 
@@ -31,7 +23,7 @@ def test_denormalised_images_stay_within_0_and_255():
 
 
 def test_denormalising_is_that_of_the_reference_at_every_grey_level():
-    images = normalise(torch.arange(256.0).expand(1, 3, 1, 256))
+    images = helpers.normalised(torch.arange(256.0).expand(1, 3, 1, 256), NETWORK)
     expected = reference.denormalise_images(images, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
     actual = NETWORK.denormalise(images)
     assert torch.equal(actual, expected)
@@ -40,7 +32,7 @@ def test_denormalising_is_that_of_the_reference_at_every_grey_level():
 
 def test_normalising_8_bit_pixels_is_undone_exactly_but_for_the_rounding_down():
     pixels = torch.arange(256, dtype=torch.uint8).expand(1, 3, 1, 256)
-    torch.testing.assert_close(NETWORK.normalise(pixels), normalise(pixels))
+    torch.testing.assert_close(NETWORK.normalise(pixels), helpers.normalised(pixels, NETWORK))
     assert torch.equal(NETWORK.grey_levels(NETWORK.normalise(pixels)).round(), pixels.float())
 
 
@@ -53,7 +45,7 @@ def test_pseudo_labels_are_those_of_the_reference_from_start_to_end():
     size, half = (24, 32), (12, 16)
     generator = helpers.generator(3)
     shapes = torch.nn.functional.interpolate(torch.rand(2, 3, 3, 4, generator=generator), size=size, mode="bilinear")
-    images = normalise(255 * shapes)
+    images = helpers.normalised(255 * shapes, NETWORK)
     labels = helpers.labels()
     cam = torch.nn.functional.interpolate(1.3 * torch.rand(2, 3, 4, 4, generator=generator), size=size).clamp(max=1)
     expected = reference.generate_pseudo_labels(

@@ -212,12 +212,11 @@ def test_a_start_without_aggregator_takes_the_trunk(file):
 
 
 def test_the_start_sees_pictures_as_its_source_did(file):
-    picture = torch.rand(1, 3, 32, 32, generator=helpers.generator())
+    picture = 255 * torch.rand(1, 3, 32, 32, generator=helpers.generator())
     outputs = []
     for network in (load_network(file), start(file, normalisation="checkpoint").eval()):
-        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (network.mean, network.std))
         with torch.no_grad():
-            outputs.append(network((picture - mean) / std).patch_features)
+            outputs.append(network(helpers.normalised(picture, network)).patch_features)
     assert load_network(file).mean != network.mean
     torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-4)
 
