@@ -227,7 +227,6 @@ def tabulate(results: Path) -> dict[str, str]:
         "seeds": tabulate_seeds(read_cases(results, "seeds")),
         "official": tabulate_official(read_cases(results, "official"), whole=False),
         "official in full": tabulate_official(read_cases(results, "official"), whole=True),
-        "depth": tabulate_depth(read_cases(results, "seeds"), read_cases(results, "depth")),
         "rehearsal": tabulate_rehearsal(read_cases(results, "rehearsal")),
     }
 

@@ -26,9 +26,9 @@ from fsr_fast.dataloading.layout import Files, FolderFiles, Split, check_names, 
 from fsr_fast.dataloading.mask_files import drawn_in_black_and_white
 from fsr_fast.dataloading.names import Names
 from fsr_fast.dataloading.negatives import balance_warnings, keeps_negatives, no_label
-from fsr_fast.dataloading.own import TABLE_ENDINGS, open_own, refuse_background
+from fsr_fast.dataloading.own import open_own, refuse_background
 from fsr_fast.dataloading.shard_reader import open_shards
-from fsr_fast.dataloading.voc import IMAGES, LISTS, PARTS, open_voc
+from fsr_fast.dataloading.voc import LISTS, open_voc
 from fsr_fast.errors import UserError, nearest
 
 SAMPLED = 4  # validation masks that are looked at for what must be inferred
@@ -182,41 +182,6 @@ def _folder(config: DataConfig) -> Path:
             f"data.root: {config.root} is a URL; data.dataset {config.dataset!r} needs a folder, only 'shards' does not"
         )
     return config.root or SYNTHETIC_ROOT
-
-
-def detect_dataset(root: Path) -> str:
-    """Infer from the layout of a folder what `data.dataset` fits it.
-
-    Raises:
-        UserError: the folder is missing, or has none of the layouts.
-    """
-    if not root.is_dir():
-        raise UserError(f"{root} is no folder; give the folder of a data set")
-    if (root / synthetic.MARKER).is_file():
-        return "synthetic"
-    if has_instances(root) and not (root / LISTS).is_dir():
-        return "coco"
-    if (root / IMAGES).is_dir():
-        return "coco" if any((root / IMAGES / part).is_dir() for part in PARTS) else "voc"
-    if (root / "images").is_dir():
-        return "own"
-    raise UserError(
-        f"{root}: none of the layouts that are read; expected {IMAGES} (PASCAL VOC), annotations/instances_*.json "
-        "(MS COCO), or images with train.csv (own pictures)"
-    )
-
-
-def default_lists(root: Path, dataset: str) -> dict[str, str]:
-    """Return the usual lists of a data set, as far as they exist: name by `train` and `val`."""
-    if dataset == "own":
-        files = [path for ending in TABLE_ENDINGS for path in root.glob(f"*{ending}")]
-    elif (root / LISTS).is_dir():
-        files = list((root / LISTS).glob("*.txt"))
-    else:
-        files = list((root / "annotations").glob("instances_*.json"))
-    there = {path.stem.removeprefix("instances_").removesuffix("2014") for path in files}
-    usual = {"train": ("train_aug", "train"), "val": ("val",)}
-    return {part: next(name for name in names if name in there) for part, names in usual.items() if there & set(names)}
 
 
 def open_split(config: DataConfig, *, training: bool, with_masks: bool) -> Split:

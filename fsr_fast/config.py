@@ -14,20 +14,17 @@ from typing import Any, Self, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError, model_validator
 
-from fsr_fast.config_sections import (
-    AugmentConfig,
+from fsr_fast.config_fields import Section
+from fsr_fast.config_method import (
     CamConfig,
-    DataConfig,
-    EvaluateConfig,
     LossConfig,
     MaskConfig,
     ModelConfig,
     OptimConfig,
     PseudoLabelConfig,
-    RunConfig,
-    Section,
     TeacherConfig,
 )
+from fsr_fast.config_sections import AugmentConfig, DataConfig, EvaluateConfig, RunConfig
 from fsr_fast.errors import UserError, nearest
 from fsr_fast.options import Given, Parser, expectation, given
 

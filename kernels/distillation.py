@@ -19,11 +19,9 @@ _TINY = 1e-30
 # --- torch path
 
 
-def _blocks_torch(
-    student, directions, weight, teacher, teacher_directions, centre, teacher_temperature, student_temperature,
-    with_gradient,
-):  # fmt: skip
+def _blocks_torch(sides, weight, teacher_temperature, student_temperature, with_gradient):
     """Loss and gradient of a block of rows from the same logits: nothing is kept and nothing computed twice."""
+    student, directions, teacher, teacher_directions, centre = sides
     wide = weight.dtype
     losses = torch.empty_like(weight)
     largest = weight.abs().amax().clamp(min=_TINY)  # keeps the gradient of a logit inside the range of fp16
@@ -75,13 +73,12 @@ def distillation_rows_op(
 
     Source: Eq. 8, 9.
     """
-    return launch_rows(
-        student, directions, teacher, teacher_directions, centre, teacher_temperature, student_temperature
-    )
+    sides = student, directions, teacher, teacher_directions, centre
+    return launch_rows(sides, teacher_temperature, student_temperature)
 
 
 @distillation_rows_op.register_fake
-def _(student, directions, teacher, teacher_directions, centre, teacher_temperature, student_temperature):
+def _(student, *_):
     M = student.shape[0]
     return student.new_empty(M, dtype=torch.float32), student.new_empty((2, M), dtype=torch.float32)
 
@@ -116,17 +113,8 @@ def distillation_rows_backward_op(
 
     Source: Eq. 8, 9.
     """
-    return launch_rows_backward(
-        gradient,
-        log_sums,
-        student,
-        directions,
-        teacher,
-        teacher_directions,
-        centre,
-        teacher_temperature,
-        student_temperature,
-    )
+    sides = student, directions, teacher, teacher_directions, centre
+    return launch_rows_backward(gradient, log_sums, sides, teacher_temperature, student_temperature)
 
 
 @distillation_rows_backward_op.register_fake
@@ -154,15 +142,13 @@ def distillation_blocks_op(
         Loss (), losses (M,), largest weight (), and the gradients of student (M,E) and directions (K,E) divided by it,
         empty where not wanted. Only the first carries a gradient.
     """
-    return _blocks_torch(
-        student, directions, weight, teacher, teacher_directions, centre, teacher_temperature, student_temperature,
-        with_gradient,
-    )  # fmt: skip
+    sides = student, directions, teacher, teacher_directions, centre
+    return _blocks_torch(sides, weight, teacher_temperature, student_temperature, with_gradient)
 
 
 @distillation_blocks_op.register_fake
-def _(student, directions, weight, teacher, teacher_directions, centre, teacher_temperature, *settings):
-    shapes = (student.shape, directions.shape) if settings[1] else (0, 0)
+def _(student, directions, weight, *others):
+    shapes = (student.shape, directions.shape) if others[-1] else (0, 0)
     scalars = weight.new_empty(()), weight.new_empty(weight.shape), weight.new_empty(())
     return *scalars, student.new_empty(shapes[0]), directions.new_empty(shapes[1], dtype=weight.dtype)
 

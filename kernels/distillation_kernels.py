@@ -4,7 +4,7 @@ The logits of a tile come from two matrix products side by side and live in regi
 over a few tiles with an online softmax of both. Backward: the tiles are computed again.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -149,20 +149,15 @@ def block_sizes(E: int, dtype: torch.dtype) -> dict[str, int]:
 
 
 def launch_rows(
-    student: Tensor,
-    directions: Tensor,
-    teacher: Tensor,
-    teacher_directions: Tensor,
-    centre: Tensor,
-    teacher_temperature: Tensor,
-    student_temperature: float,
+    sides: Sequence[Tensor], teacher_temperature: Tensor, student_temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """Results of ``fsr::distillation_rows``."""
+    """Results of ``fsr::distillation_rows``, whose first five tensors are `sides`."""
+    tensors = [one.contiguous() for one in sides]
+    student, directions = tensors[:2]
     (M, E), K = student.shape, directions.shape[0]
     blocks = block_sizes(E, student.dtype)
     splits = triton.cdiv(K, TILES_PER_PROGRAM * blocks["BLOCK_K"])
     parts = student.new_empty((3, splits, M), dtype=torch.float32)
-    tensors = [x.contiguous() for x in (student, directions, teacher, teacher_directions, centre)]
     with device_guard(student):
         forward_kernel[(triton.cdiv(M, blocks["BLOCK_M"]), splits)](
             *tensors,
@@ -185,20 +180,17 @@ def launch_rows(
 def launch_rows_backward(
     gradient: Tensor,
     log_sums: Tensor,
-    student: Tensor,
-    directions: Tensor,
-    teacher: Tensor,
-    teacher_directions: Tensor,
-    centre: Tensor,
+    sides: Sequence[Tensor],
     teacher_temperature: Tensor,
     student_temperature: float,
 ) -> tuple[Tensor, Tensor]:
-    """Results of ``fsr::distillation_rows_backward``."""
+    """Results of ``fsr::distillation_rows_backward``, whose `sides` are those of :func:`launch_rows`."""
+    tensors = [one.contiguous() for one in sides]
+    student, directions = tensors[:2]
     (M, E), K = student.shape, directions.shape[0]
     blocks = block_sizes(E, student.dtype)
     largest = gradient.abs().amax().clamp(min=_TINY)  # keeps the gradient of a logit inside the range of fp16
     factor = gradient / largest
-    tensors = [x.contiguous() for x in (student, directions, teacher, teacher_directions, centre)]
     student_gradient = student.new_zeros((M, E), dtype=torch.float32)
     directions_gradient = directions.new_empty((K, E))
     step = max(1, _WORKSPACE // (M * blocks["BLOCK_K"])) * blocks["BLOCK_K"]
@@ -210,8 +202,8 @@ def launch_rows_backward(
                 *tensors, teacher_temperature, log_sums, factor, logit_gradient, 1 / student_temperature,
                 first, stop, M, E, **blocks, **LAUNCH,
             )  # fmt: skip
-        student_gradient += logit_gradient @ tensors[1][first:stop]
-        torch.mm(logit_gradient.T, tensors[0], out=directions_gradient[first:stop])
+        student_gradient += logit_gradient @ directions[first:stop]
+        torch.mm(logit_gradient.T, student, out=directions_gradient[first:stop])
     scale = largest / student_temperature
     return (student_gradient * scale).to(student.dtype), directions_gradient.mul_(scale)
 

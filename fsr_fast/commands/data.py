@@ -18,7 +18,8 @@ from fsr_fast.config import DataConfig, build_config
 from fsr_fast.dataloading.check import Report, check_dataset, write_clean_lists
 from fsr_fast.dataloading.class_names import COCO_CLASSES, VOC_CLASSES
 from fsr_fast.dataloading.coco import Instances
-from fsr_fast.dataloading.datasets import default_lists, detect_dataset, open_split
+from fsr_fast.dataloading.datasets import open_split
+from fsr_fast.dataloading.detect import default_lists, detect_dataset
 from fsr_fast.dataloading.findings import KINDS
 from fsr_fast.dataloading.labels import write_csv
 from fsr_fast.dataloading.layout import Split, check_names, list_stem

@@ -18,8 +18,6 @@ class PaperTable(NamedTuple):
 
     title: str
     rows: dict[str, Changes]
-    full_method: str
-    """The row that is the paper's full method."""
     paper: dict[str, dict[str, Score]]
     """What the paper gives for its rows, by kind: on PASCAL VOC val, without CRF."""
 
@@ -62,7 +60,6 @@ TABLES = {
             },
             "full": {"mask": {"strategy": "uncertain", "ratio": 0.4}},
         },
-        "full",
         {
             "edge_strict": _paper(73.3, 71.6),
             "cam_strict": _paper(74.0, 71.8),
@@ -80,7 +77,6 @@ TABLES = {
             "cer_mca": _losses("mca", "uncertain"),
             "both": _losses("mca"),
         },
-        "both",
         {
             "none": _paper(71.1, 67.9),
             "unc": _paper(74.4, 72.5),
@@ -101,7 +97,6 @@ TABLES = {
             "randaugment": _augment(policy="randaugment", jitter=0.0, crop_scale=(0.08, 1.0)),  # the official code's
             "randaugment_jitter": _augment(policy="randaugment"),
         },
-        "none",
         {
             "none": _paper(75.7, 73.6),
             "blur": _paper(75.9, 73.6, (0.05, 0.02)),

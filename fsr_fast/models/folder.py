@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fsr_fast.config import ModelConfig
-from fsr_fast.config_sections import Section
+from fsr_fast.config_fields import Section
 from fsr_fast.errors import UserError
 from fsr_fast.models.network import Network
 

@@ -32,7 +32,6 @@ class Watchdog:
     def __init__(self, seconds: float, process: Process) -> None:
         self._seconds = seconds
         self._name = f"rank {process.rank} of {process.world_size} (host {socket.gethostname()}, process {os.getpid()})"
-        self._watched = threading.get_ident()
         self._paused = False
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)

@@ -201,15 +201,14 @@ def test_a_damaged_summary_is_refused(recipe, trainer, text):
 
 
 @pytest.mark.parametrize("name", ["voc_vit_b", "voc_official", "coco_vit_b", "coco_official", "synthetic"])
-@pytest.mark.parametrize("number", TABLES)
-def test_every_row_is_a_valid_change_of_every_recipe(name, number, tmp_path):
+@pytest.mark.parametrize(("number", "full_method"), [(3, "full"), (4, "both"), (5, "none")])
+def test_every_row_is_a_valid_change_of_every_recipe(name, number, full_method, tmp_path):
     base, _ = load_config(["--config", str(CONFIG_FOLDER / f"{name}.yaml")])
     configs = [row_config(base, changes, tmp_path, 0) for changes in TABLES[number].rows.values()]
     assert len({config.model_dump_json() for config in configs}) == len(configs)
-    full = TABLES[number].rows[TABLES[number].full_method]
     if name == "voc_vit_b":
-        same = row_config(base, full, base.run.output, base.run.seed)
-        assert same == base
+        full = TABLES[number].rows[full_method]
+        assert row_config(base, full, base.run.output, base.run.seed) == base
 
 
 def test_two_real_rows_end_with_their_table(recipe, tmp_path, capsys):

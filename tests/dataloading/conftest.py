@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from fsr_fast.config import DataConfig
+from fsr_fast.dataloading.datasets import SegmentationDataset
 from fsr_fast.dataloading.synthetic import generate
 from tests.dataloading import people
 
@@ -19,6 +20,14 @@ SHOWN = {  # what the images of `folder` show, as mask values
     "five": (2, 4),
     "six": (3, 1),
 }
+
+
+def shown(dataset: SegmentationDataset) -> dict[str, set[str]]:
+    """The classes that each image of a set shows, by its name."""
+    return {
+        name: {dataset.classes[number] for number in np.flatnonzero(row)}
+        for name, row in zip(dataset.ids, dataset.labels, strict=True)
+    }
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from PIL import Image
 
 from fsr_fast.commands.data import main
 from fsr_fast.config import DataConfig
-from fsr_fast.dataloading.datasets import default_lists, detect_dataset
+from fsr_fast.dataloading.detect import default_lists, detect_dataset
 from fsr_fast.dataloading.findings import KINDS
 from fsr_fast.errors import UserError
 from tests.dataloading import people

@@ -10,8 +10,9 @@ from pycocotools.coco import COCO
 
 from fsr_fast.config import CONFIG_FOLDER, DataConfig, load_config
 from fsr_fast.dataloading.class_names import COCO_CLASSES
-from fsr_fast.dataloading.datasets import SegmentationDataset, build_datasets, open_split
+from fsr_fast.dataloading.datasets import build_datasets, open_split
 from fsr_fast.errors import UserError
+from tests.dataloading.conftest import shown
 
 # Official ids: gaps after 11, 25, 28, …; 90 is the eightieth class.
 CATEGORIES = {1: "person", 3: "car", 13: "stop sign", 90: "toothbrush"}
@@ -72,13 +73,6 @@ def config(root: Path, **changes: Any) -> DataConfig:
     return DataConfig.model_validate(
         {"dataset": "coco", "root": root, "train_list": "train", "val_list": "val", **changes}
     )
-
-
-def shown(dataset: SegmentationDataset) -> dict[str, set[str]]:
-    return {
-        name: {dataset.classes[number] for number in np.flatnonzero(row)}
-        for name, row in zip(dataset.ids, dataset.labels, strict=True)
-    }
 
 
 def test_images_with_objects_are_listed_with_the_classes_of_their_objects(coco: Path) -> None:

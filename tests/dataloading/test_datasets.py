@@ -14,18 +14,11 @@ from fsr_fast.config import CONFIG_FOLDER, DataConfig, load_config
 from fsr_fast.dataloading.class_names import COCO_CLASSES, VOC_CLASSES
 from fsr_fast.dataloading.datasets import SegmentationDataset, build_datasets, open_split
 from fsr_fast.errors import UserError
-from tests.dataloading.conftest import CLASSES, SHOWN, write_mask
+from tests.dataloading.conftest import CLASSES, SHOWN, shown, write_mask
 
 
 def config(root: Path, **changes: Any) -> DataConfig:
     return DataConfig.model_validate({"dataset": "voc", "root": root, "classes": CLASSES, **changes})
-
-
-def shown(dataset: SegmentationDataset) -> dict[str, set[str]]:
-    return {
-        name: {dataset.classes[number] for number in np.flatnonzero(row)}
-        for name, row in zip(dataset.ids, dataset.labels, strict=True)
-    }
 
 
 @pytest.mark.parametrize("source", ["xml", "csv", "masks"])

@@ -3,16 +3,16 @@ import shutil
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from fsr_fast.config import CONFIG_FOLDER, DataConfig, load_config
+from fsr_fast.config import CONFIG_FOLDER, load_config
 from fsr_fast.dataloading.datasets import SegmentationDataset, build_datasets
 from fsr_fast.dataloading.names import Names
 from fsr_fast.errors import UserError
+from tests.dataloading.people import config
 
 SHOWN = {"one.jpg": ["red ant"], "deep er/zwei ä.png": ["bee", "red ant"], "three.JPG": ["bee"], "four": ["bee"]}
 
@@ -39,12 +39,6 @@ def own(tmp_path: Path) -> Path:
     write_table(root / "train.csv", {name: labels for name, labels in SHOWN.items() if name != "four"})
     write_table(root / "val.csv", {"four": ["bee"]})
     return root
-
-
-def config(root: Path, **changes: Any) -> DataConfig:
-    return DataConfig.model_validate(
-        {"dataset": "own", "root": root, "train_list": "train", "val_list": "val", **changes}
-    )
 
 
 def shown(dataset: SegmentationDataset) -> dict[str, list[str]]:

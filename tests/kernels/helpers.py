@@ -57,3 +57,8 @@ def gradients(outputs: Tensor | Sequence[Tensor], inputs: Iterable[Tensor], seed
     generator = torch.Generator().manual_seed(seed)
     weights = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o) for o in outputs]
     return torch.autograd.grad(outputs, list(inputs), grad_outputs=weights)
+
+
+def converted(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Leaves of another dtype, by the same names."""
+    return {name: leaf(tensor.to(dtype)) for name, tensor in tensors.items()}

@@ -12,7 +12,14 @@ from fsr_fast.kernels.cross_attention import (
     masked_cross_attention,
 )
 from fsr_fast.reference.attention import masked_cross_attention as reference
-from tests.kernels.helpers import assert_close, assert_low_precision, compile_backend, gradients, leaf, permuted
+from tests.kernels.helpers import (
+    assert_close,
+    assert_low_precision,
+    compile_backend,
+    converted,
+    gradients,
+    permuted,
+)
 
 MODES = ("exclude", "multiply", "none")
 SHAPES = ((2, 37, 24, 3), (1, 5, 48, 2), (3, 70, 40, 5))  # B, N, D, heads
@@ -36,10 +43,6 @@ def arguments(
     mask = torch.rand(B, N, generator=generator) < 0.4
     mask[-1] |= B > 1
     return tensors, mask.to(device)
-
-
-def converted(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    return {name: leaf(tensor.to(dtype)) for name, tensor in tensors.items()}
 
 
 def run(function: Any, tensors: dict[str, Tensor], mask: Tensor | None, **options: Any) -> list[Tensor]:

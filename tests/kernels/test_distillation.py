@@ -14,7 +14,15 @@ from fsr_fast.kernels.distillation import (
     distillation_rows_op,
 )
 from fsr_fast.reference.losses import distillation_loss as reference
-from tests.kernels.helpers import assert_close, assert_low_precision, compile_backend, gradients, leaf, permuted
+from tests.kernels.helpers import (
+    assert_close,
+    assert_low_precision,
+    compile_backend,
+    converted,
+    gradients,
+    leaf,
+    permuted,
+)
 
 SHAPES = ((5, 7, 11), (70, 20, 300), (3, 40, 65))  # M, E, K: several tiles of rows, of prototypes, of the width
 LABELS = ("loss", "student", "student_head", "weight")
@@ -48,10 +56,6 @@ def run(function: Any, tensors: dict[str, Tensor], weight: Tensor | None, **opti
     loss = function(**tensors, weight=weight, **options)
     inputs = [tensors["student"], tensors["student_head"], *([] if weight is None else [weight])]
     return [loss, *gradients(loss, inputs)]
-
-
-def converted(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    return {name: leaf(tensor.to(dtype)) for name, tensor in tensors.items()}
 
 
 def check_against_reference(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> None:

@@ -225,9 +225,9 @@ def canny_of(grey: np.ndarray, sigma: float, low: float, high: float) -> np.ndar
     return np.isin(lines, np.unique(lines[ridge & (slope > high)]))
 
 
-@pytest.mark.parametrize("settings", [(1.4, 40.0, 100.0), (0.8, 60.0, 150.0), (1.0, 20.0, 25.0)])
-def test_edges_are_those_of_canny_s_description(settings):
-    sigma, low, high = settings
+@pytest.mark.parametrize("thresholds", [(1.4, 40.0, 100.0), (0.8, 60.0, 150.0), (1.0, 20.0, 25.0)])
+def test_edges_are_those_of_canny_s_description(thresholds):
+    sigma, low, high = thresholds
     recipe = MaskConfig(edge_sigma=sigma, edge_low=low, edge_high=high)
     with helpers.float64():
         pictures = 255 * torch.rand(4, 3, 5, 6, generator=helpers.generator(7))

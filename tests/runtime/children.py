@@ -15,7 +15,6 @@ import torch.distributed as dist
 from fsr_fast.config import RunConfig, load_config
 from fsr_fast.runtime.checkpoint import list_checkpoints, read_newest
 from fsr_fast.runtime.distributed import Process, stop_process
-from fsr_fast.runtime.log import LOGGER
 from fsr_fast.runtime.run_folder import locked_run_folder
 from fsr_fast.runtime.saving import Saver
 from fsr_fast.trainer import Trainer
@@ -124,11 +123,3 @@ def save_forever(folder: Path, pipe: Any) -> None:
                 saver.save({"iteration": number, "values": torch.full((WIDTH,), float(number))})
                 saver.finish()
                 pipe.send(number)
-
-
-def read_in_isolation(folder: Path, pipe: Any) -> None:
-    """Read the newest checkpoint and send the warnings and the iteration."""
-    messages: list[str] = []
-    LOGGER.addFilter(lambda record: messages.append(record.getMessage()) or True)
-    state, path = read_newest(folder)
-    pipe.send((state["iteration"], path.name, messages))
