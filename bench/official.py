@@ -62,7 +62,7 @@ def compare(code: SimpleNamespace, views: tuple[Tensor, Tensor], iterations: int
     torch.manual_seed(0)
     student, teacher = build_official(code), build_official(code)
     ours = to_ours(student)
-    differences = {f"network: {name}": value for name, value in compare_networks(code, student, ours, views[0]).items()}
+    differences = {f"network: {name}": value for name, value in compare_networks(student, ours, views[0]).items()}
     differences |= {f"operation: {name}": relative(*pair) for name, pair in operations(code, student, ours, views)}
     teacher.load_state_dict(student.state_dict())
     loops = compare_loops(code, student, teacher, views, iterations)
@@ -105,7 +105,7 @@ def draw_views(pictures: list[Path] | None) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def compare_networks(code: SimpleNamespace, theirs: Any, ours: Network, images: Tensor) -> dict[str, float]:
+def compare_networks(theirs: Any, ours: Network, images: Tensor) -> dict[str, float]:
     """Compare everything that one pass gives."""
     found, expected = ours(images), theirs(images)
     head = F.normalize(ours.projector.head, dim=-1)

@@ -280,7 +280,7 @@ def _build(config: DataConfig, *, training: bool, said: set[str]) -> Segmentatio
             key = "data.subset" if config.subset else str(split.origin)
             wanted_names = ", ".join(names[number] for number in chosen)
             raise UserError(f"{key}: no training image of {config.root} shows any of {wanted_names}")
-        _tell(split, config, empty, len(labels) - len(kept))
+        _tell(config, empty, len(labels) - len(kept))
         for warning in balance_warnings([names[number] for number in chosen], labels[kept].sum(0), len(kept)):
             logger.warning("data: %s", warning)
     values = np.full(len(names) + 1, IGNORE, np.uint8)
@@ -291,7 +291,7 @@ def _build(config: DataConfig, *, training: bool, said: set[str]) -> Segmentatio
     return SegmentationDataset(files, split.ids.take(kept), classes, labels[kept], values, dropped, config.max_pixels)
 
 
-def _tell(split: Split, config: DataConfig, empty: NDArray[np.bool_], dropped: int) -> None:
+def _tell(config: DataConfig, empty: NDArray[np.bool_], dropped: int) -> None:
     """Report which training images show nothing, and which are left out."""
     count = len(empty)
     if empty.any() and keeps_negatives(config):

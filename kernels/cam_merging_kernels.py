@@ -23,8 +23,8 @@ RESIZED_TILE = {"BLOCK_Y": 4, "BLOCK_X": 32}  # each of these pixels takes four 
 
 
 @triton.jit
-def _tile(H, W, BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr):
-    """Rows (BLOCK_Y, 1) and columns (1, BLOCK_X) of this program's tile; may reach beyond H and W."""
+def _tile(W, BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr):
+    """Rows (BLOCK_Y, 1) and columns (1, BLOCK_X) of this program's tile; may reach beyond the map."""
     across = tl.cdiv(W, BLOCK_X)
     y = tl.program_id(0) // across * BLOCK_Y + tl.arange(0, BLOCK_Y)
     x = tl.program_id(0) % across * BLOCK_X + tl.arange(0, BLOCK_X)
@@ -42,7 +42,7 @@ def _columns_kernel(
     if tl.load(live + slot) == 0:
         return
     c = tl.load(classes + slot)
-    y, x = _tile(h, W, BLOCK_Y, BLOCK_X)
+    y, x = _tile(W, BLOCK_Y, BLOCK_X)
     inside = (y < h) & (x < W)
     target = wide + (slot * 2 * rows + top + y) * W + x
     lower, upper, part = samples(x, W, w)
@@ -81,7 +81,7 @@ def _extremes_kernel(wide, heights, live, extremes, S, rows, H, W, BLOCK_Y: tl.c
     slot = tl.program_id(1).to(tl.int64)
     if tl.load(live + slot) == 0:
         return
-    y, x = _tile(H, W, BLOCK_Y, BLOCK_X)
+    y, x = _tile(W, BLOCK_Y, BLOCK_X)
     merged = _merged(wide, heights, slot, tl.minimum(y, H - 1), tl.minimum(x, W - 1), S, rows, H, W)
     target = extremes + slot * 2 * tl.num_programs(0) + tl.program_id(0)
     tl.store(target, tl.min(merged))
@@ -95,7 +95,7 @@ def _values_kernel(
 ):  # fmt: skip
     """values (B*M, h, w): the merged map normalised by its extremes, resized from (H, W) if asked; 0 in dead slots."""
     slot = tl.program_id(1).to(tl.int64)
-    y, x = _tile(h, w, BLOCK_Y, BLOCK_X)
+    y, x = _tile(w, BLOCK_Y, BLOCK_X)
     target = values + (slot * h + y) * w + x
     inside = (y < h) & (x < w)
     if tl.load(live + slot) == 0:

@@ -90,7 +90,7 @@ def _ordered_key(soft):
 
 @triton.jit
 def _select_kernel(
-    cam, labels, uniform, mask, masked, blocks, k, C, height, width, rows, columns, scale_y, scale_x,
+    cam, labels, uniform, mask, masked, blocks, k, C, height, width, columns, scale_y, scale_x,
     cam_b, cam_c, cam_y, cam_x, labels_b, labels_c, uniform_b, uniform_n, low, high,
     HAS_CAM: tl.constexpr, NORMALISE: tl.constexpr, CLASSES: tl.constexpr,
     BLOCKS: tl.constexpr, SIDE: tl.constexpr, PATCHES: tl.constexpr,
@@ -171,7 +171,7 @@ def launch_selection(
     patches, warps = _select_configuration(blocks * block * block)
     with device_guard(uniform):
         _select_kernel[(uniform.shape[0],)](
-            cam, labels, uniform, mask, masked, blocks, k, cam.shape[1], height, width, rows, columns,
+            cam, labels, uniform, mask, masked, blocks, k, cam.shape[1], height, width, columns,
             height / rows, width / columns, *cam.stride(), *labels.stride(), *uniform.stride(), low, high,
             HAS_CAM=has_cam, NORMALISE=normalise, CLASSES=next_power_of_2(cam.shape[1]) if has_cam else 1,
             BLOCKS=next_power_of_2(blocks), SIDE=block, PATCHES=patches, num_warps=warps,
@@ -209,7 +209,7 @@ def compile_cases() -> Iterator[CompileCase]:
             num_stages=3,
             main=kind == "bf16" and classes == 20,
         )
-    integers = ["blocks", "k", "C", "height", "width", "rows", "columns"]
+    integers = ["blocks", "k", "C", "height", "width", "columns"]
     integers += ["cam_b", "cam_c", "cam_y", "labels_b", "uniform_b"]
     for name, patches, side, has_cam, normalise in (
         ("select N=784", 784, 1, True, True),

@@ -315,7 +315,7 @@ def test_the_bytes_of_a_checkpoint(tmp_path, archive, data):
 
 @few
 @given(st.sampled_from([*STATE, "none"]), anything, st.sampled_from([None, *VALUES]))
-def test_the_content_of_a_checkpoint(tmp_path, key, value, section):
+def test_the_content_of_a_checkpoint(key, value, section):
     state = {**STATE, key: value}
     if key == "config" and section:
         state["config"] = {**VALUES, section: value}

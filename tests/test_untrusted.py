@@ -178,7 +178,7 @@ def test_an_archive_that_unpacks_to_more_than_its_size_is_refused_before_it_is_u
         {"backbone_options": {"depth": 10**9}},
     ],
 )
-def test_a_description_larger_than_its_weights_takes_no_memory(tmp_path, monkeypatch, model):
+def test_a_description_larger_than_its_weights_takes_no_memory(tmp_path, model):
     options = helpers.values()["model"]["backbone_options"] | model.get("backbone_options", {})
     config = helpers.config().model_dump(mode="json")
     config["model"] |= {**model, "backbone_options": options}

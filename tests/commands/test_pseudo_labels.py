@@ -279,7 +279,7 @@ def test_other_trainers_read_the_folder_without_renaming(tmp_path, root, capsys,
     assert not (output / "labels").exists()
 
 
-def test_a_picture_that_is_stored_turned_is_laid_out_upright(tmp_path, root, capsys):
+def test_a_picture_that_is_stored_turned_is_laid_out_upright(tmp_path, root):
     path = root / "JPEGImages" / f"{TRAIN[0]}.jpg"
     exif = Image.Exif()
     exif[274] = 6

@@ -34,7 +34,7 @@ def test_every_source_gives_the_same_table(folder: Path, tmp_path: Path, source:
     assert rows(output) == {name: {CLASSES[value - 1] for value in shown} for name, shown in SHOWN.items()}
 
 
-def test_the_table_is_one_that_training_reads(folder: Path, tmp_path: Path) -> None:
+def test_the_table_is_one_that_training_reads(folder: Path) -> None:
     (folder / "labels.csv").unlink()
     main(["labels", str(folder), "--classes", ",".join(CLASSES), "--output", str(folder / "labels.csv")])
     shutil.rmtree(folder / "Annotations")

@@ -357,7 +357,7 @@ def test_validations_take_at_most_five_percent_of_the_trunk_s_arithmetic_by_defa
 # --- report
 
 
-def test_the_report_holds_every_figure(tmp_path, capsys):
+def test_the_report_holds_every_figure(tmp_path):
     root = helpers.write_dataset(tmp_path / "data", val=3)
     output = tmp_path / "out"
     checkpoint(tmp_path / "run", root)

@@ -119,7 +119,7 @@ def test_a_picture_is_segmented_in_three_lines(tmp_path):
     assert np.array_equal(prediction.mask, prediction.probabilities.argmax(0))
 
 
-def test_a_picture_is_normalised_as_in_training(tmp_path):
+def test_a_picture_is_normalised_as_in_training():
     pixels = np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)
     prediction = segment(NETWORK, Image.fromarray(pixels))
     expected = infer(NETWORK, helpers.normalised(pixels.transpose(2, 0, 1), NETWORK)[None])

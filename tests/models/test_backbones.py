@@ -182,7 +182,7 @@ def test_a_backbone_with_rotary_positions_is_exported_for_pictures_of_any_size(f
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * expected.abs().max().item())
 
 
-def test_a_compiled_block_of_a_backbone_is_one_program(monkeypatch):
+def test_a_compiled_block_of_a_backbone_is_one_program():
     encoder = helpers.network(config("DINOv3")).encoder
     expected = encoder(helpers.views()[0]).tokens
     encoder._run_block = torch.compile(run_block, backend="eager", fullgraph=True, dynamic=False)
