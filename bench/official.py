@@ -2,7 +2,8 @@
 
 Network, operations and training loop of the clone run in this process, as they stand, on a CPU and in float64. Nothing
 of them is kept. What they ask for and do not use here (a GPU, data sets, downloads, libraries for pictures and tables)
-is stood in for; where the extension for the dense energy is not built, its lattice is, by exact Gaussians.
+is stood in for. The energy's lattice is compared where the clone's extension for it is built; the loop sums exact
+Gaussians on both sides.
 """
 
 import argparse
@@ -39,14 +40,16 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.official", description=__doc__.partition("\n")[0])
     parser.add_argument("--path", type=Path, required=True, help="clone of the official code")
     parser.add_argument("--pictures", type=Path, nargs=2 * BATCH, help=f"{2 * BATCH} pictures; else coloured noise")
-    parser.add_argument("--iterations", type=int, default=12, help="of the training loop; 12 take about a minute")
+    parser.add_argument("--iterations", type=int, default=12, help="of the training loop (12)")
     parser.add_argument("--json", type=Path, help="file that takes the differences, too")
     options = parser.parse_args(arguments)
     if options.iterations < 1:
         raise UserError(f"--iterations: {options.iterations}; expected 1 or more")
     with float64(), official_code(options.path) as (code, lattice):
         differences = compare(code, draw_views(options.pictures), options.iterations)
-    energy = "the clone's lattice" if lattice else "exact Gaussians in place of the lattice"
+    energy = (
+        "the clone's lattice, in the loop exact Gaussians" if lattice else "exact Gaussians in place of the lattice"
+    )
     print(f"Largest difference, relative to the largest value; energy: {energy}\n\n| what | difference |\n|---|---:|")
     print("\n".join(f"| {name} | {value:.1e} |" for name, value in differences.items()))
     content = {"energy": energy, "iterations": options.iterations, "differences": differences}

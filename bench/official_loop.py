@@ -11,7 +11,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from bench.clone import BATCH, CLASSES, PATCH, PROTOTYPES, SIDE, image_labels, relative
+from bench.clone import BATCH, CLASSES, PATCH, PROTOTYPES, SIDE, exact_filter, image_labels, relative
 from fsr_fast.config import CONFIG_FOLDER, Config, build_config, read_yaml
 from fsr_fast.engine import build_step
 from fsr_fast.method.optim import build_optimiser, fill_missing_gradients, set_learning_rate
@@ -97,7 +97,9 @@ def train_theirs(
     }
     constants = tuple(STARTS if one == LITERAL else one for one in train.train.__code__.co_consts)
     body = FunctionType(train.train.__code__.replace(co_consts=constants), vars(train))
-    with tempfile.TemporaryDirectory() as folder, mock.patch.multiple(train, **stand_ins):
+    exact = exact_filter().bilateralfilter_batch  # also where the clone's lattice is built
+    patched = mock.patch.object(code.losses, "bilateralfilter_batch", exact, create=True)
+    with tempfile.TemporaryDirectory() as folder, mock.patch.multiple(train, **stand_ins), patched:
         args.work_dir = folder
         with contextlib.redirect_stdout(io.StringIO()):
             body(args)
