@@ -9,7 +9,7 @@ import yaml
 
 from fsr_fast.commands import ablate
 from fsr_fast.commands.ablate import TABLES, row_config
-from fsr_fast.config import CONFIG_FOLDER, load_config
+from fsr_fast.config import CONFIG_FOLDER, Config, load_config
 from fsr_fast.errors import UserError
 from fsr_fast.reporting.tracking import write_json
 from fsr_fast.runtime.run_folder import open_run_folder
@@ -209,6 +209,35 @@ def test_every_row_is_a_valid_change_of_every_recipe(name, number, full_method, 
     if name == "voc_vit_b":
         full = TABLES[number].rows[full_method]
         assert row_config(base, full, base.run.output, base.run.seed) == base
+
+
+def paper_rows(number: int) -> dict[str, Config]:
+    base, _ = load_config(["--config", "voc_vit_b"])
+    return {name: row_config(base, changes, base.run.output, 0) for name, changes in TABLES[number].rows.items()}
+
+
+def test_table_3_trains_every_row_but_the_full_method_without_l_c():
+    rows = paper_rows(3)
+    assert {name for name, row in rows.items() if row.loss.class_token} == {"full"}
+    assert {row.loss.uncertain for row in rows.values()} == {0.1}
+    strict = {name: (name, 0.4) for name in ("edge_strict", "cam_strict")}
+    ratios = {f"{kind}_{r / 10}": (kind, r / 10) for kind in ("random", "uncertain") for r in range(1, 6)}
+    masks = {name: (row.mask.strategy, row.mask.ratio) for name, row in rows.items()}
+    assert masks == {**strict, **ratios, "full": ("uncertain", 0.4)}
+
+
+def test_in_table_5_a_policy_takes_the_place_of_jitter_as_paper_and_official_code_have_it():
+    found = {
+        name: (row.augment.policy, row.augment.jitter, row.augment.crop_scale) for name, row in paper_rows(5).items()
+    }
+    usual = (0.32, 1.0)
+    assert found == {
+        **dict.fromkeys(("none", "blur", "solarise"), ("none", 0.5, usual)),
+        "autoaugment": ("autoaugment", 0.0, usual),
+        "autoaugment_jitter": ("autoaugment", 0.5, usual),
+        "randaugment": ("randaugment", 0.0, (0.08, 1.0)),
+        "randaugment_jitter": ("randaugment", 0.5, usual),
+    }
 
 
 def test_two_real_rows_end_with_their_table(recipe, tmp_path, capsys):
