@@ -1,4 +1,4 @@
-"""A run that goes well warns of nothing: whoever reads a warning must find something to do."""
+"""A run that goes well warns of nothing, and its last lines say what comes next."""
 
 from pathlib import Path
 
@@ -26,12 +26,17 @@ VERBS = {
 }
 
 
+LEADS_ON = ("train", "train once more", "evaluate", "predict", "pseudo-labels", "report")
+
+
 @pytest.mark.filterwarnings("error")
-def test_no_verb_warns(tmp_path, monkeypatch, capfd):
+def test_no_verb_warns_and_the_last_line_says_what_comes_next(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONWARNINGS", "default")  # for the loader's processes
     root = helpers.write_dataset(Path("data"), train=12, val=2)
     helpers.write_config(Path("recipe.yaml"), helpers.values(SETTINGS, root=root, output="run"))
     for name, arguments in VERBS.items():
         cli.dispatch([name.split()[0], *arguments])
-        assert capfd.readouterr().err == "", name
+        out, err = capfd.readouterr()
+        assert err == "", name
+        assert out.splitlines()[-1].startswith("next: ") == (name in LEADS_ON), name
