@@ -1,7 +1,8 @@
 """Draw and tabulate what the benches recorded: ``python -m bench.plot``.
 
-Writes ``docs/images/waterfall.svg`` and the tables between the markers ``<!-- figures: NAME -->`` and ``<!-- end -->``
-of README.md, docs/performance.md and docs/evidence.md. Every figure there comes from ``bench/results``.
+Writes ``waterfall.svg``, ``table_4.svg`` and ``engines.svg`` in ``docs/images``, and the tables between the markers
+``<!-- figures: NAME -->`` and ``<!-- end -->`` of README.md, docs/performance.md and docs/evidence.md. Every figure
+there comes from ``bench/results``.
 """
 
 import json
@@ -18,7 +19,7 @@ from bench.seeds import KINDS
 
 ROOT = RESULTS.parent.parent
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "evidence.md")
-PICTURE = ROOT / "docs" / "images" / "waterfall.svg"
+PICTURES = ROOT / "docs" / "images"
 Cases = dict[str, dict[str, Any]]
 
 
@@ -54,8 +55,58 @@ def draw_waterfall(cases: Cases, path: Path) -> None:
         row[0].set_title(
             f"{case.split()[-1]}, {setting['size']} px, batch {setting['batch']}, {content['device']}", loc="left"
         )
+    _save(figure, path)
+
+
+def draw_rows(cases: Cases, number: int, path: Path) -> None:
+    """Draw the rows of a table of the paper: a dot per seed, a line at the mean.
+
+    Args:
+        cases: of the bench `tables` on one device.
+        number: of the table.
+        path: SVG file.
+    """
+    rows = [content for content in cases.values() if content["table"] == number]
+    figure = Figure(figsize=(8, 1.0 + 0.4 * len(rows)), layout="constrained")
+    for axes, kind in zip(figure.subplots(1, len(KINDS), sharey=True), KINDS, strict=True):
+        for place, row in enumerate(rows):
+            values = [scores[kind] for scores in row["seeds"].values()]
+            axes.plot(values, [place] * len(values), "o", color="#1f6f8b", alpha=0.6, markeredgewidth=0)
+            axes.plot(statistics.fmean(values), place, "|", color="#222", markersize=16, markeredgewidth=2)
+        axes.set_xlabel(f"{kind}, mIoU in percent")
+        axes.grid(axis="x", alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_yticks(range(len(rows)), [row["row"] for row in rows])
+    axes.invert_yaxis()
+    _save(figure, path)
+
+
+def draw_engines(engines: dict[str, list[Cases]], path: Path) -> None:
+    """Draw the segmentation's mIoU of both engines against iterations and against seconds, a line per seed.
+
+    Args:
+        engines: records of `bench.seeds` with evaluations on the way, by the name of the engine.
+        path: SVG file.
+    """
+    figure = Figure(figsize=(8, 3), layout="constrained")
+    fields = {"iteration": "iterations", "wall_seconds": "seconds"}
+    for axes, (field, label) in zip(figure.subplots(1, 2, sharey=True), fields.items(), strict=True):
+        for (name, records), colour in zip(engines.items(), ("#1f6f8b", "#d1793a"), strict=True):
+            for number, content in enumerate(content for cases in records for content in cases.values()):
+                points = [(line[field], line["seg_miou"]) for line in content["curve"]]
+                style = {"color": colour, "alpha": 0.8, "marker": "o", "markersize": 3}
+                axes.plot(*zip(*points, strict=True), **style, label=None if number else name)
+        axes.set_xlabel(label)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].set_ylabel("segmentation, mIoU in percent")
+    figure.axes[0].legend(frameon=False)
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    """Write an SVG file that is the same for the same figure."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with mpl.rc_context({"svg.hashsalt": "waterfall", "svg.fonttype": "none"}):
+    with mpl.rc_context({"svg.hashsalt": path.stem, "svg.fonttype": "none"}):
         figure.savefig(path, metadata={"Date": None})
 
 
@@ -167,6 +218,16 @@ def tabulate_seeds(records: list[Cases]) -> str:
     return "\n".join(lines)
 
 
+def tabulate_rows(records: list[Cases], number: int) -> str:
+    """Return the rows of a table of the paper, trained on the embedded data set."""
+    lines = [f"| row | {' | '.join(KINDS)} |", f"|---|{'---|' * len(KINDS)}"]
+    for cases in records:
+        for content in (content for content in cases.values() if content["table"] == number):
+            runs = content["seeds"].values()
+            lines.append(f"| {content['row']} | {' | '.join(_spread([run[kind] for run in runs]) for kind in KINDS)} |")
+    return "\n".join(lines)
+
+
 def tabulate_official(records: list[Cases], whole: bool) -> str:
     """Return the table of the differences from the official code: all of them, or the largest of each kind."""
     lines = ["| what | largest difference |", "|---|---:|"]
@@ -218,14 +279,6 @@ def _with_worst(scores: dict[str, Any]) -> tuple[float, str, float]:
     return scores["mean"], name, worst
 
 
-def tabulate_sizes(records: list[Cases]) -> str:
-    """Return the table of what an installation takes on disk."""
-    lines = ["| installation | on disk |", "|---|---|"]
-    for cases in records:
-        lines += [f"| {content['installation']} | {content['bytes'] / 1e9:.1f} GB |" for content in cases.values()]
-    return "\n".join(lines)
-
-
 def tabulate(results: Path) -> dict[str, str]:
     """Return every table by the name of its markers."""
     return {
@@ -235,7 +288,7 @@ def tabulate(results: Path) -> dict[str, str]:
         "seeds": tabulate_seeds(read_cases(results, "seeds")),
         "official": tabulate_official(read_cases(results, "official"), whole=False),
         "official in full": tabulate_official(read_cases(results, "official"), whole=True),
-        "sizes": tabulate_sizes(read_cases(results, "sizes")),
+        **{f"table {number}": tabulate_rows(read_cases(results, "tables"), number) for number in (3, 4)},
         "rehearsal": tabulate_rehearsal(read_cases(results, "rehearsal")),
     }
 
@@ -254,7 +307,11 @@ def main() -> None:
     for document in DOCUMENTS:
         text = document.read_text(encoding="utf-8")
         document.write_text(fill(text, tables), encoding="utf-8")
-    draw_waterfall(read_cases(RESULTS, "step")[0], PICTURE)
+    draw_waterfall(read_cases(RESULTS, "step")[0], PICTURES / "waterfall.svg")
+    for cases in read_cases(RESULTS, "tables"):
+        draw_rows(cases, 4, PICTURES / "table_4.svg")
+    if reference := read_cases(RESULTS, "reference"):
+        draw_engines({"fast": read_cases(RESULTS, "fast"), "reference": reference}, PICTURES / "engines.svg")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import torch
 from bench.harness import record
 from fsr_fast import train
 from fsr_fast.cli import run_command
+from fsr_fast.reporting.tracking import read_metrics
 
 KINDS = ("pseudo", "seg")
 
@@ -29,7 +30,8 @@ def run_seed(seed: int, output: Path, options: Sequence[str] = ()) -> dict[str, 
 
     Returns:
         By kind (`pseudo`, `seg`): `mean`, and `classes` with the IoU of the background and of each class, in percent;
-        `images_per_second`; `commit` that trained it.
+        `images_per_second`; `commit` that trained it; `curve`, the mIoUs of the evaluations on the way, each with
+        `iteration` and `wall_seconds`.
     """
     folder = output / f"seed_{seed}"
     if not (folder / "summary.json").is_file():
@@ -44,7 +46,10 @@ def run_seed(seed: int, output: Path, options: Sequence[str] = ()) -> dict[str, 
         if kind in KINDS
     }
     environment = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
-    return {**scores, "images_per_second": summary["images_per_second"], "commit": environment["commit"]}
+    names = ("iteration", "wall_seconds", *(f"{kind}_miou" for kind in KINDS))
+    curve = [{name: line[name] for name in names} for line in read_metrics(folder) if "seg_miou" in line]
+    measured = {"images_per_second": summary["images_per_second"], "commit": environment["commit"]}
+    return {**scores, **measured, "curve": curve}
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -32,8 +32,9 @@ class RunConfig(Section):
     tf32: bool = False
     """On a GPU, round the factors of fp32 products to TF32; with `amp: bf16` few products are in fp32."""
     attention: Literal["auto", "sdpa", "xformers", "varlen"] = "auto"
-    """How self-attention is computed: torch's own, one call a size; xformers or torch's `varlen`, all sizes in one call
-    (GPU). `auto`: xformers for half precision on a GPU, else sdpa."""
+    """How self-attention is computed: torch's own, one call per size; xformers or torch's `varlen`, all sizes in one
+    call (GPU). `auto` measures all three at the start of a training in half precision on a GPU; a resumed run keeps
+    what it then chose. Evaluations there take xformers; all else takes sdpa."""
     compile: Literal["auto"] | bool = "auto"
     """Compile the transformer's blocks. `auto`: on a GPU alone; the first iterations take longer."""
     checkpointing: bool = False

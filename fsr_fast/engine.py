@@ -1,17 +1,26 @@
 """The step of a run: the fast one or the literal reference, set up for its device."""
 
+import logging
+import math
+from collections.abc import Sequence
+from functools import partial
+
 import torch
 from torch import nn
 
 from fsr_fast.config import Config
 from fsr_fast.errors import UserError
+from fsr_fast.method.cam import scaled_size
 from fsr_fast.method.reference_step import ReferenceStep
 from fsr_fast.method.step import FSRStep
 from fsr_fast.models import Network
-from fsr_fast.models.attention import choose_backend
+from fsr_fast.models.attention import Backend, Backends, Groups, choose_backend, fastest_backend
 from fsr_fast.models.encoder import Encoder
 from fsr_fast.models.float8 import has_float8
+from fsr_fast.runtime.distributed import from_first, is_first, world_size
 from fsr_fast.runtime.precision import uses_half
+
+logger = logging.getLogger(__name__)
 
 
 def build_step(student: Network, config: Config, max_classes: int) -> FSRStep:
@@ -23,7 +32,6 @@ def build_step(student: Network, config: Config, max_classes: int) -> FSRStep:
     run, encoder, device = config.run, student.encoder, student.top_classifier.weight.device
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = run.tf32
     _check_scales(config, encoder.patch_size)
-    encoder.attention = choose_backend(run.attention, device, half=uses_half(device, run.amp))
     encoder.checkpointing = run.checkpointing
     if run.compile is True or (run.compile == "auto" and device.type == "cuda" and not run.shard):
         encoder.compile_blocks()
@@ -31,7 +39,67 @@ def build_step(student: Network, config: Config, max_classes: int) -> FSRStep:
         student.decoder.to(memory_format=torch.channels_last)
     if config.cam.fp8:
         _check_float8(encoder, device)
-    return (ReferenceStep if run.engine == "reference" else FSRStep)(student, config, max_classes)
+    usual = choose_backend(run.attention, device, half=uses_half(device, run.amp))
+    _set_attention(student, Backends(usual, usual, usual))
+    if run.engine == "reference":
+        return ReferenceStep(student, config, max_classes)
+    step = FSRStep(student, config, max_classes)
+    if run.attention == "auto" and device.type == "cuda" and uses_half(device, run.amp):
+        _set_attention(step, _measure_backends(step, usual))
+    return step
+
+
+def _measure_backends(step: FSRStep, evaluation: Backend) -> Backends:
+    """Measure in the first process how each kind of pass computes its attention the fastest."""
+    encoder = step.student.encoder
+    heads: int = encoder.blocks[0].attn.num_heads
+    alike, several = training_groups(step, world_size())
+    fastest = partial(fastest_backend, heads=heads, width=encoder.width // heads, device=step.device)
+    single, packed = from_first(
+        (fastest(alike, gradient=True), fastest(several, gradient=False)) if is_first() else None
+    )
+    return Backends(single, packed, evaluation)
+
+
+def _set_attention(module: nn.Module, backends: Backends) -> None:
+    for part in module.modules():
+        if isinstance(part, Encoder):
+            part.attention = backends
+
+
+def keep_backends(step: nn.Module, config: Config, recorded: Sequence[str], device: torch.device) -> None:
+    """Go on with the backends that a run measured when it began, if they can run here.
+
+    Args:
+        step: of the resumed run.
+        config: its configuration.
+        recorded: `Backends`, as a checkpoint holds them.
+        device: of the step.
+    """
+    if config.run.attention != "auto" or device.type != "cuda" or len(recorded) != len(Backends._fields):
+        return
+    try:
+        kept = [choose_backend(name, device, half=uses_half(device, config.run.amp)) for name in recorded]
+    except UserError as error:
+        logger.info("attention is measured anew: %s", error)
+        return
+    _set_attention(step, Backends(*kept))
+
+
+def training_groups(step: FSRStep, processes: int) -> tuple[Groups, Groups]:
+    """Return the packed images of a training's two kinds of passes: the student's of one size, and those of the CAMs.
+
+    Args:
+        step: whose recipe has all losses.
+        processes: that share the batch.
+    """
+    config, encoder = step.config, step.student.encoder
+    batch, side = config.optim.batch_size // processes, config.data.image_size
+    grids = (scaled_size((side, side), scale, encoder.patch_size) for scale in config.cam.scales)
+    tokens = [math.prod(grid) // encoder.patch_size**2 + encoder.prefix for grid in grids]
+    alone = step.shares_passes and not step.reuses_student  # view 1's pass without stochastic depth
+    images = [(3 if alone else 2) * batch, *[2 * batch] * (len(tokens) - 1)]
+    return ((2 * batch, tokens[0]),), tuple(zip(images, tokens, strict=True))
 
 
 def _check_scales(config: Config, patch: int) -> None:

@@ -8,10 +8,12 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fsr_fast.engine import build_step
+from fsr_fast import engine
+from fsr_fast.engine import build_step, keep_backends, training_groups
 from fsr_fast.errors import UserError
 from fsr_fast.method.schedules import reaches_all, schedule_at
 from fsr_fast.method.step import FSRStep, StepOutput
+from fsr_fast.models.attention import Backends
 from fsr_fast.models.block import run_block
 from fsr_fast.models.float8 import linear_float8
 from fsr_fast.runtime.distributed import distribute
@@ -121,10 +123,80 @@ def test_a_compiled_block_is_given_the_boundaries_of_the_images(graphs, monkeypa
     varlen = pytest.importorskip("torch.nn.attention.varlen")
     monkeypatch.setattr(varlen, "varlen_attn", lambda query, *_: query)
     step = build({"run": {"compile": True}})
-    step.student.encoder.attention = "varlen"
+    step.student.encoder.attention = Backends(*["varlen"] * 3)
     run(step)
     assert len(graphs) == 2
     assert not any(node.target is torch.tensor for graph in graphs for node in graph.graph.nodes)
+
+
+# --- attention
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [({},), ({"model": {"stochastic_depth": 0.0}},), (OFFICIAL,), ({"model": {"prefix_tokens": "keep"}},)],
+    ids=str,
+)
+def test_what_is_measured_is_what_a_training_passes(changes):
+    step = build(OFF, {"optim": {"batch_size": 4}}, *changes)
+    passes = run(step).work.passes  # of two images
+    single, packed = training_groups(step, processes=2)
+    assert single in [one.groups for one in passes if one.gradient]
+    assert packed in [one.groups for one in passes if not one.gradient]
+
+
+@pytest.fixture
+def measured(monkeypatch) -> list[bool]:
+    """Whether each measurement was one with gradient; xformers is the fastest there, varlen without."""
+    asked: list[bool] = []
+
+    def fastest(groups, heads, width, device, *, gradient):
+        asked.append(gradient)
+        return "xformers" if gradient else "varlen"
+
+    monkeypatch.setattr(engine, "fastest_backend", fastest)
+    return asked
+
+
+GPU = torch.device("cuda")
+
+
+def test_on_a_gpu_the_fastest_backend_of_each_pass_is_taken(measured):
+    assert engine._measure_backends(build(OFF), "sdpa") == ("xformers", "varlen", "sdpa")
+    assert measured == [True, False]
+
+
+@pytest.mark.parametrize("run", [{"amp": "bf16"}, {"amp": "off"}, {"amp": "bf16", "engine": "reference"}], ids=str)
+def test_on_a_cpu_nothing_is_measured(measured, run):
+    amp = {"amp": "off"} if "engine" in run else {}
+    assert build(OFF, {"run": run | amp}).student.encoder.attention == ("sdpa",) * 3
+    assert not measured
+
+
+def test_an_evaluation_takes_its_own_backend(measured):
+    encoder = build(OFF).student.encoder
+    encoder.attention = Backends("xformers", "varlen", "sdpa")
+    assert [encoder._backend(groups) for groups in (((2, 16),), ((2, 16), (2, 4)))] == ["xformers", "varlen"]
+    encoder.eval()
+    assert encoder._backend(((2, 16), (2, 4))) == "sdpa"
+
+
+@pytest.mark.parametrize(
+    ("recorded", "kept"),
+    [(["varlen", "sdpa", "sdpa"], True), (["sdpa"], False), (["varlen", "other", "sdpa"], False), ([], False)],
+    ids=str,
+)
+def test_a_resumed_run_keeps_the_backends_that_it_measured(recorded, kept):
+    step = build(OFF, OFFICIAL, {"run": {"amp": "bf16"}})
+    keep_backends(step, step.config, recorded, GPU)
+    for encoder in (step.student.encoder, step.teacher.network.encoder):
+        assert list(encoder.attention) == (recorded if kept else ["sdpa"] * 3)
+
+
+def test_without_a_gpu_what_was_measured_does_not_count():
+    step = build(OFF, {"run": {"amp": "bf16"}})
+    keep_backends(step, step.config, ["varlen"] * 3, torch.device("cpu"))
+    assert list(step.student.encoder.attention) == ["sdpa"] * 3
 
 
 # --- half precision

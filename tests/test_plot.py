@@ -1,5 +1,6 @@
 import json
 import xml.etree.ElementTree as ElementTree
+from pathlib import Path
 
 import pytest
 
@@ -65,6 +66,49 @@ def test_the_waterfall_shows_every_technique_and_memory_on_a_gpu(tmp_path, devic
     assert text.count("ours") == panels
 
 
+TABLES = {
+    f"tables 4 {row}": {
+        "table": 4,
+        "row": row,
+        "seeds": {str(seed): {"pseudo": score + seed, "seg": score - seed} for seed in range(3)},
+    }
+    for row, score in (("none", 60.0), ("both", 70.0))
+}
+
+
+def test_the_rows_of_a_table_are_tabulated_seed_by_seed():
+    none, both = plot.tabulate_rows([TABLES], 4).splitlines()[2:]
+    assert none == "| none | 60.0, 61.0, 62.0: 61.0 ± 1.0 | 60.0, 59.0, 58.0: 59.0 ± 1.0 |"
+    assert both.startswith("| both | 70.0")
+    assert len(plot.tabulate_rows([TABLES], 3).splitlines()) == 2
+
+
+def drawn(path: Path) -> tuple[str, int]:
+    """The texts of a picture, and how many marks it has."""
+    root = ElementTree.parse(path).getroot()
+    return "".join(root.itertext()), sum(element.tag.endswith("use") for element in root.iter())
+
+
+def test_the_rows_of_a_table_have_a_dot_per_seed(tmp_path):
+    plot.draw_rows(TABLES, 4, tmp_path / "all.svg")
+    fewer = {case: content | {"seeds": {"0": content["seeds"]["0"]}} for case, content in TABLES.items()}
+    plot.draw_rows(fewer, 4, tmp_path / "one.svg")
+    text, marks = drawn(tmp_path / "all.svg")
+    assert "both" in text
+    assert "pseudo, mIoU" in text
+    assert marks - drawn(tmp_path / "one.svg")[1] >= 2 * 2 * 2  # two more seeds of two rows in two panels
+
+
+def test_both_engines_are_drawn_with_a_line_per_seed(tmp_path):
+    curve = [{"iteration": 100 * n, "wall_seconds": 9.0 * n, "pseudo_miou": 1.0, "seg_miou": 5.0 * n} for n in (1, 2)]
+    records = [{f"fast {seed}": {"curve": curve} for seed in (0, 1)}]
+    plot.draw_engines({"fast": records, "reference": records[:1]}, tmp_path / "engines.svg")
+    text, marks = drawn(tmp_path / "engines.svg")
+    assert "reference" in text
+    assert "seconds" in text
+    assert marks >= 2 * 2 * 2 * 2  # points, seeds, engines, panels
+
+
 def test_pipelines_are_tabulated_by_their_views():
     row = {"implementation": "dali", "images_per_second": 80.0, "cpu_ms_per_image": 23.0, "host_memory_mib": 2048.0}
     cases = {"data plain": {"device": "cpu-x", "images": "photographs", "rows": [row]}}
@@ -126,11 +170,6 @@ def test_rehearsals_are_tabulated_by_part(limit, part):
     content = {"layout": "coco", "part": "evaluate", "images": [82081, 40137], "limit": limit, **measured}
     last = plot.tabulate_rehearsal([{"rehearsal coco": content}]).splitlines()[-1]
     assert last == f"| coco | 82,081, 40,137 | {part} | 12.3 | 0.50 GiB | 9 |"
-
-
-def test_sizes_are_tabulated_in_gigabytes():
-    case = {"installation": "everything", "bytes": 6_609_977_316}
-    assert plot.tabulate_sizes([{"sizes everything": case}]).splitlines()[-1] == "| everything | 6.6 GB |"
 
 
 def test_figures_stand_between_their_markers_alone():

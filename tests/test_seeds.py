@@ -21,6 +21,9 @@ def trained(monkeypatch) -> list[list[str]]:
         summary = {"images_per_second": 150.0, "results": {"pseudo": result, "seg": result}}
         (folder / "summary.json").write_text(json.dumps(summary))
         (folder / "environment.json").write_text(json.dumps({"commit": "abc"}))
+        scores = {"iteration": 100, "wall_seconds": 9.5, "pseudo_miou": 40.0, "seg_miou": 30.0}
+        lines = [{"iteration": 50, "wall_seconds": 5.0, "loss/total": 2.0}, scores]
+        (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
 
     monkeypatch.setattr(seeds.train, "main", train)
     return calls
@@ -43,6 +46,7 @@ def test_what_is_recorded_names_the_commit_that_trained(tmp_path, trained, monke
     seeds.main(["--seeds", "4", "--output", str(tmp_path)])
     content = recorded["seeds 4"]
     assert (content["seed"], content["commit"], content["seg"]["classes"]["pogo"]) == (4, "abc", 51.0)
+    assert content["curve"] == [{"iteration": 100, "wall_seconds": 9.5, "pseudo_miou": 40.0, "seg_miou": 30.0}]
 
 
 def test_other_options_are_recorded_under_a_name_of_their_own(tmp_path, trained, monkeypatch):

@@ -2,8 +2,9 @@
 
 import functools
 import importlib.util
+import logging
 from itertools import accumulate
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,19 @@ from fsr_fast.errors import UserError
 Groups = tuple[tuple[int, int], ...]
 """Packed images: (images, tokens per image) of each size in turn."""
 Backend = Literal["sdpa", "xformers", "varlen"]
+
+logger = logging.getLogger(__name__)
+
+
+class Backends(NamedTuple):
+    """How each kind of pass computes its attention."""
+
+    single: Backend
+    """In training, images of one size."""
+    packed: Backend
+    """In training, images of several sizes."""
+    evaluation: Backend
+    """Outside of it, where nearly every image has another size: one that plans nothing per size."""
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, groups: Groups, backend: Backend, packing: Any = None) -> Tensor:
@@ -50,11 +64,11 @@ def describe_packing(groups: Groups, backend: Backend, device: torch.device) -> 
     return boundaries(groups, device) if backend == "varlen" else None
 
 
-def choose_backend(wanted: Literal["auto", "sdpa", "xformers", "varlen"], device: torch.device, half: bool) -> Backend:
+def choose_backend(wanted: str, device: torch.device, half: bool) -> Backend:
     """Choose how attention is computed.
 
     `auto` takes sdpa on a CPU, where it is the only one, and in full precision; for half precision on a GPU it takes
-    xformers where that is installed.
+    xformers where that is installed. A training asks `fastest_backend` instead.
 
     Args:
         wanted: as `run.attention` says.
@@ -77,7 +91,53 @@ def choose_backend(wanted: Literal["auto", "sdpa", "xformers", "varlen"], device
             raise UserError(f"run.attention: torch {torch.__version__} has no 'varlen'; expected 'sdpa' or 'xformers'")
         if not half:
             raise UserError("run.attention: 'varlen' needs half precision; --run.amp bf16, or --run.attention sdpa")
-    return wanted
+    if wanted not in get_args(Backend):
+        raise UserError(f"run.attention: {wanted!r}; expected one of {', '.join(get_args(Backend))}, or auto")
+    return cast(Backend, wanted)
+
+
+def fastest_backend(groups: Groups, heads: int, width: int, device: torch.device, *, gradient: bool) -> Backend:
+    """Measure which backend is the fastest on a GPU in bfloat16.
+
+    Args:
+        groups: sizes of the packed images.
+        heads: number of attention heads.
+        width: d, of a head.
+        device: a GPU.
+        gradient: measure the backward pass, too.
+    """
+    from triton.testing import do_bench
+
+    total = sum(images * tokens for images, tokens in groups)
+    generator = torch.Generator(device).manual_seed(0)  # its own: the run's draws do not depend on a measurement
+    qkv = torch.randn(3, total, heads, width, device=device, dtype=torch.bfloat16, generator=generator)
+    qkv.requires_grad_(gradient)
+    times: dict[Backend, float] = {}
+    for backend in _half_precision_backends():
+
+        def call(backend: Backend = backend) -> None:
+            with torch.set_grad_enabled(gradient):
+                query, key, value = qkv.unbind()
+                mixed = attend(query, key, value, groups, backend)
+            if gradient:
+                mixed.backward(torch.ones_like(mixed))
+
+        try:
+            times[backend] = do_bench(call, warmup=5, rep=20, grad_to_none=[qkv])
+        except (RuntimeError, NotImplementedError) as error:  # no operator of it for this GPU
+            logger.info("attention: %s cannot run here: %s", backend, error)
+    found = ", ".join(f"{name} {time:.3f} ms" for name, time in times.items())
+    logger.info("attention of images times tokens %s%s: %s", groups, " with its gradient" * gradient, found)
+    return min(times, key=lambda name: times[name])
+
+
+def _half_precision_backends() -> list[Backend]:
+    backends: list[Backend] = ["sdpa"]
+    if _admit_xformers():
+        backends.append("xformers")
+    if importlib.util.find_spec("torch.nn.attention.varlen"):
+        backends.append("varlen")
+    return backends
 
 
 def _admit_xformers() -> bool:

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from fsr_fast.config import ModelConfig
 from fsr_fast.errors import UserError
 from fsr_fast.models.aggregator import AggregatorBlock, pool_unmasked
-from fsr_fast.models.attention import Backend, Groups, describe_packing
+from fsr_fast.models.attention import Backend, Backends, Groups, describe_packing
 from fsr_fast.models.backbone import keeps_prefix, patch_positions, prefix_tokens
 from fsr_fast.models.block import run_block
 from fsr_fast.models.positions import read_rotary, resize_position_embedding, turn_angles
@@ -90,7 +90,7 @@ class Encoder(nn.Module):
             )
             self.cls_blocks = nn.ModuleList(blocks)
         self.norm = vit.norm
-        self.attention: Backend = "sdpa"
+        self.attention = Backends("sdpa", "sdpa", "sdpa")
         self.checkpointing = False
         self._run_block: Callable[..., Tensor] = run_block
         self.drop_rates: list[float] = torch.linspace(0, config.stochastic_depth, self.depth).tolist()  # for the host
@@ -212,14 +212,15 @@ class Encoder(nn.Module):
         # in half precision 1 / (1 - rate) would be off by up to 1/256, for all images alike
         wide = torch.promote_types(tokens.dtype, torch.float32)
         factors = None if drop_path is None else _spread(drop_path.to(wide), groups)
-        packing = describe_packing(groups, self.attention, tokens.device)
+        backend = self._backend(groups)
+        packing = describe_packing(groups, backend, tokens.device)
         rotary = self.turn_angles([(one.shape[0], grid) for one, grid in embedded])
         # an evaluation meets a new size with nearly every image: each would be compiled, until none is any more
         run = self._run_block if self.training else run_block
         aux = tokens
         for index, block in enumerate(self.blocks[:depth]):
             keep_here = None if factors is None else factors[index]
-            arguments = block, tokens, keep_here, groups, self.attention, float8, packing, rotary
+            arguments = block, tokens, keep_here, groups, backend, float8, packing, rotary
             if self.checkpointing and torch.is_grad_enabled():
                 tokens = checkpoint(run, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
@@ -233,6 +234,11 @@ class Encoder(nn.Module):
                 tokens.split(sizes), aux.split(sizes), shapes, embedded, strict=True
             )
         ]
+
+    def _backend(self, groups: Groups) -> Backend:
+        if not self.training:
+            return self.attention.evaluation
+        return self.attention.packed if len(groups) > 1 else self.attention.single
 
     def _patches(self, tokens: Tensor, images: int) -> Tensor:
         return tokens.unflatten(0, (images, -1))[:, self.prefix :]

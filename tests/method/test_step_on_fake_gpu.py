@@ -28,7 +28,7 @@ from tests.helpers import OFFICIAL
 
 LATE = 3
 """An iteration at which every loss counts and the official recipe no longer masks at random."""
-ON_GPU = {"run": {"device": "cuda", "amp": "auto", "compile": False}}
+ON_GPU = {"run": {"device": "cuda", "amp": "auto", "compile": False, "attention": "xformers"}}
 
 
 class NoWaitingCopy(TorchDispatchMode):

@@ -1,11 +1,14 @@
 import importlib.util
+from typing import get_args
 
 import pytest
 import torch
+import triton.testing
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from fsr_fast.errors import UserError
+from fsr_fast.models import attention
 from fsr_fast.models.attention import attend, block_diagonal_mask, boundaries, choose_backend
 
 GROUPS = ((2, 5), (1, 9), (3, 4))
@@ -87,6 +90,14 @@ def test_on_a_gpu_all_backends_agree_with_their_gradients(backend):
     torch.testing.assert_close(*results, rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("gradient", [False, True])
+def test_on_a_gpu_backends_are_measured(gradient, caplog):
+    caplog.set_level("INFO")
+    assert attention.fastest_backend(((4, 64), (2, 196)), 12, 64, GPU, gradient=gradient) in get_args(attention.Backend)
+    assert "sdpa 0." in caplog.text
+
+
 @pytest.mark.parametrize(
     ("wanted", "device", "half", "expected"),
     [
@@ -118,6 +129,28 @@ def test_a_backend_that_cannot_run_is_refused(monkeypatch, wanted, device, half,
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == hidden else find(name))
     with pytest.raises(UserError, match=message):
         choose_backend(wanted, device, half)
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_the_fastest_backend_that_can_run_is_found(monkeypatch, gradient):
+    called, times = [], {"sdpa": 3.0, "xformers": 2.0}
+
+    def compute(query, key, value, groups, backend):
+        called.append((backend, tuple(query.shape), torch.is_grad_enabled()))
+        if backend == "varlen":
+            raise RuntimeError("no kernel for this GPU")
+        return query.flatten(1) * 2
+
+    def bench(call, grad_to_none, **_):
+        call()
+        assert (grad_to_none[0].grad is not None) == gradient
+        return times[called[-1][0]]
+
+    monkeypatch.setattr(attention, "_half_precision_backends", lambda: ["sdpa", "xformers", "varlen"])
+    monkeypatch.setattr(attention, "attend", compute)
+    monkeypatch.setattr(triton.testing, "do_bench", bench)
+    assert attention.fastest_backend(GROUPS, 2, 8, CPU, gradient=gradient) == "xformers"
+    assert called == [(backend, (31, 2, 8), gradient) for backend in ("sdpa", "xformers", "varlen")]
 
 
 def test_without_xformers_auto_takes_sdpa(monkeypatch):
