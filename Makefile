@@ -55,10 +55,10 @@ clean:
 	$(BIN)/python -m pip install --quiet uv
 
 # uv installs in parallel what pip installs one by one; the versions are those of constraints.txt for both.
-.venv/runtime: .venv/bin/uv constraints.txt setup.py
+.venv/runtime: .venv/bin/uv constraints.txt inference.txt setup.py
 	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e .
 	touch $@
 
-.venv/development: .venv/bin/uv constraints.txt setup.py
+.venv/development: .venv/bin/uv constraints.txt inference.txt setup.py
 	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e ".[dev]"
 	touch $@

@@ -4,6 +4,22 @@ from pathlib import Path
 
 from setuptools import setup
 
+# An extra can only add to what is required, so the smaller part has a file of its own.
+INFERENCE = [line for line in Path("inference.txt").read_text(encoding="utf-8").splitlines() if line[0] != "#"]
+TRAINING = [
+    "triton>=3.6; platform_system == 'Linux'",
+    "xformers>=0.0.35",
+    "nvidia-dali-cuda130>=2.0; platform_system == 'Linux'",
+    "pydensecrf2>=1.1",
+    "tensorboard>=2.18",
+    "plotly>=6.0",
+    "scipy>=1.14",
+    "kornia>=0.8",
+    "pycocotools>=2.0.8",
+    "shtab>=1.7",
+    "webdataset>=1.0",
+    "fsspec>=2026.6",
+]
 EXPORT = ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"]
 EXCEL = ["openpyxl>=3.1"]
 SCIENTIFIC = ["pydicom>=3.0"]
@@ -45,34 +61,7 @@ setup(
         "fsr_fast.configs",
     ],
     package_data={"fsr_fast": ["py.typed"], "fsr_fast.configs": ["*.yaml"], "fsr_fast.reporting": ["templates/*"]},
-    install_requires=[
-        "torch>=2.11",
-        "torchvision>=0.26",
-        "triton>=3.6; platform_system == 'Linux'",
-        "timm>=1.0.31",
-        "huggingface-hub>=1.0",
-        "xformers>=0.0.35",
-        "nvidia-dali-cuda130>=2.0; platform_system == 'Linux'",
-        "pydensecrf2>=1.1",
-        "pydantic>=2.10",
-        "pyyaml>=6.0",
-        "numpy>=1.26",
-        "pillow>=10.0",
-        "safetensors>=0.5",
-        "jinja2>=3.1",
-        "rich>=13.0",
-        "tensorboard>=2.18",
-        "matplotlib>=3.9",
-        "plotly>=6.0",
-        "scipy>=1.14",
-        "kornia>=0.8",
-        "pycocotools>=2.0.8",
-        "shtab>=1.7",
-        "webdataset>=1.0",
-        "fsspec>=2026.6",
-        "tifffile>=2025.5",
-        "imagecodecs>=2025.3",
-    ],
+    install_requires=[*INFERENCE, *TRAINING],
     entry_points={"console_scripts": ["fsr-fast = fsr_fast.cli:main"]},
     extras_require={
         "excel": EXCEL,

@@ -279,6 +279,14 @@ def _with_worst(scores: dict[str, Any]) -> tuple[float, str, float]:
     return scores["mean"], name, worst
 
 
+def tabulate_sizes(records: list[Cases]) -> str:
+    """Return the table of what an installation takes on disk."""
+    lines = ["| installation | on disk |", "|---|---|"]
+    for cases in records:
+        lines += [f"| {content['installation']} | {content['bytes'] / 1e9:.1f} GB |" for content in cases.values()]
+    return "\n".join(lines)
+
+
 def tabulate(results: Path) -> dict[str, str]:
     """Return every table by the name of its markers."""
     return {
@@ -288,6 +296,7 @@ def tabulate(results: Path) -> dict[str, str]:
         "seeds": tabulate_seeds(read_cases(results, "seeds")),
         "official": tabulate_official(read_cases(results, "official"), whole=False),
         "official in full": tabulate_official(read_cases(results, "official"), whole=True),
+        "sizes": tabulate_sizes(read_cases(results, "sizes")),
         **{f"table {number}": tabulate_rows(read_cases(results, "tables"), number) for number in (3, 4)},
         "rehearsal": tabulate_rehearsal(read_cases(results, "rehearsal")),
     }

@@ -227,7 +227,7 @@ def find_list(folder: Path, name: str, key: str, endings: Sequence[str]) -> Path
         lists = [file.stem for ending in endings for file in folder.glob(f"*{ending}")]
         hint = nearest(name, lists) if lists else f"; expected a list there ({', '.join(endings)})"
         if key == "data.val_list":
-            hint += "; or train without masks and scores by --data.val_list None"
+            hint += "; or train without masks and scores of masks by --data.val_list none"
         raise UserError(f"{key}: {paths[0]} does not exist{hint}")
     return path
 

@@ -43,7 +43,8 @@ def balance_warnings(classes: Sequence[str], shown: NDArray[Any], count: int) ->
         if number == 0:
             warnings.append(f"no training image shows {name!r}: it cannot be learned")
         elif number < HANDFUL:
-            warnings.append(f"{int(number)} training images show {name!r}: too few to learn it; give {HANDFUL} or more")
+            those = "1 training image shows" if number == 1 else f"{int(number)} training images show"
+            warnings.append(f"{those} {name!r}: too few to learn it; give {HANDFUL} or more")
         if number == count:
             warnings.append(
                 f"every training image shows {name!r}: from image labels alone it cannot be told from what surrounds "

@@ -87,12 +87,21 @@ VERBS = {
 def run_command(command: Callable[[Sequence[str]], None]) -> None:
     """Run an entry point on the command line; the user's mistakes end it with one paragraph and exit code 2.
 
-    So do files and folders that cannot be read or written.
+    So do files and folders that cannot be read or written, and packages that are missing.
     """
     try:
         command(sys.argv[1:])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except ModuleNotFoundError as error:
+        if (error.name or "fsr_fast").partition(".")[0] == "fsr_fast":
+            raise
+        print(
+            f"error: this needs {error.name}, which is not installed (inference.txt leaves out what trains); install "
+            "everything: pip install -c constraints.txt .",
+            file=sys.stderr,
+        )
         sys.exit(2)
     except BrokenPipeError:  # the reader of our output has gone, as `head` does
         sys.stderr.close()

@@ -86,6 +86,7 @@ class Trainer:
         self.optimiser = build_optimiser(self.network, config.optim)
         self.guard = NonFiniteGuard(self.optimiser, self.step.distillation.buffers())
         self.tracker: Tracker | None = None
+        self._shared: tuple[bool, torch.nn.Module] | None = None
         self.loader = RestartingLoader(
             build_train_loader(
                 self.train_set,
@@ -138,7 +139,7 @@ class Trainer:
                     print(f"{run.output}: finished at iteration {self.iteration}; what follows is its last evaluation")
                 mirror = open_mirror(run.wandb, run.output, self.config.model_dump(mode="json"))
                 self.tracker = Tracker(run.output, iteration=self.iteration, mirror=mirror)
-            self._train(distribute(self.step, self.process, all_reached=reaches_all(self.config, self.iteration)))
+            self._train()
             return self._finish()
 
     def close(self) -> None:
@@ -167,7 +168,7 @@ class Trainer:
         keep_backends(self.step, self.config, state.get("attention", ()), self.process.device)
         return self.train_state.restore(state, origin)
 
-    def _train(self, forward: torch.nn.Module) -> None:
+    def _train(self) -> None:
         optim = self.config.optim
         averages = Averages()
         device, processes = self.process.device, self.process.world_size
@@ -182,7 +183,7 @@ class Trainer:
                 batch = self._next_batch()
                 waited = time.perf_counter() - began
                 self.supervisor.beat(f"the computation of iteration {self.iteration + 1}")
-                output, skipped = self._iterate(forward, batch)
+                output, skipped = self._iterate(self._shared_step(), batch)
                 averages.add({**output.losses, "total": output.loss}, skipped)
                 flops = processes * output.work.flops if output.work else 0.0
                 progress.step(images=optim.batch_size, data_seconds=waited, flops=flops)
@@ -190,6 +191,14 @@ class Trainer:
                     self._log(averages, progress)
                 self.supervisor.boundary(self.iteration)
                 self._record(batch, output, progress)
+
+    def _shared_step(self) -> torch.nn.Module:
+        """Let the processes share gradients; anew when the decoder joins in: then none need be searched for."""
+        reached = reaches_all(self.config, self.iteration)
+        if self._shared is None or self._shared[0] != reached:
+            self._shared = None  # its hooks go before others come
+            self._shared = reached, distribute(self.step, self.process, all_reached=reached)
+        return self._shared[1]
 
     def _next_batch(self) -> Batch:
         position = self.loader.state_dict()

@@ -188,18 +188,19 @@ def test_alone_nothing_is_added_up():
 
 @pytest.mark.ddp
 def test_two_processes_train_and_evaluate_to_one_record(tmp_path):
-    root, run = helpers.write_dataset(tmp_path / "data", val=5), tmp_path / "run"
-    recipe = helpers.values({"data": {"workers": 1}}, root=root, output=run)
+    root, run = helpers.write_dataset(tmp_path / "data", train=12, val=5), tmp_path / "run"
+    recipe = helpers.values({"data": {"workers": 1}, "loss": {"segmentation_start": 2}}, root=root, output=run)
     path = helpers.write_config(tmp_path / "recipe.yaml", recipe)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
         [*launch, "-m", "fsr_fast.train", "--config", str(path)],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
+    assert "warning" not in done.stderr.lower(), "also when the decoder joins in"
     assert done.stdout.count("summary: ") == 1
     summary = json.loads((run / "summary.json").read_text())
     assert summary["iterations"] == 4

@@ -178,7 +178,7 @@ def test_predictions_of_a_folder_are_written_with_scores(finished, tmp_path):
     config = load_config(["--config", str(finished.run / "config.yaml")])[0]
     path = finished.root / "JPEGImages" / "picture_3.jpg"
     (prediction,) = segment_batch(load_network(finished.run), [read_picture(path)], config)
-    assert scores[str(path)] == pytest.approx(prediction.scores)
+    assert scores[str(path)]["scores"] == pytest.approx(prediction.scores)
     with Image.open(output / "masks" / "picture_3.png") as mask:
         assert mask.mode == "P"
         assert np.array_equal(np.asarray(mask), prediction.mask)

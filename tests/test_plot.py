@@ -172,6 +172,11 @@ def test_rehearsals_are_tabulated_by_part(limit, part):
     assert last == f"| coco | 82,081, 40,137 | {part} | 12.3 | 0.50 GiB | 9 |"
 
 
+def test_sizes_are_tabulated_in_gigabytes():
+    case = {"installation": "everything", "bytes": 6_609_977_316}
+    assert plot.tabulate_sizes([{"sizes everything": case}]).splitlines()[-1] == "| everything | 6.6 GB |"
+
+
 def test_figures_stand_between_their_markers_alone():
     text = "a\n<!-- figures: steps -->\nold\n<!-- end -->\nb\n<!-- figures: other -->\nkept\n<!-- end -->\n"
     filled = plot.fill(text, {"steps": "new"})

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -65,6 +66,16 @@ def test_the_wheel_holds_every_module_recipe_and_template(wheel):
     assert files <= held
     assert "fsr_fast/py.typed" in held
     assert {f"fsr_fast/configs/{path.name}" for path in (ROOT / "configs").glob("*.yaml")} <= held
+
+
+def test_the_wheel_requires_all_that_a_training_needs(wheel):
+    archive = zipfile.ZipFile(wheel)
+    (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+    required = re.findall(r"^Requires-Dist: ([\w-]+)(?!.*extra ==)", archive.read(name).decode(), re.MULTILINE)
+    assert {"torch", "triton", "timm", "xformers", "nvidia-dali-cuda130", "pydensecrf2", "tensorboard"} <= {*required}
+    inference = re.findall(r"^([\w-]+)", (ROOT / "inference.txt").read_text(), re.MULTILINE)
+    assert len(inference) > 10
+    assert {*inference} < {*required}
 
 
 def test_a_training_and_its_report_work_from_the_wheel_in_an_empty_folder(wheel, tmp_path):

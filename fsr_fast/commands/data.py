@@ -34,6 +34,8 @@ from fsr_fast.options import Given, given
 from fsr_fast.runtime.files import write_json
 from fsr_fast.runtime.terminal import track
 
+RECIPES = {"own": "own", "voc": "voc_vit_b", "coco": "coco_vit_b"}
+"""What trains on a data set."""
 EXAMPLES = 3  # messages of a kind that are printed
 MEGABYTE = 10**6
 
@@ -57,8 +59,10 @@ def check(options: argparse.Namespace) -> None:
             print(f"clean list: {path}")
     if report.findings:
         sys.exit(1)
-    if config.dataset == "own":
-        print(f"next: fsr-fast train --config own --data.root {config.root}, or on a CPU --config own_small")
+    if config.dataset in RECIPES:
+        unscored = "" if "val" in parts else " --data.val_list none"
+        small = ", or on a CPU --config own_small" if config.dataset == "own" else ""
+        print(f"next: fsr-fast train --config {RECIPES[config.dataset]} --data.root {config.root}{unscored}{small}")
 
 
 def labels(options: argparse.Namespace) -> None:
@@ -144,7 +148,10 @@ def _open(options: argparse.Namespace) -> tuple[DataConfig, list[str]]:
     config = build_config({"data": values}, str(options.source), changes).data
     parts = [part for part in ("train", "val") if getattr(config, f"{part}_list")]
     if not parts:
-        raise UserError(f"{options.source}: no list of images; name one by --train LIST")
+        raise UserError(
+            f"{options.source}: no list of images; name one by --train LIST, or make one of a spreadsheet, of folders "
+            f"named by class or of a labelling tool's export: fsr-fast data import EXPORT --output {options.source}"
+        )
     return config, parts
 
 

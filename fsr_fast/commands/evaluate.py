@@ -89,6 +89,8 @@ def _report(folder: Path, evaluation: Evaluation, settings: dict[str, Any], clas
         picture = folder / "evaluation.png"
         write_png(picture, evaluation_grid(evaluation.examples, classes))
         print(f"picture: {picture}")
+    checkpoint = settings["checkpoint"]
+    print(f"next: fsr-fast pseudo-labels --checkpoint {checkpoint}, or fsr-fast compare {folder} ANOTHER_EVALUATION")
 
 
 def _header(network: Network, config: Config) -> dict[str, Any]:

@@ -112,7 +112,7 @@ def predict() -> Parser:
         "predict",
         description="""\
 Segment pictures: masks (palette PNG: the pixel value is the class), overlays, a heat map for each class that is taken
-to be there, and scores.json.""",
+to be there, and the probability and area of each class (scores.json, results.csv).""",
     )
     parser.add_argument("images", nargs="+", help="pictures, folders of pictures, or patterns such as 'trip/*.jpg'")
     _add_trained(parser, {**_INFERENCE, **_DEVICE})

@@ -1,7 +1,7 @@
 """Segment pictures: `fsr-fast predict --checkpoint RUN PICTURES… --output DIR`.
 
 Writes masks (palette PNG: the pixel value is the class), overlays, a heat map for each class that is taken to be
-there, and scores.json.
+there, and the probability and area of each class as scores.json and results.csv.
 """
 
 import argparse
@@ -48,9 +48,9 @@ def main(arguments: Sequence[str]) -> None:
     network.to(start_process(config.run.device).device)
     with output_folder(options.output, "predict", fingerprint(network)):
         failed = _write_all(network, pictures, options, config)
-    print(
-        f"{len(pictures) - len(failed)} pictures: masks, overlays, cams, scores.json, results.csv in {options.output}"
-    )
+    count = len(pictures) - len(failed)
+    results = f"masks, overlays, cams, scores.json, results.csv in {options.output}"
+    print(f"{count} picture{'s' * (count != 1)}: {results}")
     if failed:
         raise UserError(f"{len(failed)} of {len(pictures)} pictures have no mask; the first: {failed[0]}")
     print(f"next: look at {options.output / 'overlays'}")
@@ -68,7 +68,7 @@ def _write_all(
         UserError: none of them could be read.
     """
     failed: list[UserError] = []
-    scores: dict[str, dict[str, float]] = {}
+    scores: dict[str, dict[str, dict[str, float]]] = {}
     rows = [["picture", "class", "score", "pixels"]]
     legend = network.classes if options.legend else None
     results = _predict(network, pictures, options.batch, config, failed)
@@ -88,8 +88,9 @@ def _write_all(
             save_palette_png(mask, options.output / "masks" / f"{name}.png")
             draw(image, mask, prediction.cams)
             areas = np.bincount(mask.ravel(), minlength=len(network.classes) + 1)
-        scores[str(pictures[name])] = found
-        for class_name, area in zip(["background", *network.classes], areas.tolist(), strict=True):
+        pixels = dict(zip(["background", *network.classes], areas.tolist(), strict=True))
+        scores[str(pictures[name])] = {"scores": found, "pixels": pixels}
+        for class_name, area in pixels.items():
             score = found.get(class_name)
             rows.append([str(pictures[name]), class_name, "" if score is None else f"{score:.6f}", str(area)])
     if not scores:

@@ -83,6 +83,8 @@ def main(arguments: Sequence[str]) -> None:
             print(handover.configuration(options.output.absolute(), list_name, ending, network.classes), end="")
         if process.is_main and options.archive is not None and not failed:
             _write_archive(options, images, network, config.evaluate.limit)
+        if process.is_main and options.layout == "plain" and not failed:
+            print(f"next: look at {options.output / part}; --layout mmseg lays them out for the training of a network")
         if failed and process.is_main:
             name, message = next(iter(failed.items()))
             raise UserError(f"{len(failed)} images have no label map; the first is {name!r}: {message}")

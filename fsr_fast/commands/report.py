@@ -44,7 +44,7 @@ def main(arguments: Sequence[str]) -> None:
                 raise UserError(f"{run.folder}: its classes {found} are not those of {runs[0].folder}, {classes}")
             classes = found
     write_text(output, render_page(runs, galleries, classes))
-    print(f"report: {output}")
+    print(f"report: {output}\nnext: open it in a browser; fsr-fast predict --checkpoint {runs[0].folder} PICTURES")
 
 
 def _look_at(run: RunRecord, options: argparse.Namespace) -> tuple[Gallery, tuple[str, ...]]:

@@ -82,7 +82,9 @@ def write_onnx(network: Network, path: Path) -> None:
         import onnxruntime
         import onnxscript  # noqa: F401 torch.onnx needs it
     except ImportError as error:
-        raise UserError(f"export to ONNX needs the package {error.name}: `pip install 'fsr_fast[export]'`") from None
+        raise UserError(
+            f"export to ONNX needs the package {error.name}: `pip install onnx onnxscript onnxruntime`"
+        ) from None
     program = torch.onnx.export(
         export_program(network), dynamo=True, input_names=["images"], output_names=list(OUTPUTS), verbose=False
     )
@@ -106,8 +108,10 @@ def write_program(network: Network, path: Path) -> None:
     Raises:
         UserError: the program does not say what the network says.
     """
-    torch.export.save(export_program(network), path, extra_files=describe(network))
-    module: Any = torch.export.load(path).module()
+    with path.open("x+b") as file:  # by its name it would have to end in .pt2
+        torch.export.save(export_program(network), file, extra_files=describe(network))
+        file.seek(0)
+        module: Any = torch.export.load(file).module()
     check(network, lambda images: module(images)[0])
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pydantic import AliasChoices, Field
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from fsr_fast.config import ModelConfig
@@ -45,7 +45,7 @@ def write_network(network: Network, folder: Path) -> None:
         folder: exists.
     """
     weights = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
-    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / WEIGHTS).write_bytes(save(weights, {"format": "pt"}))  # save_file's file is readable by its owner alone
     known = {name: getattr(network, name) for name in ("classes", "image_size", "mean", "std")}
     description = {"format": FORMAT, **known, "model": network.config.model_dump(mode="json")}
     (folder / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")

@@ -24,8 +24,7 @@ from fsr_fast.dataloading.palette import voc_palette
 from fsr_fast.errors import UserError
 from fsr_fast.evaluation.inference import Prediction, read_picture, segment_batch
 from fsr_fast.models import Network
-from fsr_fast.reporting.figures import colourise, heatmap
-from fsr_fast.reporting.page import TEMPLATES, data_uri
+from fsr_fast.reporting.figures import TEMPLATES, colourise, data_uri, heatmap
 
 WAITING = 4
 """Pictures that may wait for the network; more are turned away."""

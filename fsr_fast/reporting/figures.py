@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -16,6 +18,9 @@ IGNORE_INDEX = 255
 INK, PAPER, OUTLINE = (30, 30, 30), (255, 255, 255), (120, 120, 120)
 MARGIN = 12
 FONT_SIZE = 17
+TEMPLATES = Path(__file__).parent / "templates"
+SIDE = 320
+"""Longer side of the pictures of a page, pixels."""
 
 
 def colourise(mask: np.ndarray) -> np.ndarray:
@@ -248,3 +253,13 @@ def _check_image(image: np.ndarray) -> np.ndarray:
     if image.ndim != 3 or image.shape[2] != 3:
         raise ValueError(f"picture is {image.shape}; expected (H,W,3)")
     return image
+
+
+def data_uri(picture: Image.Image, side: int | None = SIDE, *, lossless: bool = False) -> str:
+    """Return a picture as a `data:` address, WebP, no side longer than `side` pixels."""
+    if side is not None:
+        picture = picture.copy()
+        picture.thumbnail((side, side), Image.Resampling.LANCZOS)
+    content = io.BytesIO()
+    picture.save(content, format="WEBP", quality=82, lossless=lossless)
+    return f"data:image/webp;base64,{base64.b64encode(content.getvalue()).decode()}"

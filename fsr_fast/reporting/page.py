@@ -20,13 +20,10 @@ from plotly.offline import get_plotlyjs
 from fsr_fast.dataloading.images import read_image
 from fsr_fast.dataloading.palette import save_palette_png, voc_palette
 from fsr_fast.reporting.charts import confusion, curves, entropy
-from fsr_fast.reporting.figures import heatmap
+from fsr_fast.reporting.figures import SIDE, TEMPLATES, data_uri, heatmap
 from fsr_fast.reporting.gallery import CHOICES, Entry, Gallery
 from fsr_fast.reporting.record import RunRecord
 
-TEMPLATES = Path(__file__).parent / "templates"
-SIDE = 320
-"""Longer side of the pictures of the gallery, pixels."""
 SNAPSHOTS = 8
 """Training pictures that are shown, evenly spaced."""
 
@@ -89,16 +86,6 @@ def is_page_of(path: Path, runs: Sequence[RunRecord]) -> bool:
 def _generator(runs: Sequence[RunRecord]) -> str:
     folders = "\n".join(str(run.folder.resolve()) for run in runs)
     return f"fsr-fast report {hashlib.sha256(folders.encode(errors='replace')).hexdigest()[:16]}"
-
-
-def data_uri(picture: Image.Image, side: int | None = SIDE, *, lossless: bool = False) -> str:
-    """Return a picture as a `data:` address, WebP, no side longer than `side` pixels."""
-    if side is not None:
-        picture = picture.copy()
-        picture.thumbnail((side, side), Image.Resampling.LANCZOS)
-    content = io.BytesIO()
-    picture.save(content, format="WEBP", quality=82, lossless=lossless)
-    return f"data:image/webp;base64,{base64.b64encode(content.getvalue()).decode()}"
 
 
 def mask_uri(mask: np.ndarray) -> str:

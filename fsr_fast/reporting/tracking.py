@@ -12,17 +12,19 @@ from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from fsr_fast.errors import UserError
-from fsr_fast.reporting.board import Board
 from fsr_fast.reporting.wandb_mirror import Mirror
 from fsr_fast.runtime.files import finite, naming, write_json, write_png, write_text
 from fsr_fast.runtime.log import LOGGER
+
+if TYPE_CHECKING:
+    from fsr_fast.reporting.board import Board
 
 PACKAGES = ("fsr_fast", "torch", "torchvision", "triton", "timm", "xformers", "nvidia-dali-cuda130", "numpy", "pillow")
 
@@ -62,6 +64,8 @@ class Tracker:
         self._clock = clock
         self._began = clock() - (lines[-1]["wall_seconds"] if lines else 0.0)
         self._board: Board | None = None
+        from fsr_fast.reporting.board import Board  # reading a record needs no TensorBoard
+
         with _only_shown("TensorBoard's files"):
             self._board = Board(folder / "tensorboard", purge_step=iteration + 1)
         with _only_shown("environment.json"):
@@ -119,18 +123,18 @@ class Tracker:
 
     def close(self) -> None:
         """Write out what is buffered."""
-        self._show(Board.close)
+        self._show(lambda board: board.close(), last=True)
         if self._mirror is not None:
             self._mirror.finish()
         self._metrics.close()
 
-    def _show(self, write: Callable[[Board], object]) -> None:
+    def _show(self, write: Callable[[Board], object], *, last: bool = False) -> None:
         board, self._board = self._board, None
         if board is None:
             return  # given up
         with _only_shown("TensorBoard's files"):
             write(board)
-            if write is not Board.close:
+            if not last:
                 board.flush()
                 self._board = board
 

@@ -177,12 +177,16 @@ class TrainingProgress:
         left = (self._total - self._done) * seconds
         if not self._shown or not self._total > self._done:
             return
-        if not self._bar:
-            print(f"first iteration: {seconds:.1f} s, about {duration(left)} for all {self._total}", flush=True)
+        text = f"first iteration: {seconds:.1f} s, about {duration(left)} for all {self._total}"
+        if self._bar:
+            self._bar.update(self._task, rates=text)  # until the first line of the log
+        else:
+            print(text, flush=True)
         if left > LONG_TRAINING:
             LOGGER.warning(
-                "this training takes about %s on this CPU: take a GPU, a smaller recipe (--config own_small), or fewer "
-                "and smaller views (--optim.iterations, --optim.batch_size, --data.image_size)",
+                "this training takes about %s on this CPU: take a GPU, a smaller recipe (--config own_small; synthetic "
+                "for simple pictures), or fewer and smaller views (--optim.iterations, --optim.batch_size, "
+                "--data.image_size)",
                 duration(left),
             )
 

@@ -49,6 +49,7 @@ def pictures(batch: int, height: int, width: int) -> torch.Tensor:
 def test_a_folder_is_read_back_bit_by_bit_and_segments_alike(run, network, tmp_path):
     export.main(["--checkpoint", str(run), "--output", str(tmp_path / "net")])
     assert sorted(path.name for path in (tmp_path / "net").iterdir()) == ["README.md", DESCRIPTION, WEIGHTS]
+    assert len({path.stat().st_mode for path in (tmp_path / "net").iterdir()}) == 1, "who may read them"
     copy = fsr_fast.from_pretrained(tmp_path / "net")
     assert copy.state_dict().keys() == network.state_dict().keys()
     assert all(torch.equal(value, network.state_dict()[name]) for name, value in copy.state_dict().items())

@@ -104,9 +104,9 @@ def test_mask_overlay_cams_and_scores_are_those_of_the_network(run, tmp_path):
     assert {file.name for file in (tmp_path / "out" / "cams").iterdir()} == {
         f"a_{name}.png" for name in prediction.cams
     }
-    assert json.loads((tmp_path / "out" / "scores.json").read_text()) == {
-        str(path): pytest.approx(prediction.scores, rel=1e-5)
-    }
+    (found,) = json.loads((tmp_path / "out" / "scores.json").read_text()).items()
+    assert found[0] == str(path)
+    assert found[1]["scores"] == pytest.approx(prediction.scores, rel=1e-5)
 
 
 def test_a_class_name_is_no_path(tmp_path):
@@ -153,8 +153,8 @@ def test_a_batch_gives_what_single_pictures_give(run, tmp_path):
         main(arguments)
     one, eight = (json.loads((tmp_path / size / "scores.json").read_text()) for size in ("1", "8"))
     assert list(one) == list(eight) == sorted(map(str, [*paths, tmp_path / "in" / "bb.png"]))
-    for name, scores in one.items():
-        assert eight[name] == pytest.approx(scores, rel=1e-4)
+    for name, found in one.items():
+        assert eight[name]["scores"] == pytest.approx(found["scores"], rel=1e-4)
         masks = [np.asarray(Image.open(tmp_path / size / "masks" / f"{Path(name).stem}.png")) for size in ("1", "8")]
         assert (masks[0] == masks[1]).mean() > 0.99
 
@@ -205,7 +205,7 @@ def test_the_scales_are_those_of_the_run_unless_others_are_given(run, tmp_path):
     found = {}
     for name, options in (("run", []), ("paper", ["--scales", "1,1.25,1.5"]), ("side", ["--side", "16"])):
         main(["--checkpoint", str(run), str(path), "--output", str(tmp_path / name), *options])
-        found[name] = json.loads((tmp_path / name / "scores.json").read_text())[str(path)]
+        found[name] = json.loads((tmp_path / name / "scores.json").read_text())[str(path)]["scores"]
         with Image.open(tmp_path / name / "masks/a.png") as mask:
             assert mask.size == (26, 20)
     network = load_network(run)
@@ -231,6 +231,8 @@ def test_results_go_to_the_run_by_default_with_a_table_of_areas(tmp_path, capsys
     with Image.open(folder / "predictions/masks/a.png") as mask:
         areas = np.bincount(np.asarray(mask).ravel(), minlength=4).tolist()
     assert [int(row["pixels"]) for row in rows] == areas
+    (found,) = json.loads((folder / "predictions/scores.json").read_text()).values()
+    assert found["pixels"] == dict(zip(["background", *helpers.CLASSES], areas, strict=True))
     assert f"next: look at {folder / 'predictions/overlays'}" in capsys.readouterr().out
 
 

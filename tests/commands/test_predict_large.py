@@ -94,7 +94,7 @@ def test_a_large_picture_is_written_as_tiled_tiff_with_the_labels_of_its_parts(r
         assert np.array_equal(np.asarray(picture.convert("RGB")), voc_palette()[mask])
     for row, column in ((0, 0), (2, 1), (6, 3)):
         check_centre(run, pixels, mask, 96, row, column, tmp_path)
-    scores = json.loads((tmp_path / "out/scores.json").read_text())[str(tmp_path / "large.tif")]
+    scores = json.loads((tmp_path / "out/scores.json").read_text())[str(tmp_path / "large.tif")]["scores"]
     with (tmp_path / "out/results.csv").open() as file:
         areas = [int(row["pixels"]) for row in csv.DictReader(file)]
     assert areas == np.bincount(mask.ravel(), minlength=7).tolist()

@@ -256,7 +256,10 @@ def test_ms_coco_is_checked_by_its_annotations(coco: Path) -> None:  # noqa: F81
     [
         (shutil.rmtree, ["no folder"]),
         (lambda f: shutil.rmtree(f / "JPEGImages"), ["none of the layouts", "JPEGImages", "train.csv"]),
-        (lambda f: [path.unlink() for path in f.glob("ImageSets/*/*.txt")], ["no list of images", "--train LIST"]),
+        (
+            lambda f: [path.unlink() for path in f.glob("ImageSets/*/*.txt")],
+            ["no list of images", "--train LIST", "fsr-fast data import"],
+        ),
         (lambda f: lists(f, "val").write_text(""), ["val.txt is empty"]),
     ],
 )
@@ -287,6 +290,16 @@ def test_what_was_inferred_is_said_and_written(mydata: Path, capsys: pytest.Capt
     for note in ("train.csv: encoded as UTF-16", "train.csv: columns are separated by semicolons"):
         assert f"read as: {note}" in printed
         assert note in report["read_as"]
+
+
+def test_the_command_that_comes_next_fits_a_data_set_without_masks(
+    mydata: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    check(mydata, *LEAK)
+    assert f"next: fsr-fast train --config own --data.root {mydata}, or on a CPU" in capsys.readouterr().out
+    (mydata / "val.csv").unlink()
+    check(mydata)
+    assert f"--data.root {mydata} --data.val_list none, or on a CPU" in capsys.readouterr().out
 
 
 def test_the_balance_of_the_classes_is_shown_and_warned_of(mydata: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -39,7 +39,7 @@ def test_classes_that_cannot_be_learned_are_warned_of(mydata: Path, caplog: pyte
     build_datasets(config(mydata))
     text = caplog.text
     assert "every training image shows 'cat'" in text
-    assert "1 training images show 'dog': too few" in text
+    assert "1 training image shows 'dog': too few" in text
     assert "no training image shows 'potted plant'" in text
 
 

@@ -145,6 +145,13 @@ def test_a_terminal_gets_a_live_bar_with_the_same_figures(clock, monkeypatch):
     assert text.count("10/40") >= 2  # drawn anew after the pause
 
 
+def test_a_terminal_shows_the_estimate_until_the_first_report(clock, monkeypatch):
+    terminal = open_terminal(monkeypatch)
+    with TrainingProgress(40, clock=clock) as progress:
+        run(progress, clock, 1)
+    assert "1/40 first iteration: 0.5 s, about 20 s for all 40" in terminal.getvalue()
+
+
 def test_ci_gets_plain_lines_even_on_a_terminal(clock, monkeypatch):
     terminal = open_terminal(monkeypatch)
     monkeypatch.setenv("CI", "true")
