@@ -7,6 +7,12 @@ from torch import Tensor
 
 DEPTH, WIDTH, PATCH, SIDE, PROTOTYPES = 4, 64, 8, 4, 16
 IMAGE_SIZE = SIDE * PATCH
+MODEL = {
+    "backbone_options": {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 4, "num_heads": 1},
+    "projector_hidden": 24,
+    "bottleneck": 12,
+}
+"""The tiny recipe's network with the sizes of the checkpoint."""
 
 
 def official_weights(*, classes: int = 3, seed: int = 0) -> dict[str, Tensor]:

@@ -14,11 +14,7 @@ from fsr_fast.models.official import official_state_dict
 from fsr_fast.runtime.checkpoint import read_checkpoint
 from tests import helpers, official
 
-SIZES = {
-    "backbone_options": {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 4, "num_heads": 1},
-    "projector_hidden": 24,
-    "bottleneck": 12,
-}
+SIZES = official.MODEL
 OFFICIAL = ("--to", "official")
 SHORT = {"optim": {"iterations": 2, "warmup": 0}, "evaluate": {"limit": 1}}
 

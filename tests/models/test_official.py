@@ -19,12 +19,7 @@ from fsr_fast.models import build_network
 from fsr_fast.models.official import IMAGENET, Normalisation, count_heads, official_state_dict, renormalise
 from tests import helpers, official
 
-MODEL = {
-    "backbone_options": {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 4, "num_heads": 1},
-    "projector_hidden": 24,
-    "bottleneck": 12,
-}
-"""The tiny recipe's network with the sizes of the checkpoint."""
+MODEL = official.MODEL
 
 
 @pytest.fixture
