@@ -4,9 +4,13 @@ The plain loop is what one writes first: image by image, the passes of the CAMs,
 scale and each mirror image by itself, then pydensecrf on all classes in the same process. It runs the same network. A
 network with random weights holds every class to be possible everywhere, a trained one only a few: the decoder's last
 layer is set so. The folder of photographs is that of FSR_VOC_ANIMALS; without it the embedded data set is taken.
+What a large picture costs is measured up to FSR_MEGAPIXELS.
 """
 
+import json
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,6 +41,7 @@ from fsr_fast.runtime.distributed import Process
 CAM_SCALES, SCALES = (1.0, 0.5, 1.5), (1.0, 1.25, 1.5)
 BACKBONES = {"ViT-Ti": "vit_tiny", "ViT-S": "vit_small", "ViT-B": "vit_base"}
 IMAGES = 16
+TILE = 128
 
 
 def network_of(backbone: str, device: torch.device, classes: tuple[str, ...]) -> tuple[Network, Config]:
@@ -181,3 +186,25 @@ def test_images_per_second(benchmark: Any, device: torch.device, tmp_path: Path,
     rates = ", ".join(f"{name} {IMAGES / value:.3f} images/s" for name, value in seconds.items())
     print(f"\n{IMAGES} images with CRF, {likely} classes likely: {rates}")
     record(f"evaluation {likely} classes likely", device, {"images": IMAGES, "seconds": seconds})
+
+
+def cost_of(megapixels: float, tile: int | None) -> dict[str, float]:
+    """Segment one picture in a process of its own, on one thread; its peak memory is that of the process."""
+    command = [sys.executable, "-m", "bench.tiles", "cost", "--megapixels", str(megapixels)]
+    command += ["--tile", str(tile)] if tile else []
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return json.loads(output.splitlines()[-1])
+
+
+def test_cost_per_megapixel(benchmark: Any) -> None:
+    """Whole where that can be waited for, and in tiles of 128 pixels, from 0.25 to 100 megapixels."""
+    largest = float(os.environ.get("FSR_MEGAPIXELS", "4"))  # of the tiled ones; 100 takes the better part of an hour
+    tiled = [size for size in (0.25, 1, 4, 10, 30, 100) if size <= largest]
+    rows = [{"tile": None, **cost_of(size, None)} for size in (0.0625, 0.25, 1) if size <= largest]
+    rows += [{"tile": TILE, **cost_of(size, TILE)} for size in tiled[1:]]
+    benchmark.pedantic(cost_of, (tiled[0], TILE), rounds=1)
+    for row in rows:
+        per = row["seconds"] / row["megapixels"]
+        print(f"\n{row['megapixels']:7.2f} MP, tile {row['tile']}: {per:7.2f} s/MP, {row['peak_mib']:.0f} MiB", end="")
+    load = os.getloadavg()[0]  # of other programs, too
+    record("evaluation_cost", torch.device("cpu"), {"threads": 1, "load": load, "overlap": 0.25, "rows": rows})

@@ -18,7 +18,7 @@ from fsr_fast.config import CONFIG_FOLDER, EvaluateConfig, build_config, read_ya
 from fsr_fast.dataloading import label_files
 from fsr_fast.dataloading.creatures import KINDS, draw_scene
 from fsr_fast.dataloading.palette import voc_palette
-from fsr_fast.evaluation import activations, large
+from fsr_fast.evaluation import activations, large, tiling
 from fsr_fast.evaluation.large import plan_picture
 from fsr_fast.models import build_network, load_network
 from fsr_fast.runtime.checkpoint import write_checkpoint
@@ -79,6 +79,7 @@ def small_limits(monkeypatch):
     monkeypatch.setattr(label_files, "LARGE_PIXELS", 1000)
     monkeypatch.setattr(large, "WHOLE_PIXELS", 1000)
     monkeypatch.setattr(activations, "PREVIEW", 128)
+    monkeypatch.setattr(tiling, "BAND_VALUES", 31 * 330 * 8)  # bands that every fourth row does not fit into
 
 
 def test_a_large_picture_is_written_as_tiled_tiff_with_the_labels_of_its_parts(run, tmp_path, small_limits):

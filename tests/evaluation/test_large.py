@@ -1,5 +1,6 @@
 """Pictures in tiles: held to the plain form, in float64 where a label hangs on it."""
 
+import tracemalloc
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,7 +14,7 @@ from fsr_fast.config import EvaluateConfig
 from fsr_fast.dataloading.datasets import build_datasets
 from fsr_fast.dataloading.regions import read_scaled
 from fsr_fast.errors import UserError
-from fsr_fast.evaluation import activations, large, predictions
+from fsr_fast.evaluation import activations, large, predictions, tiling
 from fsr_fast.evaluation.crf import CrfPool, dense_crf
 from fsr_fast.evaluation.inference import infer
 from fsr_fast.evaluation.large import LargePicture, plan_picture
@@ -85,15 +86,15 @@ def plain_tiles(network, pixels, cut):
 
 
 def test_a_side_is_applied_first_and_tiles_cut_what_is_then_larger():
-    size = (300, 400)
+    size = (900, 1200)
     assert plan_picture(EvaluateConfig(side=None, tile=None), NETWORK, size) is None
-    assert plan_picture(EvaluateConfig(side=None, tile=400), NETWORK, size) is None
-    cut = plan_picture(EvaluateConfig(tile=100, overlap=0.25), NETWORK, size)  # a number: every pixel
-    assert (cut.factor, cut.network.rows.side) == (1, 104)  # whole patches of 8
-    cut = plan_picture(EvaluateConfig(side=200, tile=100), NETWORK, size)
-    assert (cut.factor, cut.network.rows.side) == (2, 208)
-    assert plan_picture(EvaluateConfig(side=96, tile=100), NETWORK, size) is None
-    assert plan_picture(EvaluateConfig(tile=100, protocol="official"), NETWORK, size) is None
+    assert plan_picture(EvaluateConfig(side=None, tile=1200), NETWORK, size) is None
+    cut = plan_picture(EvaluateConfig(tile=300), NETWORK, size)  # a number: every pixel
+    assert (cut.factor, cut.network.rows.side) == (1, 304)  # whole patches of 8
+    cut = plan_picture(EvaluateConfig(side=600, tile=300), NETWORK, size)
+    assert (cut.factor, cut.network.rows.side) == (2, 608)
+    assert plan_picture(EvaluateConfig(side=288, tile=300), NETWORK, size) is None
+    assert plan_picture(EvaluateConfig(tile=300, protocol="official"), NETWORK, size) is None
 
 
 def test_auto_cuts_pictures_of_more_patches_than_stated_and_none_of_ordinary_size():
@@ -113,7 +114,9 @@ def test_results_of_many_pixels_leave_in_bands_though_the_picture_passes_whole()
 # --- against the plain form
 
 
-def test_tiles_are_blended_to_the_logits_and_activations_of_the_plain_form(wide):
+def test_tiles_are_blended_to_the_logits_and_activations_of_the_plain_form(wide, monkeypatch):
+    monkeypatch.setattr(tiling, "BAND_VALUES", 6 * 70 * 11)  # several bands
+    monkeypatch.setattr(large, "BATCH_PIXELS", {"cpu": 3 * 32 * 32})  # and batches
     pixels = picture(90, 70)
     cut = cut_of(pixels, wide, tile=32, overlap=0.3)
     assert (len(cut.network.rows), len(cut.network.columns)) == (5, 4)
@@ -188,8 +191,12 @@ def test_a_picture_is_read_by_regions_of_a_tile(monkeypatch):
 def test_a_much_larger_region_is_read_in_parts_and_averaged_first():
     smooth = picture(1200, 2400)
     read = Regions(smooth)
+    tracemalloc.start()
     small = read_scaled(read, slice(0, 1200), slice(0, 2400), (60, 120))
+    held = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
     assert read.largest <= 256 * 2400
+    assert held < smooth.nbytes / 2
     plain = np.asarray(Image.fromarray(smooth).resize((120, 60), Image.Resampling.LANCZOS))
     assert np.abs(small.astype(int) - plain).mean() < 3
     same = read_scaled(smooth, slice(10, 50), slice(20, 90), (30, 60))

@@ -54,7 +54,7 @@ def test_the_weights_of_every_pixel_sum_to_one_and_none_ends_at_a_seam(length, s
     for number in range(len(spans)):
         total[spans.slice(number)] += spans.weights(number)
     assert (total - 1).abs().max() < 1e-6
-    if overlap and side >= 32 and len(spans) > 1:
+    if overlap and side >= 32 and len(spans) > 1 and spans.starts[1] >= side // 4:  # away from the border
         assert spans.weights(1)[0] < 0.01
         assert spans.weights(0)[-1] < 0.01
 
