@@ -1,7 +1,7 @@
 """The kinds of findings of `fsr-fast data check`; nothing is imported here, so that the command line needs no torch."""
 
 KINDS = {
-    "outside": "names and links that lead out of the data set",
+    "outside": "names and links that lead out of the data set, and names that no file can have",
     "listed-twice": "names that stand twice in a list",
     "missing-image": "listed pictures without a file",
     "damaged-image": "pictures that cannot be decoded, or are too large",

@@ -12,6 +12,7 @@ from __future__ import annotations
 import io
 import os
 import threading
+import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -39,6 +40,7 @@ STRANGERS = {  # how files begin that are often met under the name of a picture
     b"version https://git-lfs": "a pointer of Git LFS: fetch the file itself by `git lfs pull`",
 }
 PHONES = (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftypavif")
+LONGEST = 250  # bytes of a picture's name, and of each folder in it
 SCANS = 100  # of a progressive JPEG; each costs a pass over all pixels, and cameras write about ten
 MAX_PIXELS = 80_000_000  # of one image, unless more are allowed: 320 MB decoded; larger ones are refused undecoded
 UPRIGHT = {  # what undoes an EXIF orientation
@@ -61,7 +63,7 @@ class DamagedFileError(UserError):
 
 
 class OutsideError(DamagedFileError):
-    """A name that leads out of the data set."""
+    """A name that leads out of the data set, or cannot be one of a file."""
 
 
 def read_image(source: Source, name: str = "", max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -154,14 +156,27 @@ def _real(folder: Path) -> str:
 
 
 def check_name(name: str) -> None:
-    """Refuse a name that leads out of its folder, by its text alone.
+    """Refuse a name that leads out of its folder, or that no result could bear, by its text alone.
 
     Raises:
-        OutsideError: an empty name, an absolute path, or a part `..`.
+        OutsideError: an empty name, an absolute path, a part `..`; or as `check_spelling`.
     """
-    absolute = PurePosixPath(name).is_absolute() or PureWindowsPath(name).drive
-    if not name or "\0" in name or absolute or ".." in PurePosixPath(name).parts:
+    parts = PurePosixPath(name).parts
+    if not name or PurePosixPath(name).is_absolute() or PureWindowsPath(name).drive or ".." in parts:
         raise OutsideError(f"{name!r} leads out of the data set; expected a name within its folder")
+    check_spelling(name)
+
+
+def check_spelling(name: str) -> None:
+    """Refuse a name that results could not bear, or that terminals and tables cannot show.
+
+    Raises:
+        OutsideError: a part of more than 250 bytes, control characters, or bytes that are no UTF-8.
+    """
+    if any(len(part.encode(errors="replace")) > LONGEST for part in name.split("/")):
+        raise OutsideError(f"{name[:80]!r}…: too long for the files of its results ({LONGEST} bytes); rename it")
+    if any(unicodedata.category(one) in ("Cc", "Cs") for one in name):
+        raise OutsideError(f"{name!r}: holds control characters, or is not in UTF-8; rename it")
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
+from fsr_fast.dataloading.images import check_spelling
 from fsr_fast.dataloading.layout import IMAGE_ENDINGS, bare_name, has_ending
 from fsr_fast.errors import UserError
 
@@ -23,13 +24,14 @@ def find_pictures(arguments: Iterable[str | Path], without: Path | None = None) 
         without: folder that is not looked into: that of the results, which may lie within.
 
     Raises:
-        UserError: an address of the web, a path that is missing, a folder or pattern without picture, or two pictures
-            of one name.
+        UserError: an address of the web, a path that is missing, a folder or pattern without picture, two pictures of
+            one name, or a name that results cannot bear.
     """
     files = dict.fromkeys(pair for argument in arguments for pair in _expand(str(argument), without))
     names = _unlike(files, (_plain, _with_ending, _with_folder, _with_both))
     found: dict[str, Path] = {}
     for (folder, file), name in names.items():
+        check_spelling(name)
         if name in found and found[name] != folder / file:
             raise UserError(f"{folder / file}: its results would overwrite those of {found[name]}; rename one")
         found[name] = folder / file

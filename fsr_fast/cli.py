@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from importlib import metadata
 from typing import TYPE_CHECKING, NamedTuple
 
-from fsr_fast.errors import UserError, nearest
+from fsr_fast.errors import UserError, nearest, printable
 
 if TYPE_CHECKING:
     from fsr_fast.options import Parser
@@ -92,7 +92,7 @@ def run_command(command: Callable[[Sequence[str]], None]) -> None:
     try:
         command(sys.argv[1:])
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)
     except ModuleNotFoundError as error:
         if (error.name or "fsr_fast").partition(".")[0] == "fsr_fast":
@@ -113,7 +113,7 @@ def run_command(command: Callable[[Sequence[str]], None]) -> None:
             print(f"error: {error.strerror}; allow more by `ulimit -n 4096`, or lower data.workers", file=sys.stderr)
             sys.exit(2)
         place = "" if error.filename is None else f"{error.filename}: "
-        print(f"error: {place}{error.strerror}; check path, permissions and free space", file=sys.stderr)
+        print(f"error: {printable(place)}{error.strerror}; check path, permissions and free space", file=sys.stderr)
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "DefaultCPUAllocator" not in str(error):

@@ -188,13 +188,14 @@ def check_options(options: Mapping[str, Given]) -> None:
             raise UserError(_explain(error, "command line", options, section)) from None
 
 
-def read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+def read_yaml(path: Path, above: tuple[Path, ...] = (), *, whole: bool = False) -> dict[str, Any]:
     """Read a recipe. Its key `base` names another one, over whose values it is laid: a file in the same
     folder, or a recipe of the package.
 
     Args:
         path: the file, or the name of a recipe of the package, e.g. `voc_vit_b`.
         above: recipes that are laid over this one.
+        whole: it names no other one; what a run has recorded is such.
 
     Raises:
         UserError: the file is missing, is not a YAML mapping of sections, or is laid over itself.
@@ -218,6 +219,8 @@ def read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     base = values.pop("base", None)
     if base is None:
         return values
+    if whole:
+        raise UserError(f"{path}: base: {str(base)[:80]!r}; the configuration of a run names no other file; remove it")
     beside = path.parent / str(base)
     found = beside if beside.is_file() or Path(str(base)).suffix else Path(str(base))
     return merge(read_yaml(found, (*above, path)), values)

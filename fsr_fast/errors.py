@@ -2,11 +2,22 @@
 
 import difflib
 import re
+import unicodedata
 from collections.abc import Iterable
 
 
 class UserError(Exception):
     """Bad input. Its text says what is wrong, where, what was expected and what to do."""
+
+
+def printable(text: str) -> str:
+    """Return text as a terminal can show it: what would steer the terminal, or cannot be encoded, stands as `\\x1b`."""
+    return "".join(
+        one.encode("unicode_escape").decode()
+        if unicodedata.category(one) in ("Cc", "Cs") and one not in "\n\t"
+        else one
+        for one in text
+    )
 
 
 def nearest(name: str, names: Iterable[str], prefix: str = "") -> str:

@@ -207,7 +207,7 @@ class Trainer:
                 return next(self.loader)
         except Stopped as stopped:
             self.loader.load_state_dict(position)  # a batch that came in this moment was not trained on
-            self.supervisor.save_and_stop(stopped, self.iteration)
+            self.supervisor.save_and_stop(stopped, self.iteration, together=self.process.world_size == 1)
             raise
 
     def _iterate(self, forward: torch.nn.Module, batch: Batch) -> tuple[StepOutput, Tensor]:

@@ -16,6 +16,7 @@ from typing import Any
 import fsspec
 import pytest
 import torch
+from PIL import Image
 
 from fsr_fast.commands import export
 from fsr_fast.commands.evaluate import main as evaluate
@@ -29,6 +30,7 @@ from fsr_fast.errors import UserError
 from fsr_fast.models import load_network
 from fsr_fast.models.folder import DESCRIPTION, WEIGHTS
 from fsr_fast.models.pretrained import read_weights
+from fsr_fast.reporting.record import read_run
 from fsr_fast.runtime.checkpoint import FORMAT, write_checkpoint
 from fsr_fast.runtime.run_folder import open_run_folder
 from fsr_fast.train import main as train
@@ -267,6 +269,42 @@ def test_a_pipe_in_a_run_folder_keeps_nobody_waiting(tmp_path, name):
             report([str(run)])
 
 
+def test_the_page_of_a_run_shows_no_file_from_outside_of_its_folder(tmp_path):
+    secret = tmp_path / "secret"
+    secret.mkdir()
+    (secret / "secret.json").write_text('{"results": {}, "key": "hunter2"}')
+    (secret / "secret.jsonl").write_text('{"iteration": 1, "wall_seconds": 1, "loss/hunter2": 1}\n')
+    Image.new("RGB", (9, 9)).save(secret / "secret.png")
+    root = helpers.write_dataset(tmp_path / "data", train=1, val=1)
+    run = stranger(tmp_path / "run", {"data": {"root": str(root)}})
+    (run / "pictures").mkdir()
+    (run / "pictures" / "training_0000001.png").symlink_to(secret / "secret.png")
+    os.mkfifo(run / "pictures" / "training_0000002.png")
+    for name in ("environment.json", "summary.json", "metrics.jsonl"):
+        (run / name).symlink_to(secret / f"secret.{name.partition('.')[2]}")
+    report([str(run), "--output", str(tmp_path / "page.html")])
+    page = (tmp_path / "page.html").read_text()
+    assert "hunter2" not in page
+    assert read_run(run).pictures == []
+    (secret / "secret.yaml").write_text("hunter2: {}")
+    for text in (f"base: {secret}/secret.yaml\n", "base: ../secret/secret.yaml\n"):
+        (run / "config.yaml").write_text(text)
+        with pytest.raises(UserError, match="the configuration of a run names no other file") as caught:
+            report([str(run)])
+        assert "hunter2" not in str(caught.value)
+    (run / "config.yaml").unlink()
+    (run / "config.yaml").symlink_to(secret / "secret.yaml")
+    with pytest.raises(UserError, match="no run"):
+        report([str(run)])
+
+
+def test_a_record_nested_deep_is_refused(tmp_path):
+    run = stranger(tmp_path / "run")
+    (run / "summary.json").write_text('{"a":' * 100_000)
+    with pytest.raises(UserError, match=r"summary\.json: not JSON"):
+        report([str(run)])
+
+
 # --- names
 
 NASTY = {
@@ -276,6 +314,7 @@ NASTY = {
     "table": "a | b",
     "path": "../../etc/cup",
     "quotes": "\"'`",
+    "formula": "$\\frac$ x_y $",
 }
 UNPRINTABLE = ["", "  ", "a\nb", "a\x00b", "\x1b[31mred", "x" * 101, "\u202eabc", "\ud800"]
 
@@ -307,7 +346,9 @@ def test_names_of_classes_are_shown_as_they_are_everywhere(tmp_path, capsys):
     evaluate(["--checkpoint", run, "--output", str(tmp_path / "scores")])
     shown = capsys.readouterr().out
     assert all(name in shown for name in names)
-    assert "| a \\| b |" in (tmp_path / "scores" / "report.md").read_text()
+    written = (tmp_path / "scores" / "report.md").read_text()
+    assert "| a \\| b |" in written
+    assert "<script>" not in written
     predict(["--checkpoint", run, str(root / "JPEGImages/picture_0.jpg"), "--output", str(tmp_path / "out")])
     assert {path.parent for path in (tmp_path / "out").rglob("*.png")} <= {
         tmp_path / "out" / part for part in ("masks", "overlays", "cams")
@@ -318,6 +359,9 @@ def test_names_of_classes_are_shown_as_they_are_everywhere(tmp_path, capsys):
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
     export.main(["--checkpoint", run, "--output", str(tmp_path / "network")])
     assert load_network(tmp_path / "network").classes == tuple(names)
+    card = (tmp_path / "network" / "README.md").read_text()
+    assert "<script>" not in card
+    assert "| \\$\\\\frac\\$ x_y \\$ |" in card
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -48,6 +48,7 @@ def main(arguments: Sequence[str]) -> None:
         print("\n".join(f"# {row}\n{dump_config(runs[row, seeds[0]])}" for row in chosen))
         return
     scores = {key: read_finished(config) for key, config in runs.items()}
+    _check_place(output, options.table)
     process = start_process(base.run.device, base.run.timeout)
     try:
         for row, seed in ((row, seed) for row in chosen for seed in seeds):
@@ -201,6 +202,14 @@ def _choose_rows(number: int, names: Sequence[str] | None) -> list[str]:
         if name not in rows:
             raise UserError(f"--rows: table {number} has no row {name!r}{nearest(name, rows)}")
     return list(dict.fromkeys(names or rows))
+
+
+def _check_place(folder: Path, number: int) -> None:
+    """Refuse to write over a table that is none of this one's."""
+    for name in ("table.json", "table.md"):
+        text = (folder / name).read_text(encoding="utf-8", errors="replace") if (folder / name).is_file() else ""
+        if (folder / name).exists() and TABLES[number].title not in text:
+            raise UserError(f"--output: {folder / name} exists and is not table {number}; give another folder")
 
 
 def _check_changes(number: int, changes: Iterable[str]) -> None:

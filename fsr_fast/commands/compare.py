@@ -35,7 +35,7 @@ def main(arguments: Sequence[str]) -> None:
     if options.output:
         values = {kind: {name: row._asdict() for name, row in rows.items()} for kind, rows in differences.items()}
         folders = {"first": str(options.first), "second": str(options.second)}
-        with output_folder(options.output, "compare"):
+        with output_folder(options.output, "compare", f"{options.first.resolve()}\n{options.second.resolve()}"):
             path = write_json(options.output / "comparison.json", {**folders, "images": images, "results": values})
             write_text(options.output / "comparison.md", text)
         print(f"\ncomparison: {path}")

@@ -1,6 +1,7 @@
 """Look after data sets: check them, derive image labels, build masks, pack shards."""
 
 import argparse
+import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -29,7 +30,7 @@ from fsr_fast.dataloading.notes import Notes
 from fsr_fast.dataloading.official_labels import read_official_labels
 from fsr_fast.dataloading.pack import pack
 from fsr_fast.dataloading.threads import map_ahead
-from fsr_fast.errors import UserError
+from fsr_fast.errors import UserError, printable
 from fsr_fast.options import Given, given
 from fsr_fast.runtime.files import write_json
 from fsr_fast.runtime.terminal import track
@@ -50,6 +51,10 @@ def main(arguments: Sequence[str]) -> None:
 def check(options: argparse.Namespace) -> None:
     """Check a data set: print tables, write JSON and clean lists; exit code 1 where anything was found."""
     config, parts = _open(options)
+    if options.json and options.json.exists() and not _is_report_of(options.json, config):
+        raise UserError(
+            f"--json: {options.json} exists and is no report of {config.root}; delete it or give another name"
+        )
     report = check_dataset(config, parts, options.accept, track=track)
     _print(report)
     if options.json:
@@ -180,7 +185,7 @@ def _print(report: Report) -> None:
         classes.add_row(escape(name), *(str(value) for shown, count in counts for value in (shown, count - shown)))
     rich_print(summary, classes)
     for warning in report.warnings:
-        print(f"warning: {warning}")
+        print(f"warning: {printable(warning)}")
     if not report.findings:
         print("nothing was found")
         return
@@ -193,9 +198,18 @@ def _print(report: Report) -> None:
     rich_print(found)
     for kind in KINDS:
         messages = [f"{kind}: {item.name}: {item.message}\n" for item in report.findings if item.kind == kind]
-        print("".join(messages[:EXAMPLES]), end="")
+        print(printable("".join(messages[:EXAMPLES])), end="")
         if len(messages) > EXAMPLES:
             print(f"{kind}: … and {len(messages) - EXAMPLES} more; --json FILE writes all")
+
+
+def _is_report_of(path: Path, config: DataConfig) -> bool:
+    """Return whether a file is what an earlier check of this data set has written."""
+    try:
+        content: Any = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        return content["root"] == str(config.root) and "findings" in content
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return False
 
 
 def _as_json(report: Report) -> dict[str, object]:

@@ -9,7 +9,7 @@ from fsr_fast.dataloading.labels import write_csv, write_new
 from fsr_fast.dataloading.masks import convert_coloured_masks
 from fsr_fast.dataloading.notes import Notes
 from fsr_fast.dataloading.own import read_classes, refuse_background
-from fsr_fast.errors import UserError
+from fsr_fast.errors import UserError, printable
 from fsr_fast.runtime.terminal import track
 
 
@@ -64,4 +64,4 @@ def _agree_on_classes(root: Path, found: list[str]) -> list[str]:
 def print_notes(notes: Iterable[str]) -> None:
     """Print what was inferred in reading a data set."""
     for note in notes:
-        print(f"read as: {note}")
+        print(f"read as: {printable(note)}")

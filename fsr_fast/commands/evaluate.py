@@ -60,7 +60,8 @@ def _evaluate(
     folder = options.output or evaluation_folder(options.checkpoint)
     settings = {"checkpoint": str(options.checkpoint), "iteration": iteration, "list": config.data.val_list}
     settings["protocol"] = config.evaluate.protocol
-    with output_folder(folder, "evaluate", own=options.output is None) if process.is_main else nullcontext():
+    whose = None if options.output is None else str(options.checkpoint.resolve())
+    with output_folder(folder, "evaluate", whose, own=options.output is None) if process.is_main else nullcontext():
         wait_for_all()  # nobody else writes
         journal = Journal(folder, process.rank, _header(network, config))
         began = time.perf_counter()

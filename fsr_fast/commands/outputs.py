@@ -18,8 +18,7 @@ def default_output(checkpoint: Path, name: str) -> Path:
 
 
 def evaluation_folder(checkpoint: Path) -> Path:
-    """Return where an evaluation goes: of a run into the run, of one of its files into a folder there."""
-    run = run_of(checkpoint)
-    if run is None:
-        return checkpoint if checkpoint.is_dir() else checkpoint.parent
-    return run if checkpoint.is_dir() else run / "evaluations" / checkpoint.stem
+    """Return where an evaluation goes: of a run into the run, of a file into a folder there, or beside the file."""
+    if checkpoint.is_dir():
+        return run_of(checkpoint) or checkpoint
+    return (run_of(checkpoint) or checkpoint.parent) / "evaluations" / checkpoint.stem

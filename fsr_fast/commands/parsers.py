@@ -69,7 +69,7 @@ def evaluate() -> Parser:
         "--output",
         type=Path,
         help="folder for metrics.json, report.md and pictures; by default that of the run, for a file such as best.pt "
-        "evaluations/best in it",
+        "evaluations/best in it, or beside a file without a run",
     )
     return parser
 

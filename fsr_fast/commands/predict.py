@@ -6,8 +6,9 @@ there, and the probability and area of each class as scores.json and results.csv
 
 import argparse
 import csv
+import hashlib
 import io
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from fsr_fast.commands import parsers
 from fsr_fast.commands.outputs import default_output
 from fsr_fast.commands.predict_large import Large, open_large, write_large
 from fsr_fast.config import Config
+from fsr_fast.dataloading.images import LONGEST
 from fsr_fast.dataloading.palette import save_palette_png
 from fsr_fast.dataloading.pictures import find_pictures
 from fsr_fast.errors import UserError
@@ -75,7 +77,8 @@ def _write_all(
     for name, picture, prediction in track(results, "predicting", len(pictures)):
         if not scores:
             (options.output / "scores.json").unlink(missing_ok=True)  # of an earlier run, whose results go now
-        draw = partial(write_views, options.output, name, opacity=options.opacity, legend=legend)
+        map_of = partial(map_name, name, pictures=pictures, classes=network.classes)
+        draw = partial(write_views, options.output, name, map_of=map_of, opacity=options.opacity, legend=legend)
         if isinstance(picture, Large):
             found, areas = write_large(options.output, name, picture, network, config, crf=options.crf, draw=draw)
         else:
@@ -107,6 +110,7 @@ def write_views(
     mask: np.ndarray,
     cams: dict[str, np.ndarray],
     *,
+    map_of: Callable[[str], str],
     opacity: float = 0.6,
     legend: Sequence[str] | None = None,
 ) -> None:
@@ -118,6 +122,7 @@ def write_views(
         image: (H, W, 3), uint8.
         mask: (H, W), uint8.
         cams: (H, W), float32, by name of the class.
+        map_of: returns the name of a class's CAM, without suffix.
         opacity: of mask and CAM over the picture, 0 to 1.
         legend: names of the classes, to be put above the overlay; none: no legend.
     """
@@ -128,7 +133,34 @@ def write_views(
     write_png(folder / "overlays" / f"{name}.png", picture)
     for class_name, cam in cams.items():
         shown = heatmap(image, cam, opacity)
-        write_png(folder / "cams" / f"{name}_{class_name.replace('/', '_')}.png", Image.fromarray(shown))
+        write_png(folder / "cams" / f"{map_of(class_name)}.png", Image.fromarray(shown))
+
+
+def map_name(name: str, class_name: str, pictures: Collection[str], classes: Iterable[str]) -> str:
+    """Return the name of a heat map's file, without suffix: `NAME_CLASS`.
+
+    Where that is too long, or also stands for another class or picture, such as the classes `a/b` and `a_b`, or the
+    pictures `a` and `a_b` with the classes `b_c` and `c`, it ends with a digest of both.
+
+    Args:
+        name: of the picture.
+        class_name: of the class.
+        pictures: names of all pictures.
+        classes: of the network.
+    """
+    plain = f"{name}_{_in_one_name(class_name)}"
+    endings = [f"_{_in_one_name(other)}" for other in classes]
+    meanings = sum(plain.endswith(ending) and plain.removesuffix(ending) in pictures for ending in endings)
+    folder, _, last = plain.rpartition("/")
+    content = last.encode()
+    if meanings < 2 and len(content) <= LONGEST:
+        return plain
+    digest = hashlib.sha256(f"{name}\n{class_name}".encode()).hexdigest()[:8]
+    return str(Path(folder) / f"{content[: LONGEST - 9].decode(errors='ignore')}-{digest}")
+
+
+def _in_one_name(class_name: str) -> str:
+    return class_name.replace("/", "_")
 
 
 def _table(rows: Iterable[Sequence[str]]) -> str:

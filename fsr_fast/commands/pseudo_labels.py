@@ -33,7 +33,7 @@ from fsr_fast.dataloading.label_files import write_rows
 from fsr_fast.dataloading.layout import bare_name, list_stem
 from fsr_fast.errors import UserError
 from fsr_fast.evaluation import handover
-from fsr_fast.evaluation.archive import check_archive, write_archive
+from fsr_fast.evaluation.archive import write_archive
 from fsr_fast.evaluation.crf import require_pydensecrf
 from fsr_fast.evaluation.evaluator import in_eval_mode
 from fsr_fast.evaluation.journal import Journal, fingerprint
@@ -229,14 +229,15 @@ def _check_archive_options(options: argparse.Namespace, network: Network) -> Non
         )
     if options.archive.suffix not in (".tar", ".tgz", ".gz"):
         raise UserError(f"--archive: {options.archive} should end in .tar, .tgz or .tar.gz")
+    if options.archive.exists():
+        raise UserError(f"--archive: {options.archive} exists; delete it or give another name")
 
 
 def _write_archive(options: argparse.Namespace, images: ImageSet, network: Network, limit: int | None) -> None:
     count = min(len(images.ids), limit or len(images.ids))
     names = [bare_name(images.ids[index]) for index in range(count)]
     sizes = {name: images.image(index).size for index, name in enumerate(names)}
-    write_archive(options.archive, options.output / "labels", names)
-    check_archive(options.archive, sizes, len(network.classes))
+    write_archive(options.archive, options.output / "labels", sizes, len(network.classes))
     print(f"archive: {options.archive}, {count} files, read back and checked")
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 import tarfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -17,28 +18,37 @@ from fsr_fast.runtime.files import atomic_file
 FOLDER = "results/VOC2012/Segmentation/comp6_test_cls"
 
 
-def write_archive(path: Path, labels: Path, names: Iterable[str]) -> None:
-    """Write the archive, whole or not at all.
+def write_archive(path: Path, labels: Path, sizes: Mapping[str, tuple[int, int]], classes: int) -> None:
+    """Write the archive and read it back as the server would; it bears its name only if nothing is wrong with it.
 
     Args:
         path: .tar, or .tgz / .tar.gz, which is compressed.
         labels: folder of the palette PNGs.
-        names: of the images.
+        sizes: width and height of each image of the list, by name.
+        classes: highest label; 255 is not allowed.
+
+    Raises:
+        UserError: a label map is missing, damaged, of another size than its image, without VOC's palette, or holds a
+            label out of range.
     """
     mode = "w:gz" if path.suffix in (".gz", ".tgz") else "w"
-    with atomic_file(path) as file, tarfile.open(fileobj=file, mode=mode) as archive:  # type: ignore[call-overload]
-        for name in names:
-            content = (labels / f"{name}.png").read_bytes()
-            entry = tarfile.TarInfo(f"{FOLDER}/{name}.png")
-            entry.size = len(content)
-            archive.addfile(entry, io.BytesIO(content))
+    with atomic_file(path) as file:
+        with tarfile.open(fileobj=file, mode=mode) as archive:  # type: ignore[call-overload]
+            for name in sizes:
+                content = (labels / f"{name}.png").read_bytes()
+                entry = tarfile.TarInfo(f"{FOLDER}/{name}.png")
+                entry.size = len(content)
+                archive.addfile(entry, io.BytesIO(content))
+        file.seek(0)
+        check_archive(file, path, sizes, classes)
 
 
-def check_archive(path: Path, sizes: Mapping[str, tuple[int, int]], classes: int) -> None:
+def check_archive(file: BinaryIO, path: Path, sizes: Mapping[str, tuple[int, int]], classes: int) -> None:
     """Read an archive back and check what the server would refuse.
 
     Args:
-        path: the archive.
+        file: the archive.
+        path: what messages call it.
         sizes: width and height of each image of the list.
         classes: highest label; 255 is not allowed.
 
@@ -47,14 +57,14 @@ def check_archive(path: Path, sizes: Mapping[str, tuple[int, int]], classes: int
             holds a label out of range.
     """
     missing = dict(sizes)
-    with tarfile.open(path) as archive:
+    with tarfile.open(fileobj=file) as archive:
         for entry in archive:
             name = entry.name.removeprefix(f"{FOLDER}/").removesuffix(".png")
             size = missing.pop(name, None)
-            file = archive.extractfile(entry)
-            if size is None or file is None or entry.name != f"{FOLDER}/{name}.png":
+            content = archive.extractfile(entry)
+            if size is None or content is None or entry.name != f"{FOLDER}/{name}.png":
                 raise UserError(f"{path}: {entry.name} does not belong to an image of the list, or stands there twice")
-            fault = _fault(file.read(), size, classes)
+            fault = _fault(content.read(), size, classes)
             if fault:
                 raise UserError(f"{path}: {entry.name}: {fault}; delete the folder of the labels and write them again")
     if missing:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fsr_fast.evaluation.evaluator import Evaluation
 from fsr_fast.runtime.files import atomic_file, write_json, write_text
+from fsr_fast.runtime.markdown import code, plain
 
 MEANINGS = {
     "pseudo": "labels from the class activation maps, given the true image labels",
@@ -60,15 +61,15 @@ def write_report(
 
 def markdown(evaluation: Evaluation, settings: Mapping[str, Any], pictures: Mapping[str, Path]) -> str:
     """Write the report as Markdown: what was evaluated, means, classes, failures, pictures."""
-    parts = ["# Evaluation\n", *(f"* {name}: `{value}`" for name, value in settings.items())]
+    parts = ["# Evaluation\n", *(f"* {name}: {code(value)}" for name, value in settings.items())]
     parts.append(f"* images: {evaluation.images}, failed: {len(evaluation.failed)}\n")
-    parts += [f"* **{name}** failed: {message}" for name, message in evaluation.failed.items()]
+    parts += [f"* **{plain(name)}** failed: {plain(message)}" for name, message in evaluation.failed.items()]
     parts += ["\nAll figures are percent. A class that is absent from the truth has no IoU.\n"]
     parts += [f"* *{kind}*: {MEANINGS[kind]}" for kind in evaluation.results]
     rows = [[kind, *(_cell(result[key]) for key in SUMMARY)] for kind, result in evaluation.results.items()]
     parts += ["", _table(["result", *SUMMARY.values()], rows)]
     for kind, result in evaluation.results.items():
-        rows = [[name, *(_cell(row[key]) for key in COLUMNS)] for name, row in result["classes"].items()]
+        rows = [[plain(name), *(_cell(row[key]) for key in COLUMNS)] for name, row in result["classes"].items()]
         parts += [f"\n## {kind}\n", _table(["class", *COLUMNS.values()], rows)]
         parts += [f"\n![Confusion matrix of {kind}]({pictures[kind].name})"]
     return "\n".join(parts) + "\n"
@@ -91,8 +92,8 @@ def draw_confusion(counts: Tensor, class_names: Sequence[str], title: str, path:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     picture = axes.imshow(shares, cmap="viridis", vmin=0, vmax=100)
-    axes.set_xticks(range(len(names)), names, rotation=90)
-    axes.set_yticks(range(len(names)), names)
+    axes.set_xticks(range(len(names)), names, rotation=90, parse_math=False)
+    axes.set_yticks(range(len(names)), names, parse_math=False)
     axes.set(xlabel="predicted", ylabel="true", title=title)
     axes.title.set_fontsize(9)
     if len(names) <= 25:
@@ -106,7 +107,7 @@ def draw_confusion(counts: Tensor, class_names: Sequence[str], title: str, path:
 
 def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [titles, ["---", *("---:" for _ in titles[1:])], *rows]
-    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _cell(value: float | None) -> str:

@@ -5,6 +5,7 @@ from pathlib import Path
 from fsr_fast.models import Network
 from fsr_fast.models.pretrained import StartWeights
 from fsr_fast.reporting.record import RunRecord
+from fsr_fast.runtime.markdown import code, plain
 
 KINDS = {"pseudo": "pseudo labels from class activation maps", "seg": "segmentation", "seg+crf": "with the dense CRF"}
 
@@ -24,11 +25,11 @@ def model_card(name: str, network: Network, run: RunRecord | None) -> str:
         "pipeline_tag: image-segmentation",
         "---",
         "",
-        f"# {name}",
+        f"# {plain(name)}",
         "",
-        f"Segmentation network for {len(network.classes)} classes: {', '.join(network.classes)}. It was trained from "
-        "image-level labels alone by fsr_fast, which implements *Progressive Feature Self-Reinforcement for Weakly "
-        "Supervised Semantic Segmentation* (He et al., AAAI 2024).",
+        f"Segmentation network for {len(network.classes)} classes: {', '.join(map(plain, network.classes))}. "
+        "It was trained from image-level labels alone by fsr_fast, which implements *Progressive Feature "
+        "Self-Reinforcement for Weakly Supervised Semantic Segmentation* (He et al., AAAI 2024).",
         "",
         f"* {parameters / 1e6:.1f} million parameters; training views of {network.image_size} pixels.",
         f"* Input: RGB in 0…1, minus {_list(network.mean)}, divided by {_list(network.std)}.",
@@ -61,12 +62,13 @@ def _training(run: RunRecord | None) -> list[str]:
     if run is None:
         return ["Not recorded."]
     data, optim, model = (run.config.get(section, {}) for section in ("data", "optim", "model"))
+    origin = model.get("initial") or model.get("pretrained")
     start = run.summary.get("start_weights")
-    place = f", folder `{Path(data['root']).name}`" if data.get("root") else ""
+    place = f", folder {code(Path(data['root']).name)}" if data.get("root") else ""
     return [
-        f"* Data: `{data.get('dataset')}`{place}, list `{data.get('train_list')}`.",
-        f"* Backbone: `{model.get('backbone')}`, from `{model.get('initial') or model.get('pretrained')}` weights.",
-        *([f"* Start weights: {StartWeights(**start)}."] if start else []),
+        f"* Data: {code(data.get('dataset'))}{place}, list {code(data.get('train_list'))}.",
+        f"* Backbone: {code(model.get('backbone'))}, from {code(origin)} weights.",
+        *([f"* Start weights: {plain(str(StartWeights(**start)))}."] if start else []),
         f"* {run.summary.get('iterations', 'unknown')} of {optim.get('iterations')} iterations of "
         f"{optim.get('batch_size')} images, seed {run.config.get('run', {}).get('seed')}.",
         f"* fsr_fast {run.environment.get('packages', {}).get('fsr_fast')}, torch "
@@ -79,17 +81,14 @@ def _scores(run: RunRecord | None) -> list[str]:
         return ["Not evaluated."]
     classes = list(next(iter(run.results.values()))["classes"])
     head = " | ".join(KINDS.get(kind, kind) for kind in run.results)
-    rows = [(name, [scores["classes"][name]["iou"] for scores in run.results.values()]) for name in classes]
+    rows = [(plain(name), [scores["classes"][name]["iou"] for scores in run.results.values()]) for name in classes]
     rows.append(("**mean**", [scores["mean_iou"] for scores in run.results.values()]))
     return [
-        f"IoU in percent on the list `{run.config.get('data', {}).get('val_list')}`.",
+        f"IoU in percent on the list {code(run.config.get('data', {}).get('val_list'))}.",
         "",
         f"| class | {head} |",
         f"|---|{'---:|' * len(run.results)}",
-        *(
-            f"| {name.replace('|', chr(92) + '|')} | {' | '.join('-' if v is None else f'{v:.1f}' for v in values)} |"
-            for name, values in rows
-        ),
+        *(f"| {name} | {' | '.join('-' if v is None else f'{v:.1f}' for v in values)} |" for name, values in rows),
     ]
 
 

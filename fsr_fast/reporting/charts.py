@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -75,14 +76,14 @@ def confusion(matrix: ConfusionMatrix, names: Sequence[str], key: str) -> Chart:
         names: of the C + 1 classes, background first.
         key: of the chart.
     """
-    counts = matrix.counts
+    counts, shown = matrix.counts, [html.escape(name, quote=False) for name in names]  # plotly reads HTML
     shares = (100 * counts / counts.sum(1, keepdim=True).clamp(min=1)).tolist()
     seen = (counts.sum(1) > 0).tolist()
     figure = go.Figure(
         go.Heatmap(
             z=[row if there else [None] * len(row) for row, there in zip(shares, seen, strict=True)],
-            x=list(names),
-            y=[name if there else f"{name} (no truth)" for name, there in zip(names, seen, strict=True)],
+            x=shown,
+            y=[name if there else f"{name} (no truth)" for name, there in zip(shown, seen, strict=True)],
             customdata=counts.tolist(),
             colorscale="Cividis",
             zmin=0,
@@ -170,7 +171,7 @@ def _line_chart(key: str, title: str, unit: str, lines: Mapping[str, tuple[list[
         figure.add_scatter(
             x=[iteration for iteration, _ in points],
             y=[value for _, value in points],
-            name=name,
+            name=html.escape(name, quote=False),
             mode="lines" if len(points) > TABLE_ROWS else "lines+markers",
             line={"color": COLOURS[colour % len(COLOURS)], "dash": dash, "width": 2},
         )

@@ -8,7 +8,7 @@ from typing import Any
 
 from fsr_fast.config import read_yaml
 from fsr_fast.errors import UserError
-from fsr_fast.reporting.tracking import read_metrics
+from fsr_fast.reporting.tracking import METRICS_FILE, read_metrics
 from fsr_fast.runtime.run_folder import CONFIG_FILE
 
 
@@ -50,26 +50,33 @@ def read_run(folder: Path) -> RunRecord:
     Raises:
         UserError: it is no run folder, or a file of it is damaged.
     """
-    if not (folder / CONFIG_FILE).is_file():
+    if not _holds(folder, folder / CONFIG_FILE):
         raise UserError(f"{folder}: no run (it has no {CONFIG_FILE}); give the folder of a run, as run.output named it")
-    numbered = ((re.fullmatch(r"training_(\d+)", path.stem), path) for path in (folder / "pictures").glob("*.png"))
+    paths = (path for path in (folder / "pictures").glob("*.png") if _holds(folder, path))
+    numbered = ((re.fullmatch(r"training_(\d{1,18})", path.stem), path) for path in paths)
     return RunRecord(
         name=folder.resolve().name,
         folder=folder,
-        config=read_yaml(folder / CONFIG_FILE),
-        environment=_read_json(folder / "environment.json"),
-        metrics=read_metrics(folder),
-        summary=_read_json(folder / "summary.json"),
+        config=read_yaml(folder / CONFIG_FILE, whole=True),
+        environment=_read_json(folder, "environment.json"),
+        metrics=read_metrics(folder) if _holds(folder, folder / METRICS_FILE) else [],
+        summary=_read_json(folder, "summary.json"),
         pictures=sorted((int(match[1]), path) for match, path in numbered if match),
     )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
+def _holds(folder: Path, path: Path) -> bool:
+    """Return whether a file is there and the run's own: pages would show what links in a stranger's folder lead to."""
+    return path.is_file() and path.resolve().is_relative_to(folder.resolve())
+
+
+def _read_json(folder: Path, name: str) -> dict[str, Any]:
+    path = folder / name
+    if not _holds(folder, path):
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({error}); fix the file or move it away") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected a JSON object; fix the file or move it away")

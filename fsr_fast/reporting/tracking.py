@@ -26,6 +26,7 @@ from fsr_fast.runtime.log import LOGGER
 if TYPE_CHECKING:
     from fsr_fast.reporting.board import Board
 
+METRICS_FILE = "metrics.jsonl"
 PACKAGES = ("fsr_fast", "torch", "torchvision", "triton", "timm", "xformers", "nvidia-dali-cuda130", "numpy", "pillow")
 
 
@@ -59,8 +60,8 @@ class Tracker:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         lines = [line for line in read_metrics(folder) if line["iteration"] <= iteration]
-        write_text(_metrics_path(folder), "".join(map(_json_line, lines)))
-        self._metrics = _Lines(_metrics_path(folder))
+        write_text(folder / METRICS_FILE, "".join(map(_json_line, lines)))
+        self._metrics = _Lines(folder / METRICS_FILE)
         self._clock = clock
         self._began = clock() - (lines[-1]["wall_seconds"] if lines else 0.0)
         self._board: Board | None = None
@@ -199,7 +200,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     Raises:
         UserError: a line before the last is not a JSON object with an iteration.
     """
-    path = _metrics_path(folder)
+    path = folder / METRICS_FILE
     if not path.is_file():
         return []
     texts = path.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -231,10 +232,6 @@ def environment() -> dict[str, Any]:
         "world_size": int(os.environ.get("WORLD_SIZE", "1")),
         "commit": _commit(),
     }
-
-
-def _metrics_path(folder: Path) -> Path:
-    return folder / "metrics.jsonl"
 
 
 def _json_line(values: Mapping[str, Any]) -> str:

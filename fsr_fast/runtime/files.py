@@ -7,6 +7,7 @@ killed leaves the file as it was, and at most that hidden one, which the next at
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import logging
 import math
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 LOGGER = logging.getLogger("fsr_fast")
 _CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EACCES, errno.EPERM}
 """What file systems answer that do not write out a folder on demand."""
+_LONGEST = 255
+"""Bytes of a file's name."""
 
 
 @contextmanager
@@ -41,7 +44,7 @@ def atomic_path(path: Path, *, sync: bool = True) -> Iterator[Path]:
         OSError: no space, no permission; it names the file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(_partial_name(path.name))
     _remove(partial)  # of a process that was killed
     try:
         with naming(path):
@@ -125,6 +128,13 @@ def sync_folder(folder: Path) -> None:
         if error.errno not in _CANNOT_SYNC:
             raise
         _note_unsynced(error.strerror)
+
+
+def _partial_name(name: str) -> str:
+    """Name the file that is being written; a name that leaves no room for more is told apart by its digest."""
+    partial = f".{name}.partial"
+    content = os.fsencode(name)
+    return partial if len(os.fsencode(partial)) <= _LONGEST else f".{hashlib.sha256(content).hexdigest()}.partial"
 
 
 def _sync(path: Path) -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from fsr_fast.errors import printable
+
 LOGGER = logging.getLogger("fsr_fast")
 FOLDER = "logs"
 
@@ -17,7 +19,7 @@ class _Terminal(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.levelno >= logging.ERROR or not dist.is_initialized() or dist.get_rank() == 0:
-            print(f"{record.levelname.lower()}: {record.getMessage()}", file=sys.stderr, flush=True)
+            print(f"{record.levelname.lower()}: {printable(record.getMessage())}", file=sys.stderr, flush=True)
 
 
 LOGGER.setLevel(logging.INFO)

@@ -23,7 +23,7 @@ def output_folder(folder: Path, verb: str, results: str | None = None, *, own: b
     Args:
         folder: made where it is missing; removed if nothing was written to it.
         verb: that writes.
-        results: what they are of: fingerprint of the network, settings; None: they are replaced as a whole.
+        results: what they are of: fingerprint of the network, settings, folder of the run; None: it does not matter.
         own: the folder may hold other things; it is the run's own.
 
     Raises:
@@ -43,7 +43,7 @@ def output_folder(folder: Path, verb: str, results: str | None = None, *, own: b
             about = {"verb": verb, "results": results}
             if known and results is not None and _read(file.read()) != about:
                 raise UserError(
-                    f"--output: {folder} holds the results of another network, or of other settings; "
+                    f"--output: {folder} holds the results of another run or network, or of other settings; "
                     "give another folder, or delete it"
                 )
             with naming(mark):

@@ -69,7 +69,7 @@ def claim_run_folder(config: Config, *, locked: bool = False) -> Path | None:
             f"run.output: {folder} is not empty and is no run (it has no {CONFIG_FILE}); give another folder"
         )
     checkpoints = list_checkpoints(folder)
-    recorded: Any = read_yaml(folder / CONFIG_FILE)
+    recorded: Any = read_yaml(folder / CONFIG_FILE, whole=True)
     if not recorded:  # empty, as a power failure leaves it
         if not checkpoints:
             return None

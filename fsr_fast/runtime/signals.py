@@ -29,12 +29,13 @@ class Signals:
     def __init__(self) -> None:
         self.caught = 0
         """Number of the first signal; 0: none."""
-        self._at_once = False
+        self._grace: float | None = None
         self._former: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             self._former = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+            self._former[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._ring)
         return self
 
     def __exit__(
@@ -44,21 +45,35 @@ class Signals:
             signal.signal(number, handler)
 
     @contextmanager
-    def at_once(self) -> Iterator[None]:
-        """Within this context, whose state must be saved before, a signal raises `Stopped` where it comes."""
-        self._at_once = True
+    def at_once(self, *, grace: float = 0.0) -> Iterator[None]:
+        """Within this context, whose state must be saved before, a signal raises `Stopped` where it comes.
+
+        Args:
+            grace: seconds that the context still has then, to be left without an error.
+        """
+        self._grace = grace
         try:
             if self.caught:
-                raise Stopped(self.caught)
+                self._stop()
             yield
         finally:
-            self._at_once = False
+            self._grace = None
+            signal.setitimer(signal.ITIMER_REAL, 0)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.caught = self.caught or number
         if "TORCHELASTIC_RUN_ID" not in os.environ:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-        if self._at_once:
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._grace == 0:
+            raise Stopped(self.caught)
+        if self._grace and not signal.getitimer(signal.ITIMER_REAL)[0]:
+            signal.setitimer(signal.ITIMER_REAL, self._grace, self._grace)  # again, in case nobody passes the error on
+
+    def _ring(self, number: int, frame: FrameType | None) -> None:
+        if self._grace is not None:
             raise Stopped(self.caught)
 
 

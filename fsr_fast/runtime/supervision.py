@@ -17,6 +17,10 @@ from fsr_fast.runtime.saving import Saver
 from fsr_fast.runtime.signals import Signals, Stopped, Vote
 from fsr_fast.runtime.watchdog import Watchdog
 
+GRACE = 10.0
+"""Seconds after a signal in which data may still come that several processes wait for, so that all of them stop at
+the same iteration; schedulers wait 30 seconds and more before they kill."""
+
 
 class Supervisor:
     """Stands around the loop; every process opens its context.
@@ -86,24 +90,31 @@ class Supervisor:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Wait for data. Where this process is the only one, a signal ends that at once; several go on together."""
-        if self._process.world_size > 1:
+        """Wait for data. A signal ends that: at once where this process is the only one, else after `GRACE`."""
+        with self._signals.at_once(grace=GRACE if self._process.world_size > 1 else 0.0):
             yield
-        else:
-            with self._signals.at_once():
-                yield
 
-    def save_and_stop(self, stopped: Stopped, iteration: int) -> None:
+    def save_and_stop(self, stopped: Stopped, iteration: int, *, together: bool = True) -> None:
         """Save the state for a process that is about to end.
 
         Args:
             stopped: why.
             iteration: iterations done.
+            together: all processes are here. Otherwise none waits for the others: the first one saves, unless it holds
+                no more than its part of the state.
         """
-        self.save()
-        self.finish()
+        if together or not self._run.shard:
+            self.save()
+        if together:
+            self.finish()
+        elif self._saver is not None:
+            self._saver.finish()
+        saved = together or (self._saver is not None and not self._run.shard)
         LOGGER.warning(
-            "stopped by signal %d at iteration %d; the same command goes on from there", stopped.number, iteration
+            "stopped by signal %d at iteration %d; the same command goes on from %s",
+            stopped.number,
+            iteration,
+            "there" if saved else "the newest checkpoint",
         )
 
     def check(self, in_row: float, iteration: int) -> None:

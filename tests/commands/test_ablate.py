@@ -71,6 +71,18 @@ def test_every_row_is_run_with_every_seed(recipe, trainer):
     assert (written["model"]["aggregation"], written["loss"]["uncertain"]) == ("gap", 0.0)
 
 
+@pytest.mark.parametrize("name", ["table.md", "table.json"])
+def test_a_table_is_written_over_by_itself_alone(recipe, trainer, tmp_path, name):
+    for _ in range(2):
+        folder = call(recipe, "--rows", "none")
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / name).write_text((folder / name).read_text())
+    with pytest.raises(UserError, match=rf"--output: .*{name} exists and is not table 3"):
+        call(recipe, "--rows", "full", "--output", str(mine), table=3)
+    assert (mine / name).read_text() == (folder / name).read_text()
+
+
 def test_a_table_that_was_interrupted_goes_on_where_it_stopped(recipe, trainer):
     trainer.stop = "cer_gap/seed_1"
     with pytest.raises(KeyboardInterrupt):

@@ -47,6 +47,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     trained(place / "run", root)
     trained(place / "other", root, seed=1)
     evaluate(["--checkpoint", str(place / "run"), "--output", str(place / "scores")])
+    shutil.copytree(place / "scores", place / "again")
     return place
 
 
@@ -80,17 +81,26 @@ def test_a_folder_that_the_same_verb_has_not_written_is_refused_and_stays_as_it_
         commands(place)[verb](mine / "classes.txt")
 
 
-@pytest.mark.parametrize("verb", ["predict", "pseudo-labels"])
+@pytest.mark.parametrize("verb", ["predict", "pseudo-labels", "evaluate"])
 def test_results_of_one_network_are_written_again_by_it_and_by_no_other(place, tmp_path, verb):
     commands(place)[verb](tmp_path / "out")
     before = contents(tmp_path / "out")
-    with pytest.raises(UserError, match="holds the results of another network"):
+    with pytest.raises(UserError, match="holds the results of another run or network"):
         commands(place, "other")[verb](tmp_path / "out")
     assert contents(tmp_path / "out") == before
     commands(place)[verb](tmp_path / "out")
     again = contents(tmp_path / "out")
     assert again.keys() == before.keys()
     assert all(again[name] == before[name] for name in before if name.endswith(".png"))
+
+
+def test_a_comparison_takes_the_place_of_none_but_itself(place, tmp_path):
+    commands(place)["compare"](tmp_path / "out")
+    commands(place)["compare"](tmp_path / "out")
+    before = contents(tmp_path / "out")
+    with pytest.raises(UserError, match="holds the results of another run"):
+        compare([str(place / "scores"), str(place / "again"), "--output", str(tmp_path / "out")])
+    assert contents(tmp_path / "out") == before
 
 
 def test_pictures_in_the_folder_of_the_results_are_no_input(place, tmp_path):

@@ -29,4 +29,5 @@ def test_evaluations_of_a_file_do_not_overwrite_that_of_the_run(run, tmp_path):
     assert evaluation_folder(run) == run
     assert evaluation_folder(run / "checkpoints/best.pt") == run / "evaluations/best"
     assert evaluation_folder(run / "checkpoints/0000400.pt") == run / "evaluations/0000400"
-    assert evaluation_folder(tmp_path / "student.pth") == tmp_path
+    assert evaluation_folder(tmp_path / "student.pth") == tmp_path / "evaluations/student"
+    assert evaluation_folder(tmp_path) == tmp_path

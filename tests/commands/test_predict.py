@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fsr_fast.commands.predict import main
+from fsr_fast.commands.predict import main, map_name
 from fsr_fast.config import dump_config
 from fsr_fast.dataloading.palette import voc_palette
 from fsr_fast.dataloading.pictures import find_pictures
@@ -118,6 +118,48 @@ def test_a_class_name_is_no_path(tmp_path):
     found = {file.name for file in (tmp_path / "out" / "cams").iterdir()}
     assert found
     assert found <= {"a_fruit_apple.png", "a_fruit_pear.png", "a_fruit_plum.png"}
+
+
+@pytest.mark.parametrize(
+    ("pictures", "classes"),
+    [
+        (["cat"], ["a/b", "a_b"]),
+        (["cat", "cat_black"], ["black_dog", "dog"]),
+        (["cat", "cat_a/b"], ["a/b_x", "x", "b_x"]),
+        (["x" * 250, f"{'x' * 249}y"], ["y" * 100, "é" * 50]),
+        (["deep/" + "é" * 125], ["y" * 99, "y" * 98 + "z"]),
+    ],
+)
+def test_every_heat_map_has_a_file_of_its_own(pictures, classes):
+    names = [map_name(picture, one, pictures, classes) for picture in pictures for one in classes]
+    assert len(set(names)) == len(names)
+    assert all(len(part.encode()) <= 250 for name in names for part in name.split("/"))
+    assert [name.rpartition("/")[0] for name in names] == [
+        picture.rpartition("/")[0] for picture in pictures for _ in classes
+    ]
+
+
+def test_a_heat_map_is_named_by_picture_and_class_where_that_is_clear():
+    assert map_name("deep/cat", "a/b", ["deep/cat", "cat"], ["a/b", "b"]) == "deep/cat_a_b"
+
+
+def test_a_picture_whose_results_could_not_bear_its_name_is_refused_before_any_work(run, tmp_path):
+    (tmp_path / "in").mkdir()
+    try:
+        save_pictures(tmp_path / "in", "\x1b[31m.png")
+    except OSError:
+        pytest.skip("a file system without such names")
+    with pytest.raises(UserError, match="control characters"):
+        main(["--checkpoint", str(run), str(tmp_path / "in"), "--output", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_longest_name_that_is_allowed_gets_all_results(run, tmp_path):
+    name = "x" * 246
+    (path,) = save_pictures(tmp_path, f"{name}.png")
+    main(["--checkpoint", str(run), str(path), "--output", str(tmp_path / "out")])
+    assert (tmp_path / "out" / "masks" / f"{name}.png").is_file()
+    assert list((tmp_path / "out" / "cams").iterdir())
 
 
 def test_the_crf_refines_the_mask(run, tmp_path):

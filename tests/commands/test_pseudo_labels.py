@@ -181,6 +181,8 @@ def test_the_archive_for_the_test_server_holds_every_image_of_the_list(tmp_path,
         content = archive.extractfile(f"{FOLDER}/picture_3.png").read()
     assert content == (tmp_path / "out" / "labels" / "picture_3.png").read_bytes()
     assert read(io.BytesIO(content)).shape == (40, 36)
+    with pytest.raises(UserError, match=r"--archive: .* exists; delete it or give another name"):
+        main([*common, "--kind", "seg", "--archive", str(tmp_path / name)])
 
 
 def test_an_archive_is_refused_where_the_server_would(tmp_path, root):
@@ -219,9 +221,16 @@ def test_a_faulty_archive_is_found_out(tmp_path, fault, message):
     if fault == "damaged":
         (tmp_path / "b.png").write_bytes((tmp_path / "b.png").read_bytes()[:50])
     names = {"missing": ["a"], "extra": ["a", "b", "c"]}.get(fault, ["a", "b"])
-    write_archive(tmp_path / "results.tar", tmp_path, names)
-    with pytest.raises(UserError, match=message):
-        check_archive(tmp_path / "results.tar", sizes, 20)
+    path = tmp_path / "results.tar"
+    with tarfile.open(path, "w") as archive:
+        for name in names:
+            archive.add(tmp_path / f"{name}.png", f"{FOLDER}/{name}.png")
+    with path.open("rb") as file, pytest.raises(UserError, match=message):
+        check_archive(file, path, sizes, 20)
+    if fault not in ("missing", "extra"):
+        with pytest.raises(UserError, match=message):
+            write_archive(tmp_path / "new.tar", tmp_path, sizes, 20)
+        assert not list(tmp_path.glob("*new.tar*")), "a faulty archive bears its name"
 
 
 def test_eighty_one_classes_are_counted_and_written(tmp_path, root):

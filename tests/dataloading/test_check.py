@@ -147,6 +147,29 @@ def test_every_planted_fault_is_found_and_nothing_else(
     assert snapshot(animals) == before
 
 
+def test_a_report_takes_the_place_of_one_of_the_same_data_set_alone(animals: Path, tmp_path: Path) -> None:
+    path = tmp_path / "findings.json"
+    check(animals, *VOC, report=path)
+    image_of(animals, "two").unlink()
+    assert found(check(animals, *VOC, report=path)[1]) == {("missing-image", "train", "two")}
+    other = tmp_path / "other"
+    shutil.copytree(animals, other)
+    mine = tmp_path / "mine.json"
+    for root, report, content in ((other, path, path.read_text()), (animals, mine, '["mine"]'), (animals, mine, "x")):
+        report.write_text(content)
+        with pytest.raises(UserError, match="exists and is no report of"):
+            main(["check", str(root), *VOC, "--json", str(report)])
+        assert report.read_text() == content
+
+
+def test_names_do_not_steer_the_terminal(animals: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    append(lists(animals, "train_aug"), "\x1b[2Jtwo")
+    assert found(check(animals, *VOC)[1]) == {("outside", "train", "\x1b[2Jtwo")}
+    printed = capsys.readouterr().out
+    assert "\x1b[2J" not in printed
+    assert "outside: \\x1b[2Jtwo: " in printed
+
+
 def test_all_faults_at_once_are_found_and_the_clean_lists_have_none(animals: Path) -> None:
     names = [f"extra {number}" for number in range(8)]
     random = np.random.default_rng(1)

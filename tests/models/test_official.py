@@ -244,7 +244,7 @@ def test_evaluation_takes_data_and_settings_from_a_recipe(file, tmp_path):
     root = helpers.write_dataset(tmp_path / "data")
     recipe = helpers.write_config(tmp_path / "recipe.yaml", helpers.values())
     evaluate.main(["--checkpoint", str(file), "--config", str(recipe), "--root", str(root), "--limit", "2"])
-    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    metrics = json.loads((file.parent / "evaluations/student/metrics.json").read_text())
     assert metrics["iteration"] is None
     assert list(metrics["results"]["seg"]["classes"]) == ["background", *helpers.CLASSES]
     assert all(0 <= metrics["results"][kind]["mean_iou"] <= 100 for kind in ("pseudo", "seg"))

@@ -13,8 +13,11 @@ import torch
 import torch.distributed as dist
 
 from fsr_fast.config import RunConfig, load_config
+from fsr_fast.evaluation import predictions
+from fsr_fast.runtime import supervision
 from fsr_fast.runtime.checkpoint import list_checkpoints, read_newest
 from fsr_fast.runtime.distributed import Process, stop_process
+from fsr_fast.runtime.loading import RestartingLoader
 from fsr_fast.runtime.run_folder import locked_run_folder
 from fsr_fast.runtime.saving import Saver
 from fsr_fast.trainer import Trainer
@@ -90,6 +93,35 @@ def hang(rank: int, iteration: int, chosen: int) -> None:
     """Let one process hang."""
     if rank == chosen:
         before_iteration(iteration, sleep_for_ever)
+
+
+def starve(rank: int, position: int, grace: float) -> None:
+    """Let the data of every process fail to come at a position of the stream, and ask the processes to end then."""
+    supervision.GRACE = grace
+    draw = RestartingLoader.__next__
+
+    def changed(self):
+        if self.state_dict()["position"] == position:
+            os.kill(os.getpid(), signal.SIGTERM)
+            sleep_for_ever()
+        return draw(self)
+
+    RestartingLoader.__next__ = changed
+
+
+def kill_while_evaluating(rank: int, chosen: int, marks: Path) -> None:
+    """Kill the loader process of one process's evaluation after its first image, once."""
+    read = predictions.read_samples
+
+    def changed(*arguments):
+        for sample in read(*arguments):
+            yield sample
+            if rank == chosen and not marks.exists():
+                marks.touch()
+                (tasks,) = Path(f"/proc/{os.getpid()}/task").glob(str(os.getpid()))
+                os.kill(int((tasks / "children").read_text().split()[-1]), signal.SIGKILL)
+
+    predictions.read_samples = changed
 
 
 def sleep_for_ever() -> None:

@@ -315,6 +315,44 @@ def test_a_signal_ends_the_wait_for_data_behind_a_checkpoint(recipe, tmp_path, m
     )
 
 
+@pytest.mark.ddp
+def test_a_signal_ends_the_wait_of_several_processes_behind_a_checkpoint(recipe, tmp_path, record):
+    whole = recipe("whole")
+    path = recipe("run", {"run": {"checkpoint_every": 100, "timeout": 60.0}})
+    assert children.exit_codes(children.start_ranks(whole, 2)) == [0, 0]
+    assert children.exit_codes(children.start_ranks(path, 2, children.starve, 12, 0.1)) == [143, 143]
+    assert read_checkpoint(tmp_path / "run")["iteration"] == 3
+    assert children.exit_codes(children.start_ranks(path, 2)) == [0, 0]
+    assert_same(outcome(tmp_path / "run"), outcome(tmp_path / "whole"))
+    record(
+        "SIGTERM while two processes wait for data that do not come",
+        injected=1,
+        lost="nothing",
+        outcome="after a grace of 10 s the first one saves and all end; the same command goes on from there",
+    )
+
+
+@pytest.mark.ddp
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="no /proc")
+@pytest.mark.parametrize("chosen", [0, 1])
+def test_an_evaluation_in_mid_training_of_two_processes_outlives_the_death_of_a_loader_process(
+    recipe, tmp_path, record, chosen
+):
+    every = {"run": {"evaluate_every": 2, "timeout": 60.0}, "data": {"workers": 1}, "optim": {"iterations": 4}}
+    ranks = children.start_ranks(recipe("run", every), 2, children.kill_while_evaluating, chosen, tmp_path / "killed")
+    assert children.exit_codes(ranks) == [0, 0]
+    log = (tmp_path / "run" / "logs" / f"rank_{chosen}.log").read_text()
+    assert log.count("the loader starts again at the same place") == 1
+    assert [line["iteration"] for line in read_metrics(tmp_path / "run") if "seg_miou" in line] == [2]
+    if chosen:
+        record(
+            "SIGKILL to a loader process of an evaluation in mid-training, of either of two processes",
+            injected=2,
+            lost="nothing",
+            outcome="a warning, the loader starts again at the same image; the training goes on",
+        )
+
+
 def test_an_evaluation_that_a_kill_cut_short_is_made_up_for(recipe, tmp_path, monkeypatch, record):
     def results(run: Path) -> tuple[list[dict[str, float]], str]:
         lines = [line for line in read_metrics(run) if "seg_miou" in line]

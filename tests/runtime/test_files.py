@@ -60,6 +60,12 @@ def test_what_a_killed_process_left_is_in_nobodys_way(tmp_path, kind):
     assert outside.read_text() == "precious"
 
 
+@pytest.mark.parametrize("name", ["x" * 255, "é" * 120, "x" * 246])
+def test_a_name_that_leaves_no_room_for_more_can_be_written(tmp_path, name):
+    write_text(tmp_path / name, "whole")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
 def test_a_folder_appears_with_all_that_is_in_it(tmp_path):
     def write(name: str, error: Exception | None = None) -> None:
         with atomic_path(tmp_path / name) as folder:

@@ -134,11 +134,24 @@ def test_a_signal_before_something_long_prevents_it():
     assert caught.value.code == 143
 
 
+def test_what_is_waited_for_has_a_while_after_a_signal():
+    with Signals() as signals:
+        with signals.at_once(grace=1000.0):
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert 0 < signal.getitimer(signal.ITIMER_REAL)[0] <= 1000
+        assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+        with pytest.raises(Stopped) as caught, signals.at_once(grace=0.01):
+            signal.pause()
+    assert caught.value.code == 143
+
+
 def test_handlers_are_put_back():
-    before = [signal.getsignal(number) for number in CODES]
+    numbers = [*CODES, signal.SIGALRM]
+    before = [signal.getsignal(number) for number in numbers]
     with Signals():
-        assert [signal.getsignal(number) for number in CODES] != before
-    assert [signal.getsignal(number) for number in CODES] == before
+        assert all(signal.getsignal(number) != handler for number, handler in zip(numbers, before, strict=True))
+    assert [signal.getsignal(number) for number in numbers] == before
 
 
 def test_alone_a_vote_is_one_s_own():
