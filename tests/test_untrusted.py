@@ -298,11 +298,27 @@ def test_the_page_of_a_run_shows_no_file_from_outside_of_its_folder(tmp_path):
         report([str(run)])
 
 
-def test_a_record_nested_deep_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("summary.json", '{"a":' * 100_000),
+        ("summary.json", "[]"),
+        ("summary.json", '{"iterations": "many"}'),
+        ("summary.json", '{"results": {"seg": {"mean_iou": "<b>", "classes": {}}}}'),
+        ("summary.json", '{"results": {"seg": {"mean_iou": 1.0}}}'),
+        ("summary.json", '{"results": {"seg": {"mean_iou": 1.0, "classes": {"cat": 3}}}}'),
+        ("summary.json", '{"labels": {"mean_ap": 1.0}}'),
+        ("summary.json", '{"start_weights": {"name": "x", "more": 1}}'),
+        ("environment.json", '{"packages": []}'),
+        ("config.yaml", "data: [1]"),
+    ],
+)
+def test_a_record_of_another_form_is_refused(tmp_path, name, text):
     run = stranger(tmp_path / "run")
-    (run / "summary.json").write_text('{"a":' * 100_000)
-    with pytest.raises(UserError, match=r"summary\.json: not JSON"):
-        report([str(run)])
+    (run / name).write_text(text)
+    for command in (lambda: report([str(run)]), lambda: export.main(["--checkpoint", str(run)])):
+        with pytest.raises(UserError, match=re.escape(str(run / name))):
+            command()
 
 
 # --- names

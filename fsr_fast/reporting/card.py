@@ -62,17 +62,18 @@ def _training(run: RunRecord | None) -> list[str]:
     if run is None:
         return ["Not recorded."]
     data, optim, model = (run.config.get(section, {}) for section in ("data", "optim", "model"))
+    packages = run.environment.get("packages", {})
     origin = model.get("initial") or model.get("pretrained")
     start = run.summary.get("start_weights")
-    place = f", folder {code(Path(data['root']).name)}" if data.get("root") else ""
+    place = f", folder {code(Path(str(data['root'])).name)}" if data.get("root") else ""
     return [
         f"* Data: {code(data.get('dataset'))}{place}, list {code(data.get('train_list'))}.",
         f"* Backbone: {code(model.get('backbone'))}, from {code(origin)} weights.",
         *([f"* Start weights: {plain(str(StartWeights(**start)))}."] if start else []),
-        f"* {run.summary.get('iterations', 'unknown')} of {optim.get('iterations')} iterations of "
-        f"{optim.get('batch_size')} images, seed {run.config.get('run', {}).get('seed')}.",
-        f"* fsr_fast {run.environment.get('packages', {}).get('fsr_fast')}, torch "
-        f"{run.environment.get('packages', {}).get('torch')}, commit {run.environment.get('commit') or 'unknown'}.",
+        f"* {run.summary.get('iterations', 'unknown')} of {plain(str(optim.get('iterations')))} iterations of "
+        f"{plain(str(optim.get('batch_size')))} images, seed {plain(str(run.config.get('run', {}).get('seed')))}.",
+        f"* fsr_fast {plain(str(packages.get('fsr_fast')))}, torch {plain(str(packages.get('torch')))}, commit "
+        f"{plain(str(run.environment.get('commit') or 'unknown'))}.",
     ]
 
 
@@ -81,8 +82,11 @@ def _scores(run: RunRecord | None) -> list[str]:
         return ["Not evaluated."]
     classes = list(next(iter(run.results.values()))["classes"])
     head = " | ".join(KINDS.get(kind, kind) for kind in run.results)
-    rows = [(plain(name), [scores["classes"][name]["iou"] for scores in run.results.values()]) for name in classes]
-    rows.append(("**mean**", [scores["mean_iou"] for scores in run.results.values()]))
+    rows = [
+        (plain(name), [scores["classes"].get(name, {}).get("iou") for scores in run.results.values()])
+        for name in classes
+    ]
+    rows.append(("**mean**", [scores.get("mean_iou") for scores in run.results.values()]))
     return [
         f"IoU in percent on the list {code(run.config.get('data', {}).get('val_list'))}.",
         "",

@@ -6,10 +6,52 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, ValidationError
+
 from fsr_fast.config import read_yaml
 from fsr_fast.errors import UserError
+from fsr_fast.models.pretrained import StartWeights
 from fsr_fast.reporting.tracking import METRICS_FILE, read_metrics
 from fsr_fast.runtime.run_folder import CONFIG_FILE
+
+
+class _Checked(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+
+class _ClassScores(_Checked):
+    iou: float | None = None
+
+
+class _Scores(_Checked):
+    mean_iou: float | None = None
+    classes: dict[str, _ClassScores]
+
+
+class _ClassLabels(_Checked):
+    ap: float | None
+    f1: float | None
+    images: int
+
+
+class _Labels(_Checked):
+    mean_ap: float | None
+    mean_f1: float | None
+    images: int
+    classes: dict[str, _ClassLabels]
+
+
+class _Summary(_Checked):
+    iterations: int | None = None
+    images_per_second: float | None = None
+    wall_seconds: float | None = None
+    results: dict[str, _Scores] = {}
+    labels: _Labels | None = None
+    start_weights: StartWeights | None = None
+
+
+class _Environment(_Checked):
+    packages: dict[str, Any] = {}
 
 
 @dataclass(frozen=True)
@@ -38,7 +80,7 @@ class RunRecord:
     @property
     def labels(self) -> dict[str, Any]:
         """Scores of the image labels, of a run without pictures with masks; else empty."""
-        return self.summary.get("labels", {})
+        return self.summary.get("labels") or {}
 
 
 def read_run(folder: Path) -> RunRecord:
@@ -57,10 +99,10 @@ def read_run(folder: Path) -> RunRecord:
     return RunRecord(
         name=folder.resolve().name,
         folder=folder,
-        config=read_yaml(folder / CONFIG_FILE, whole=True),
-        environment=_read_json(folder, "environment.json"),
+        config=_read_config(folder / CONFIG_FILE),
+        environment=_read_json(folder, "environment.json", _Environment),
         metrics=read_metrics(folder) if _holds(folder, folder / METRICS_FILE) else [],
-        summary=_read_json(folder, "summary.json"),
+        summary=_read_json(folder, "summary.json", _Summary),
         pictures=sorted((int(match[1]), path) for match, path in numbered if match),
     )
 
@@ -70,14 +112,27 @@ def _holds(folder: Path, path: Path) -> bool:
     return path.is_file() and path.resolve().is_relative_to(folder.resolve())
 
 
-def _read_json(folder: Path, name: str) -> dict[str, Any]:
+def _read_config(path: Path) -> dict[str, Any]:
+    sections = read_yaml(path, whole=True)
+    for name, section in sections.items():
+        if not isinstance(section, dict):
+            raise UserError(f"{path}: {name}: expected a section; fix the file")
+    return sections
+
+
+def _read_json(folder: Path, name: str, form: type[_Checked]) -> dict[str, Any]:
     path = folder / name
     if not _holds(folder, path):
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({error}); fix the file or move it away") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected a JSON object; fix the file or move it away")
+    try:
+        form.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "the whole"
+        raise UserError(f"{path}: {place}: {first['msg']}; fix the file or move it away") from None
     return content

@@ -13,6 +13,7 @@ from typing import Self, TypeVar
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.progress import track as rich_track
 from rich.table import Column
@@ -221,7 +222,7 @@ def track(
     if not on_main_process():
         return iter(iterable)
     if not is_quiet():
-        return iter(rich_track(iterable, description, total=total, transient=True))
+        return iter(rich_track(iterable, escape(description), total=total, transient=True))
     return _lines(iterable, description, total, interval, clock)
 
 
@@ -235,7 +236,7 @@ def working(description: str) -> Iterator[None]:
     if not on_main_process() or is_quiet():
         yield
         return
-    with Console().status(description):
+    with Console().status(escape(description)):
         yield
 
 

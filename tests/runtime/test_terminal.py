@@ -7,7 +7,7 @@ import torch
 from rich.console import Console
 
 from fsr_fast.reporting.tables import score_table
-from fsr_fast.runtime.terminal import TrainingProgress, duration, track
+from fsr_fast.runtime.terminal import TrainingProgress, duration, track, working
 
 
 class Clock:
@@ -187,6 +187,15 @@ def test_track_yields_everything_and_prints_a_line_an_interval_and_one_at_the_en
         "evaluating 9/10",
         "evaluating 10/10  1 min 40 s",
     ]
+
+
+def test_names_of_files_are_no_markup(monkeypatch):
+    terminal = open_terminal(monkeypatch)
+    assert list(track([1, 2], "packing a[/b]")) == [1, 2]
+    with working("exporting to [/c]/[red]"):
+        pass
+    assert "packing a[/b]" in terminal.getvalue()
+    assert "exporting to [/c]/[red]" in terminal.getvalue()
 
 
 def test_track_takes_the_total_from_the_length_or_does_without(capsys):
