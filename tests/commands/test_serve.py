@@ -196,14 +196,23 @@ def test_a_place_that_is_taken_and_a_port_that_is_none_are_refused(server, tmp_p
     assert not list(Path(tmp_path).iterdir())
 
 
+def test_names_of_classes_are_text_in_the_page():
+    network = helpers.network(RECIPE)
+    network.classes = ("<script>alert(1)</script>", "\"'`", "{{ 7 * 7 }}")
+    page = served("127.0.0.1", 8000, network).page
+    assert "<script>alert" not in page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+    assert "{{ 7 * 7 }}" in page
+
+
 # --- whom it answers
 
 
-def served(host: str, port: int) -> DemoServer:
+def served(host: str, port: int, network=NETWORK) -> DemoServer:
     with pytest.MonkeyPatch.context() as patch:  # without listening on the port
         patch.setattr(DemoServer, "server_bind", lambda self: setattr(self, "server_address", (host, port)))
         patch.setattr(DemoServer, "server_activate", lambda self: None)
-        demo = DemoServer((host, port), NETWORK, largest=LARGEST, side=48, config=RECIPE)
+        demo = DemoServer((host, port), network, largest=LARGEST, side=48, config=RECIPE)
     demo.server_close()
     return demo
 
