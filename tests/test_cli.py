@@ -14,6 +14,7 @@ from fsr_fast.commands.completion import main as completion
 from fsr_fast.commands.parsers import TRAINED_SECTIONS
 from fsr_fast.errors import UserError
 from fsr_fast.options import Given, given
+from fsr_fast.runtime.log import LOGGER
 
 ROOT = Path(__file__).parents[1]
 
@@ -41,6 +42,21 @@ def test_an_unknown_verb_is_refused_with_the_nearest_one():
     result = run("trian")
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr == "error: command line: unknown verb 'trian'; did you mean 'train'?\n"
+
+
+@pytest.mark.parametrize(
+    "error", [UserError("no \x1b[2Jpicture\udce9\n"), FileNotFoundError(2, "No such file", "\x1b[2Jpicture")], ids=repr
+)
+def test_names_in_an_error_do_not_steer_the_terminal(error, capsys):
+    def fail(arguments):
+        raise error
+
+    with pytest.raises(SystemExit):
+        cli.run_command(fail)
+    LOGGER.warning("%s", error)
+    shown = capsys.readouterr().err
+    assert "\x1b" not in shown
+    assert shown.count("\\x1b[2Jpicture") == 2
 
 
 @pytest.mark.parametrize("name", cli.VERBS)
