@@ -95,13 +95,13 @@ def hang(rank: int, iteration: int, chosen: int) -> None:
         before_iteration(iteration, sleep_for_ever)
 
 
-def starve(rank: int, position: int, grace: float) -> None:
-    """Let the data of every process fail to come at a position of the stream, and ask the processes to end then."""
+def starve(rank: int, position: int, grace: float, chosen: tuple[int, ...]) -> None:
+    """Let the data of some processes fail to come at a position of the stream, and ask these to end then."""
     supervision.GRACE = grace
     draw = RestartingLoader.__next__
 
     def changed(self):
-        if self.state_dict()["position"] == position:
+        if rank in chosen and self.state_dict()["position"] == position:
             os.kill(os.getpid(), signal.SIGTERM)
             sleep_for_ever()
         return draw(self)
