@@ -75,6 +75,8 @@ def _expand(argument: str, without: Path | None) -> Iterator[Picture]:
     path = Path(argument)
     if path.is_dir():
         files = _pictures(sorted(path.rglob("*")), without)
+        if not files and without is not None and without.resolve() in (path.resolve(), *path.resolve().parents):
+            raise UserError(f"--output: {path} lies in {without}, where results go; give a new or empty folder")
         if not files:
             raise UserError(f"{path}: no picture in this folder; expected {', '.join(IMAGE_ENDINGS)}")
         yield from ((path, file.relative_to(path)) for file in files)

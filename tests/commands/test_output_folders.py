@@ -111,6 +111,16 @@ def test_pictures_in_the_folder_of_the_results_are_no_input(place, tmp_path):
         assert len(list((pictures / "out" / "masks").iterdir())) == 4
 
 
+@pytest.mark.parametrize("output", ["trip", "trip/pictures"])
+def test_a_folder_of_results_that_holds_the_pictures_is_refused(place, tmp_path, output):
+    pictures = tmp_path / "trip" / "pictures"
+    shutil.copytree(place / "data" / "JPEGImages", pictures)
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match="--output: .*pictures lies in .*, where results go"):
+        predict.main(["--checkpoint", str(place / "run"), str(pictures), "--output", str(tmp_path / output)])
+    assert contents(tmp_path) == before
+
+
 def test_an_interrupted_prediction_leaves_whole_files_and_nothing_that_looks_finished(place, tmp_path, monkeypatch):
     commands(place)["predict"](tmp_path / "out")
     write, written = predict.write_views, []
