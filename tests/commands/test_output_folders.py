@@ -116,7 +116,7 @@ def test_a_folder_of_results_that_holds_the_pictures_is_refused(place, tmp_path,
     pictures = tmp_path / "trip" / "pictures"
     shutil.copytree(place / "data" / "JPEGImages", pictures)
     before = contents(tmp_path)
-    with pytest.raises(UserError, match="--output: .*pictures lies in .*, where results go"):
+    with pytest.raises(UserError, match=r"--output: .*pictures lies in .*, where results go"):
         predict.main(["--checkpoint", str(place / "run"), str(pictures), "--output", str(tmp_path / output)])
     assert contents(tmp_path) == before
 
