@@ -110,6 +110,7 @@ def run_command(command: Callable[[Sequence[str]], None]) -> None:
         if error.errno is None:
             raise  # of a library, about something else
         if error.errno in (errno.EMFILE, errno.ENFILE):
+            sys.unraisablehook = lambda _: None  # a loader of torch that is half made ends with a traceback of its own
             print(f"error: {error.strerror}; allow more by `ulimit -n 4096`, or lower data.workers", file=sys.stderr)
             sys.exit(2)
         place = "" if error.filename is None else f"{error.filename}: "

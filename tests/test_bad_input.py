@@ -1,7 +1,9 @@
 """Every mistake of a user's ends in one message that names place, value, expectation and remedy; nothing is written."""
 
 import errno
+import gc
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -414,13 +416,30 @@ def test_a_mistake_of_ours_keeps_its_traceback(error):
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory\nmore"), "error: out of memory"),
     ],
 )
-def test_a_machine_that_is_too_small_is_one_paragraph(capsys, error, expected):
+def test_a_machine_that_is_too_small_is_one_paragraph(monkeypatch, capsys, error, expected):
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # put back at the end
     with pytest.raises(SystemExit) as caught:
         run_command(command_that(error))
     assert caught.value.code == 2
     message = capsys.readouterr().err
     assert expected in message
     assert message.count("\n") == 1
+
+
+def test_a_loader_that_is_half_made_where_files_are_short_adds_no_traceback(monkeypatch, capsys):
+    class Half:
+        def __del__(self):
+            raise AttributeError("_workers_status")
+
+    def command(arguments):
+        half = Half()
+        raise OSError(errno.EMFILE, f"Too many open files for {half}")
+
+    monkeypatch.setattr(sys, "unraisablehook", sys.__unraisablehook__)
+    with pytest.raises(SystemExit):
+        run_command(command)
+    gc.collect()
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_an_interruption_is_silent(capsys):
