@@ -11,7 +11,7 @@ from rich import print as rich_print
 
 from fsr_fast.cli import run_command
 from fsr_fast.commands import parsers
-from fsr_fast.commands.outputs import evaluation_folder
+from fsr_fast.commands.outputs import evaluation_folder, run_of
 from fsr_fast.config import Config
 from fsr_fast.dataloading.batch import ImageSet
 from fsr_fast.dataloading.datasets import build_datasets
@@ -60,7 +60,7 @@ def _evaluate(
     folder = options.output or evaluation_folder(options.checkpoint)
     settings = {"checkpoint": str(options.checkpoint), "iteration": iteration, "list": config.data.val_list}
     settings["protocol"] = config.evaluate.protocol
-    whose = None if options.output is None else str(options.checkpoint.resolve())
+    whose = None if options.output is None else str((run_of(options.checkpoint) or options.checkpoint).resolve())
     with output_folder(folder, "evaluate", whose, own=options.output is None) if process.is_main else nullcontext():
         wait_for_all()  # nobody else writes
         journal = Journal(folder, process.rank, _header(network, config))

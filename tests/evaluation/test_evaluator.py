@@ -137,14 +137,16 @@ def test_an_interrupted_evaluation_goes_on_and_gives_the_same_result(tmp_path, m
 def test_what_other_weights_settings_or_data_have_counted_is_not_taken(tmp_path, monkeypatch, change):
     root = helpers.write_dataset(tmp_path / "data", val=4)
     output = ["--output", str(tmp_path / "out")]
+    path = checkpoint(tmp_path / "run", root)
     monkeypatch.setattr(evaluator, "_count", InterruptAt(2))
     with pytest.raises(KeyboardInterrupt):
-        evaluate_command(["--checkpoint", str(checkpoint(tmp_path / "run", root)), *output])
+        evaluate_command(["--checkpoint", str(path), *output])
     second = InterruptAt()
     monkeypatch.setattr(evaluator, "_count", second)
-    other = checkpoint(tmp_path / "other", root, 1) if change == "weights" else tmp_path / "run"
+    if change == "weights":
+        checkpoint(tmp_path / "run", root, 1)
     options = {"settings": ["--threshold", "0.2"], "data": ["--root", str(shutil.copytree(root, tmp_path / "moved"))]}
-    evaluate_command(["--checkpoint", str(other), *options.get(change, []), *output])
+    evaluate_command(["--checkpoint", str(path), *options.get(change, []), *output])
     assert len(second.names) == 4
 
 
