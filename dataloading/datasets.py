@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fsr_fast.config import DataConfig
+from fsr_fast.config_sections import BUILT_IN_DATASETS
 from fsr_fast.dataloading import synthetic
 from fsr_fast.dataloading.batch import EncodedImage, ImageSet, Order
 from fsr_fast.dataloading.class_names import COCO_CLASSES, VOC_CLASSES, check_class_names
@@ -30,6 +31,7 @@ from fsr_fast.dataloading.own import open_own, refuse_background
 from fsr_fast.dataloading.shard_reader import open_shards
 from fsr_fast.dataloading.voc import LISTS, open_voc
 from fsr_fast.errors import UserError, nearest
+from fsr_fast.plugins import DATASETS
 
 SAMPLED = 4  # validation masks that are looked at for what must be inferred
 SYNTHETIC_ROOT = Path("data/synthetic")
@@ -207,6 +209,8 @@ def open_split(config: DataConfig, *, training: bool, with_masks: bool) -> Split
         raise UserError(f"data.root: {root} is no folder; give the folder of the data set by --data.root FOLDER")
     if config.dataset == "own":
         split = open_own(root, list_name, key, config)
+    elif config.dataset not in BUILT_IN_DATASETS:
+        split = DATASETS[config.dataset](root, list_name, key, config)
     elif config.dataset == "coco" and has_instances(root) and not (root / LISTS).is_dir():
         split = open_coco(
             root,

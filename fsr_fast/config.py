@@ -27,6 +27,7 @@ from fsr_fast.config_method import (
 from fsr_fast.config_sections import AugmentConfig, DataConfig, EvaluateConfig, RunConfig
 from fsr_fast.errors import UserError, nearest
 from fsr_fast.options import Given, Parser, expectation, given
+from fsr_fast.plugins import DATASETS, LOSSES, load_plugins
 
 __all__ = [
     "CONFIG_FOLDER",
@@ -49,6 +50,7 @@ __all__ = [
     "merge",
     "read_yaml",
     "untrained_decoder",
+    "user_config",
 ]
 
 CONFIG_FOLDER = Path(__file__).parent / "configs"
@@ -149,7 +151,24 @@ def load_config(arguments: Sequence[str]) -> tuple[Config, bool]:
         UserError: an unknown key, a value out of range, a file that cannot be read.
     """
     options = build_parser().parse_args(arguments)
-    return build_config(read_yaml(Path(options.config)), options.config, given(options)), options.print_config
+    return user_config(options.config, given(options)), options.print_config
+
+
+def user_config(recipe: str, options: Mapping[str, Given]) -> Config:
+    """Return the configuration that a command line describes, once the plug-ins that it names are imported.
+
+    Args:
+        recipe: name or file.
+        options: what the command line says, which goes before the recipe.
+
+    Raises:
+        UserError: as `load_config`; a plug-in that cannot be imported, a loss or a data set that nobody knows.
+    """
+    config = build_config(read_yaml(Path(recipe)), recipe, options)
+    load_plugins(config.run.plugins)
+    LOSSES.check(config.loss.extra)
+    DATASETS.check([config.data.dataset])
+    return config
 
 
 def build_config(values: dict[str, Any], origin: str, options: Mapping[str, Given] | None = None) -> Config:

@@ -37,7 +37,7 @@ class ModelConfig(Section):
 
     backbone: str = "vit_base_patch16_224.orig_in21k_ft_in1k"
     """Vision transformer of timm, by name and tag of its weights; the default is the official code's. Without a tag:
-    timm's choice for the name. docs/recipes.md lists the families."""
+    timm's choice for the name. docs/recipes.md lists the families. Or one that a plug-in brings."""
     backbone_options: dict[str, int | float | bool] = Field(default_factory=dict)
     """Arguments of timm's VisionTransformer that differ from the named model, e.g. `{depth: 6, embed_dim: 128}`."""
     pretrained: Literal["hub", "none"] | str = "hub"
@@ -164,9 +164,15 @@ class LossConfig(Section):
     """Iterations before L_aff counts (COCO: 12,000)."""
     segmentation_start: Iterations = 2000
     """Iterations before L_seg and the energy count (COCO: 8,000)."""
+    extra: dict[str, Weight] = Field(default_factory=dict)
+    """Weights of losses that plug-ins bring, by name."""
     normalise: Literal["global", "process"] = "global"
     """Patches and pixels over whose number L_aff and L_seg are averaged: those of all processes, or of each process by
     itself (official code, where each has two images)."""
+
+    def weight(self, name: str) -> float:
+        """Return the weight of a loss, of the method or of a plug-in."""
+        return self.extra[name] if name in self.extra else float(getattr(self, name))
 
 
 class TeacherConfig(Section):

@@ -6,11 +6,14 @@ Every field is described by the text below it.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal, Self, get_args
 
 from pydantic import Field, field_validator, model_validator
 
 from fsr_fast.config_fields import Count, Iterations, Positive, Probability, Scales, Section
+
+BuiltInDataset = Literal["synthetic", "voc", "coco", "own", "shards"]
+BUILT_IN_DATASETS: tuple[str, ...] = get_args(BuiltInDataset)
 
 
 class RunConfig(Section):
@@ -60,6 +63,9 @@ class RunConfig(Section):
     """Seconds without a finished iteration after which a process reports where it hangs, and ends; 0: never."""
     wandb: str | None = None
     """Project of Weights & Biases that takes the scalars, too; none: the package is not even imported."""
+    plugins: tuple[str, ...] = ()
+    """Python modules that are imported at the start and register losses, data sets or backbones (docs/extending.md).
+    They run with your rights; what a checkpoint names here is not imported."""
     profile: bool = False
     """Write a profile of iterations 6 to 10 after the start, a process, to the run folder (`profile/`)."""
 
@@ -75,10 +81,10 @@ class RunConfig(Section):
 class DataConfig(Section):
     """The data set."""
 
-    dataset: Literal["synthetic", "voc", "coco", "own", "shards"] = "voc"
+    dataset: BuiltInDataset | str = "voc"
     """`synthetic` is generated on first use; `voc` is any folder in VOC layout; `coco` is MS COCO 2014, from
     its own annotations or in VOC layout; `own` is a folder of pictures with a table of labels (docs/custom_data.md);
-    `shards` is what `fsr-fast data pack` writes."""
+    `shards` is what `fsr-fast data pack` writes. Others come from plug-ins."""
     root: Path | str | None = None
     """Folder of the data set; for `shards` also a URL of a store (`s3://…`). `synthetic` needs none."""
     train_list: str = "train_aug"

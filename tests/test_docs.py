@@ -2,6 +2,7 @@
 
 Blocks of the pages run in the order of the site's contents, in one empty folder, with small data and short trainings.
 A block titled `set-up` is not run. One titled `needs …` or `takes …` is parsed alone: options, recipe, configuration.
+One titled `NAME.py` is a module of the reader's.
 """
 
 import contextlib
@@ -122,6 +123,7 @@ def folder(tmp_path, monkeypatch) -> Path:
     for number in range(3):  # the pages name pictures of the whole set's validation list
         shutil.copy(pictures / f"creatures_{24 + number:06d}.jpg", pictures / f"creatures_{2000 + number:06d}.jpg")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     monkeypatch.setattr("fsr_fast.reporting.demo.DemoServer.serve_forever", lambda self: None)
@@ -136,7 +138,9 @@ def test_every_block_runs(folder):
             try:
                 if title == "set-up":
                     continue
-                if language == "python":
+                if title.endswith(".py"):
+                    (folder / title).write_text(text)
+                elif language == "python":
                     exec(compile(text, str(page), "exec"), {"__name__": "__main__"})
                 for command in commands(text) if language != "python" else ():
                     if title.startswith(("needs", "takes")):
@@ -150,6 +154,7 @@ def test_every_block_runs(folder):
     assert (folder / "runs/mine/report.html").is_file()
     assert (folder / "my_network/README.md").is_file()
     assert (folder / "results/scores.json").is_file()
+    assert "loss/certainty" in (folder / "runs/plugged/metrics.jsonl").read_text()
 
 
 def test_the_commands_of_the_readme_are_known():
@@ -163,7 +168,8 @@ def test_the_commands_of_the_readme_are_known():
 def test_every_title_is_one_of_those_that_are_understood():
     for page in [*pages(), ROOT / "README.md"]:
         for _, title, _ in BLOCK.findall(page.read_text()):
-            assert title in ("", "set-up") or title.startswith(("needs ", "takes ")), f"{page.name}: {title}"
+            known = title in ("", "set-up") or title.startswith(("needs ", "takes ")) or title.endswith(".py")
+            assert known, f"{page.name}: {title}"
         assert "```sh" not in page.read_text().replace("```shell", ""), f"{page.name}: write ```bash"
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from fsr_fast.cli import run_command
 from fsr_fast.commands import parsers
 from fsr_fast.commands.paper_tables import KINDS, TABLES, Changes, Score
-from fsr_fast.config import Config, build_config, dump_config, read_yaml
+from fsr_fast.config import Config, build_config, dump_config, read_yaml, user_config
 from fsr_fast.errors import UserError, nearest
 from fsr_fast.options import given
 from fsr_fast.runtime.distributed import Process, start_process, stop_process
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str]) -> None:
     chosen = _choose_rows(options.table, options.rows)
     changes = given(options)
     _check_changes(options.table, changes)
-    base = build_config(read_yaml(Path(options.config)), options.config, changes)
+    base = user_config(options.config, changes)
     if base.data.val_list is None:
         raise UserError("data.val_list: none; a table needs scores, and so a list of images with masks")
     output = options.output or base.run.output.with_name(f"{base.run.output.name}_table_{options.table}")

@@ -21,6 +21,7 @@ from fsr_fast.models import Network
 from fsr_fast.models.build import open_trained
 from fsr_fast.models.folder import write_network
 from fsr_fast.models.official import official_state_dict
+from fsr_fast.options import given
 from fsr_fast.reporting.card import model_card
 from fsr_fast.reporting.record import read_run
 from fsr_fast.runtime.files import atomic_path
@@ -33,7 +34,7 @@ def main(arguments: Sequence[str]) -> None:
     options.output = options.output or default_output(options.checkpoint, f"exported/{_NAMES[options.to]}")
     if options.output.exists():
         raise UserError(f"--output: {options.output} exists; delete it or give another name")
-    network = open_trained(options.checkpoint, teacher=options.teacher).network
+    network = open_trained(options.checkpoint, given(options), teacher=options.teacher).network
     with working(f"exporting to {options.output}"), atomic_path(options.output) as partial:
         if options.to == "safetensors":
             _write_folder(network, options, partial)

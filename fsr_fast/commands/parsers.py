@@ -160,6 +160,7 @@ official: the state dict of the official code.""",
         help="file to write, for safetensors a folder; by default in exported/ of the run",
     )
     parser.add_argument("--teacher", action="store_true", help="the averaged network instead of the student")
+    parser.add_sections({"run": SECTIONS["run"]})
     return parser
 
 

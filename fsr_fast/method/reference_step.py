@@ -40,6 +40,8 @@ class ReferenceStep(FSRStep):
             raise UserError(f"run.amp: {config.run.amp!r}; the reference knows full precision alone: --run.amp off")
         if config.cam.fp8:
             raise UserError("cam.fp8: true; the reference knows full precision alone: --cam.fp8 false")
+        if config.loss.extra:
+            raise UserError("loss.extra: the reference knows the paper's losses alone; give --run.engine fast")
         if world_size() > 1:
             raise UserError(f"run.engine: the reference runs in one process, not in {world_size()}; start one alone")
         self.settings = reference_settings(config, student)

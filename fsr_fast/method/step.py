@@ -21,6 +21,7 @@ from fsr_fast.method.distillation import Distillation, gather_tokens
 from fsr_fast.method.draws import Draws, draw_step
 from fsr_fast.method.losses import affinity_loss, classification_loss, energy_loss, segmentation_loss
 from fsr_fast.method.masking import MaskedPatches, MaskSelector
+from fsr_fast.method.plugin_losses import LossInputs, plugin_losses
 from fsr_fast.method.pseudo_labels import generate_pseudo_labels, half_size
 from fsr_fast.method.schedules import Schedule
 from fsr_fast.method.teacher import Teacher
@@ -123,7 +124,8 @@ class FSRStep(nn.Module):
             top = student.encoder.norm(features.tokens)  # (B, N, D)
             class_logits = classify(top, student.top_classifier)  # (B, C)
             aux_class_logits = classify(features.aux, student.aux_classifier)  # (B, C)
-            seg_logits = student.decoder(to_map(top, features.grid)) if labels_pixels else None  # (B, C+1, h, w)
+            feature_map = to_map(top, features.grid)  # (B, D, h, w)
+            seg_logits = student.decoder(feature_map) if labels_pixels else None  # (B, C+1, h, w)
         with torch.no_grad(), self._autocast():
             unmasked1 = features if self.reuses_student else unmasked1
             cams = self._merge_cams(unmasked1, scaled, labels, view1, weights)
@@ -144,7 +146,10 @@ class FSRStep(nn.Module):
         if masked is not None and masked_features is not None:
             losses |= self._distil(masked_features, masked, targets, schedule)
 
-        total = torch.stack([getattr(weights, name) * loss for name, loss in losses.items()]).sum()
+        known = LossInputs(view1, labels, class_logits, feature_map, seg_logits, cams.top, pseudo_labels)
+        losses |= plugin_losses(weights.extra, known)
+
+        total = torch.stack([weights.weight(name) * loss for name, loss in losses.items()]).sum()
         detached = {name: loss.detach() for name, loss in losses.items()}
         sources = [one.source for one in (features, unmasked1, unmasked2, *scaled, *taught) if one]
         work = student.encoder.shape.work([*sources, *(masked.passes if masked else ())], images=len(labels))

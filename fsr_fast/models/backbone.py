@@ -6,6 +6,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import Attention, AttentionRope, PatchEmbed
 from timm.models import is_model_in_modules
 from timm.models.eva import Eva, EvaAttention, EvaBlock
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from fsr_fast.config import ModelConfig
 from fsr_fast.errors import UserError, nearest
 from fsr_fast.models.positions import rotary_obstacle
+from fsr_fast.plugins import BACKBONES, HINT
 
 MODULES = {"vision_transformer", "deit", "eva"}
 """Of timm: those that hold transformers of the families below."""
@@ -33,6 +35,8 @@ def create_vit(config: ModelConfig) -> Any:
     Raises:
         UserError: unknown name or tag, or a transformer that the encoder cannot take over.
     """
+    if config.backbone in BACKBONES:
+        return _from_plugin(config)
     check_name(config.backbone)
     name = config.backbone.partition(".")[0]
     kind = Eva if is_model_in_modules(name, {"eva"}) else VisionTransformer
@@ -61,6 +65,18 @@ def create_vit(config: ModelConfig) -> Any:
             f"model.backbone: {config.backbone} cannot be the encoder: {obstacle}; the nearest that can is "
             f"{_substitute(name)!r}"
         )
+    return vit
+
+
+def _from_plugin(config: ModelConfig) -> Any:
+    """Build the transformer of a plug-in."""
+    if timm.is_model(config.backbone):
+        raise UserError(f"model.backbone: {config.backbone!r} is a plug-in's and timm's; rename that of the plug-in")
+    vit = BACKBONES[config.backbone](pretrained=config.pretrained == "hub", **config.backbone_options)
+    if obstacle := _obstacle(vit):
+        raise UserError(f"model.backbone: {config.backbone}, of a plug-in, cannot be the encoder: {obstacle}")
+    if not getattr(vit, "pretrained_cfg", None):
+        vit.pretrained_cfg = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
     return vit
 
 
@@ -111,7 +127,9 @@ def check_name(backbone: str) -> None:
     name, _, tag = backbone.partition(".")
     if not timm.is_model(name):
         names = [known for module in MODULES for known in timm.list_models(module=module)]
-        raise UserError(f"model.backbone: {name!r} is no vision transformer of timm{nearest(name, names)}")
+        raise UserError(
+            f"model.backbone: {name!r} is no vision transformer of timm {HINT}{nearest(name, [*names, *BACKBONES])}"
+        )
     if not is_model_in_modules(name, MODULES):
         raise UserError(
             f"model.backbone: {name!r} is no vision transformer of timm that the encoder can take over; "

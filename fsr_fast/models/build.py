@@ -7,7 +7,16 @@ from typing import Any, NamedTuple
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
-from fsr_fast.config import Config, ModelConfig, build_config, check_options, merge, read_yaml, untrained_decoder
+from fsr_fast.config import (
+    Config,
+    ModelConfig,
+    RunConfig,
+    build_config,
+    check_options,
+    merge,
+    read_yaml,
+    untrained_decoder,
+)
 from fsr_fast.dataloading.class_names import check_class_names
 from fsr_fast.errors import UserError
 from fsr_fast.models.backbone import create_vit
@@ -17,6 +26,7 @@ from fsr_fast.models.network import Network
 from fsr_fast.models.official import class_names, fill_network, official_sizes, read_official
 from fsr_fast.models.pretrained import load_pretrained
 from fsr_fast.options import Given
+from fsr_fast.plugins import load_plugins
 from fsr_fast.runtime.checkpoint import has_checksum, read_checkpoint
 from fsr_fast.runtime.log import LOGGER
 
@@ -103,8 +113,9 @@ def open_trained(
     """
     options = options or {}
     check_options(options)
-    network, recorded, iteration, named = _open(path, teacher)
     laid, origin = ({}, str(path)) if recipe is None else (read_yaml(recipe), str(recipe))
+    load_plugins(_named_plugins(options, laid))
+    network, recorded, iteration, named = _open(path, teacher)
     if with_data and recorded is None and recipe is None and "data.dataset" not in options:
         raise UserError(
             f"{path}: does not say what data it is for; add the recipe and the folder, e.g. --config voc_official "
@@ -124,6 +135,15 @@ def open_trained(
     if iteration is not None and (reason := untrained_decoder(config, iteration)):
         LOGGER.warning("%s: %s", path, reason)
     return Trained(network, config, iteration, named)
+
+
+def _named_plugins(options: Mapping[str, Given], laid: dict[str, Any]) -> tuple[str, ...]:
+    """Return the plug-ins that the user names: those that a checkpoint names are never imported."""
+    section = laid.get("run")
+    of_recipe = section.get("plugins", ()) if isinstance(section, dict) else ()
+    named = options.get("run.plugins", Given("run.plugins", of_recipe))
+    check_options({"run.plugins": named})
+    return RunConfig(plugins=named.value).plugins
 
 
 def _open(path: Path, teacher: bool) -> tuple[Network, dict[str, Any] | None, int | None, bool]:
@@ -172,7 +192,11 @@ def restore_network(checkpoint: dict[str, Any], origin: str) -> Network:
     if not (isinstance(values, dict) and isinstance(classes, list) and isinstance(weights, dict)):
         raise UserError(f"{origin}: does not describe a network; expected config, classes and student in it")
     config = build_config(values, origin)
-    network = build_network(without_start(config.model), tuple(map(str, classes)), config.data.image_size)
+    try:
+        network = build_network(without_start(config.model), tuple(map(str, classes)), config.data.image_size)
+    except UserError as error:
+        used = f"; its training used {list(config.run.plugins)!r}" if config.run.plugins else ""
+        raise UserError(f"{origin}: {error}{used}") from None
     try:
         network.load_state_dict(weights)
     except (RuntimeError, TypeError, AttributeError) as error:

@@ -18,6 +18,7 @@ from fsr_fast.config import ModelConfig
 from fsr_fast.errors import UserError
 from fsr_fast.models.backbone import check_name, position_entries
 from fsr_fast.models.formats import MARKS, to_timm, unwrap
+from fsr_fast.plugins import BACKBONES
 from fsr_fast.runtime.tensors import read_tensors
 
 HUB_FILE = "model.safetensors"
@@ -43,11 +44,13 @@ class StartWeights(NamedTuple):
     sha256: str | None
     """Of the file; None: it is not on this machine yet."""
     mean: tuple[float, ...]
-    """Of the images that the network has seen, in 0…1."""
+    """Of the images that the network has seen, in 0…1; empty for the backbone of a plug-in, which knows its own."""
     std: tuple[float, ...]
     """Likewise."""
 
     def __str__(self) -> str:
+        if not self.mean:
+            return f"{self.name}, {self.file}"
         digest = self.sha256 or "not fetched yet"
         return f"{self.name}, file {self.file} (sha256 {digest}), mean {self.mean}, std {self.std}"
 
@@ -60,9 +63,12 @@ def describe_start(config: ModelConfig) -> StartWeights | None:
     """
     if config.pretrained == "none" or config.initial is not None:
         return None
+    file, local = config.pretrained, Path(config.pretrained)
+    if config.backbone in BACKBONES:
+        digest = _digest(local) if local.is_file() else None
+        return StartWeights(config.backbone, "of its plug-in" if file == "hub" else file, digest, (), ())
     check_name(config.backbone)
     source = _source(config)
-    file, local = config.pretrained, Path(config.pretrained)
     if config.pretrained == "hub":
         cached = try_to_load_from_cache(source.hf_hub_id, HUB_FILE) if source.hf_hub_id else None
         file, local = f"{source.hf_hub_id}/{HUB_FILE}", Path(cached if isinstance(cached, str) else "")
@@ -84,8 +90,8 @@ def load_pretrained(vit: Any, config: ModelConfig) -> None:
     Raises:
         UserError: the hub cannot be reached, the file is missing, unreadable or of another network.
     """
-    if config.pretrained == "none":
-        return
+    if config.pretrained == "none" or (config.pretrained == "hub" and config.backbone in BACKBONES):
+        return  # random ones, or those that the plug-in has loaded
     path = _fetch(config) if config.pretrained == "hub" else Path(config.pretrained)
     found = read_weights(path)
     if "top_classifier.weight" in found:

@@ -1,0 +1,127 @@
+"""Losses, data sets and backbones from outside the package (docs/extending.md).
+
+A plug-in is a module that registers what it brings when it is imported. Only the user's own words import one: the key
+`run.plugins` on the command line or in a recipe, or an `import` in Python; never what a checkpoint names.
+"""
+
+from __future__ import annotations
+
+import importlib
+import traceback
+from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import Any, TypeVar
+
+from fsr_fast.config_method import LossConfig
+from fsr_fast.config_sections import BUILT_IN_DATASETS
+from fsr_fast.errors import UserError, nearest
+
+Made = TypeVar("Made", bound=Callable[..., Any])
+HINT = "(one of a plug-in is known once --run.plugins names its module)"
+
+
+class Registry:
+    """What plug-ins have registered under the values of one key.
+
+    Args:
+        kind: what is registered, for messages.
+        key: of the configuration, that names one.
+        built_in: names that the package has itself.
+        takes_built_in: whether the key also takes those.
+    """
+
+    def __init__(self, kind: str, key: str, built_in: Collection[str] = (), *, takes_built_in: bool = False) -> None:
+        self.kind, self.key, self.built_in = kind, key, frozenset(built_in)
+        self._taken = self.built_in if takes_built_in else frozenset[str]()
+        self._found: dict[str, Callable[..., Any]] = {}
+
+    def register(self, name: str) -> Callable[[Made], Made]:
+        """Return a decorator that registers a function under a name.
+
+        Raises:
+            UserError: the package or another plug-in has this name.
+        """
+
+        def add(made: Made) -> Made:
+            if name in self.built_in:
+                raise UserError(f"{_place(made)}: fsr_fast itself has a {self.kind} {name!r}; take another name")
+            if name in self._found:
+                raise UserError(
+                    f"{_place(made)}: the {self.kind} {name!r} is registered already, by {_place(self._found[name])}; "
+                    "rename one of them"
+                )
+            self._found[name] = made
+            return made
+
+        return add
+
+    def check(self, names: Iterable[str]) -> None:
+        """Check that the key takes each of some names.
+
+        Raises:
+            UserError: it does not.
+        """
+        for name in names:
+            if name not in self._taken:
+                self[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._found)
+
+    def __getitem__(self, name: str) -> Callable[..., Any]:
+        """Return what is registered under a name.
+
+        Raises:
+            UserError: nothing is.
+        """
+        if name in self._found:
+            return self._found[name]
+        known = {*self._found, *self._taken}
+        raise UserError(f"{self.key}: unknown {self.kind} {name!r} {HINT}{nearest(name, known) if known else ''}")
+
+
+LOSSES = Registry("loss", "loss.extra", LossConfig.model_fields)
+DATASETS = Registry("data set", "data.dataset", BUILT_IN_DATASETS, takes_built_in=True)
+BACKBONES = Registry("backbone", "model.backbone")
+
+register_loss = LOSSES.register
+register_dataset = DATASETS.register
+register_backbone = BACKBONES.register
+
+
+def load_plugins(modules: Iterable[str]) -> None:
+    """Import plug-ins.
+
+    Args:
+        modules: names that the user gave.
+
+    Raises:
+        UserError: one is not there, or fails; names file and line.
+    """
+    for name in modules:
+        if name.endswith(".py") or not all(part.isidentifier() for part in name.split(".")):
+            raise UserError(
+                f"run.plugins: {name!r} is no name of a module; expected one such as my_package.losses, or my_losses "
+                "for a file my_losses.py whose folder is in PYTHONPATH"
+            )
+        try:
+            importlib.import_module(name)
+        except UserError as error:
+            raise UserError(f"run.plugins: {name}: {error}") from None
+        except Exception as error:
+            if isinstance(error, ModuleNotFoundError) and error.name and f"{name}.".startswith(f"{error.name}."):
+                raise UserError(
+                    f"run.plugins: there is no module {name!r}; install its package, or put the folder of its file "
+                    "into PYTHONPATH"
+                ) from None
+            inner = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.name == "<module>"]
+            place = f"{inner[-1].filename}, line {inner[-1].lineno}: " if inner else ""
+            raise UserError(
+                f"run.plugins: {name} cannot be imported: {place}{type(error).__name__}: {error}"
+            ) from error
+
+
+def _place(made: Callable[..., Any]) -> str:
+    return f"{made.__module__}.{made.__qualname__}"
