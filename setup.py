@@ -23,6 +23,8 @@ TRAINING = [
 EXPORT = ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"]
 EXCEL = ["openpyxl>=3.1"]
 SCIENTIFIC = ["pydicom>=3.0"]
+WANDB = ["wandb>=0.18"]
+MLFLOW = ["mlflow-skinny>=2.16"]
 DOCS = ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.27"]
 
 setup(
@@ -68,11 +70,14 @@ setup(
         "export": EXPORT,
         "scientific": SCIENTIFIC,
         "docs": DOCS,
+        "wandb": WANDB,
+        "mlflow": MLFLOW,
         "dev": [
             *EXCEL,
             *EXPORT,
             *SCIENTIFIC,
             *DOCS,
+            *MLFLOW,
             "rasterio>=1.4",
             "build>=1.2",
             "setuptools>=77",

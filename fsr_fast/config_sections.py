@@ -6,12 +6,13 @@ Every field is described by the text below it.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import Field, field_validator, model_validator
 
 from fsr_fast.config_fields import Count, Iterations, Positive, Probability, Scales, Section
 
+LoggerName = Annotated[str, Field(pattern=r"^(tensorboard|(wandb|mlflow)(:.+)?)$")]
 BuiltInDataset = Literal["synthetic", "voc", "coco", "own", "shards"]
 BUILT_IN_DATASETS: tuple[str, ...] = get_args(BuiltInDataset)
 
@@ -61,13 +62,24 @@ class RunConfig(Section):
     """Iterations between two evaluations on the validation list; 0: only at the end."""
     timeout: float = Field(1800.0, ge=0.0, le=1e6)
     """Seconds without a finished iteration after which a process reports where it hangs, and ends; 0: never."""
-    wandb: str | None = None
-    """Project of Weights & Biases that takes the scalars, too; none: the package is not even imported."""
+    loggers: tuple[LoggerName, ...] = ("tensorboard",)
+    """Programs that show scalars and pictures during the run: `tensorboard`, `wandb`, `mlflow`, the last two with the
+    name of a project where it is not `fsr_fast`, e.g. `wandb:weeds`. Only packages of those named are imported."""
     plugins: tuple[str, ...] = ()
     """Python modules that are imported at the start and register losses, data sets or backbones (docs/extending.md).
     They run with your rights; what a checkpoint names here is not imported."""
     profile: bool = False
     """Write a profile of iterations 6 to 10 after the start, a process, to the run folder (`profile/`)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _project_of_wandb(cls, values: Any) -> Any:
+        """Version 0.1.0 named a project of Weights & Biases by `wandb`."""
+        if not isinstance(values, dict) or "wandb" not in values:
+            return values
+        project, rest = values["wandb"], {key: value for key, value in values.items() if key != "wandb"}
+        named = isinstance(project, str) and project.lower() not in ("none", "null")
+        return {"loggers": ["tensorboard", f"wandb:{project}"], **rest} if named else rest
 
     @model_validator(mode="after")
     def _whole_blocks(self) -> Self:

@@ -26,10 +26,10 @@ from fsr_fast.method.step import StepOutput
 from fsr_fast.models.build import build_network, without_start
 from fsr_fast.models.pretrained import StartWeights, describe_start
 from fsr_fast.reporting.averages import Averages
+from fsr_fast.reporting.loggers import check_loggers
 from fsr_fast.reporting.pictures import evaluation_grid, training_grid
 from fsr_fast.reporting.tables import label_table, score_table
 from fsr_fast.reporting.tracking import Tracker, read_metrics
-from fsr_fast.reporting.wandb_mirror import open_mirror
 from fsr_fast.runtime.checkpoint import TrainState, read_newest
 from fsr_fast.runtime.distributed import Process, distribute, wait_for_all
 from fsr_fast.runtime.guard import NonFiniteGuard, gradient_norm
@@ -71,6 +71,7 @@ class Trainer:
                 f"optim.batch_size: {config.optim.batch_size} images cannot be shared by "
                 f"{process.world_size} processes; give a multiple of {process.world_size}"
             )
+        check_loggers(config.run.loggers)
         newest = self._newest = claim_run_folder(config)
         if reason := untrained_decoder(config, config.optim.iterations):
             LOGGER.warning("%s", reason)
@@ -137,8 +138,8 @@ class Trainer:
                 run = self.config.run
                 if self.iteration >= self.config.optim.iterations:
                     print(f"{run.output}: finished at iteration {self.iteration}; what follows is its last evaluation")
-                mirror = open_mirror(run.wandb, run.output, self.config.model_dump(mode="json"))
-                self.tracker = Tracker(run.output, iteration=self.iteration, mirror=mirror)
+                described = self.config.model_dump(mode="json")
+                self.tracker = Tracker(run.output, iteration=self.iteration, loggers=run.loggers, config=described)
             self._train()
             return self._finish()
 

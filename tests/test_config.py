@@ -369,7 +369,7 @@ def test_a_change_of_a_key_its_type_range_or_default_is_a_decision():
 @pytest.mark.parametrize("word", ["none", "None", "null", "NULL"])
 @pytest.mark.parametrize(
     "key",
-    ["optim.clip_norm", "data.val_list", "data.subset", "run.wandb", "evaluate.limit", "data.root", "augment.policy"],
+    ["optim.clip_norm", "data.val_list", "data.subset", "evaluate.limit", "data.root", "augment.policy"],
 )
 def test_nothing_is_one_word_on_the_command_line_and_in_files(tmp_path, key, word):
     section, name = key.split(".")

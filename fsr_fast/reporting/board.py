@@ -16,7 +16,7 @@ from torch.utils.tensorboard.summary import image, scalar
 
 
 class Board:
-    """Writes one event file.
+    """Writes one event file, and each event at once.
 
     Args:
         folder: of the event files.
@@ -25,6 +25,8 @@ class Board:
     Raises:
         OSError: as all methods do where the disk does not take it.
     """
+
+    errors: tuple[type[Exception], ...] = (OSError,)
 
     def __init__(self, folder: Path, purge_step: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -38,13 +40,11 @@ class Board:
         """Write numbers by name."""
         for name, value in values.items():
             self._write(Event(step=step, summary=scalar(name, value)))
+        self._records.flush()
 
     def picture(self, name: str, picture: Image.Image, step: int) -> None:
         """Write a picture."""
         self._write(Event(step=step, summary=image(name, np.asarray(picture.convert("RGB")), dataformats="HWC")))
-
-    def flush(self) -> None:
-        """Write out what is buffered."""
         self._records.flush()
 
     def close(self) -> None:

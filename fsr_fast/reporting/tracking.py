@@ -1,4 +1,4 @@
-"""The record of a run: metrics.jsonl, TensorBoard, pictures, environment.json and summary.json."""
+"""The record of a run: metrics.jsonl, pictures, environment.json, summary.json, and what `run.loggers` names."""
 
 from __future__ import annotations
 
@@ -7,24 +7,21 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from fsr_fast.errors import UserError
-from fsr_fast.reporting.wandb_mirror import Mirror
+from fsr_fast.reporting.loggers import Logger, open_logger
 from fsr_fast.runtime.files import finite, naming, write_json, write_png, write_text
 from fsr_fast.runtime.log import LOGGER
-
-if TYPE_CHECKING:
-    from fsr_fast.reporting.board import Board
 
 METRICS_FILE = "metrics.jsonl"
 PACKAGES = ("fsr_fast", "torch", "torchvision", "triton", "timm", "xformers", "nvidia-dali-cuda130", "numpy", "pillow")
@@ -34,17 +31,18 @@ class Tracker:
     """Writes the record of a run; create it on rank 0 alone.
 
     What the folder holds beyond `iteration` is dropped, so that a resumed run tells one story. What is only shown
-    (TensorBoard, pictures, environment.json) is given up with a warning where it cannot be written. Lines of
-    metrics.jsonl wait until there is room again.
+    (loggers, pictures, environment.json) is given up with a warning where it cannot be written. Lines of metrics.jsonl
+    wait until there is room again.
 
     Args:
         folder: run folder; made where it is missing.
         iteration: iterations that are done already; 0 for a new run.
         clock: seconds; replaced in tests.
-        mirror: takes the scalars, too.
+        loggers: as `run.loggers` has them.
+        config: the whole configuration, which loggers show.
 
     Raises:
-        UserError: metrics.jsonl of an earlier start is damaged.
+        UserError: metrics.jsonl of an earlier start is damaged, or a logger does not start.
         OSError: metrics.jsonl cannot be written at the start.
     """
 
@@ -54,9 +52,9 @@ class Tracker:
         *,
         iteration: int = 0,
         clock: Callable[[], float] = time.perf_counter,
-        mirror: Mirror | None = None,
+        loggers: Sequence[str] = ("tensorboard",),
+        config: Mapping[str, Any] | None = None,
     ) -> None:
-        self._mirror = mirror
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         lines = [line for line in read_metrics(folder) if line["iteration"] <= iteration]
@@ -64,11 +62,10 @@ class Tracker:
         self._metrics = _Lines(folder / METRICS_FILE)
         self._clock = clock
         self._began = clock() - (lines[-1]["wall_seconds"] if lines else 0.0)
-        self._board: Board | None = None
-        from fsr_fast.reporting.board import Board  # reading a record needs no TensorBoard
-
-        with _only_shown("TensorBoard's files"):
-            self._board = Board(folder / "tensorboard", purge_step=iteration + 1)
+        self._loggers: dict[str, Logger] = {}
+        for name in loggers:
+            with _only_shown(name):
+                self._loggers[name] = open_logger(name, folder, iteration, config or {})
         with _only_shown("environment.json"):
             write_json(folder / "environment.json", environment())
 
@@ -81,7 +78,7 @@ class Tracker:
         self.close()
 
     def log(self, iteration: int, values: Mapping[str, float | Tensor]) -> None:
-        """Write one line of metrics.jsonl and the same scalars to TensorBoard.
+        """Write one line of metrics.jsonl, and the same scalars to the loggers.
 
         Args:
             iteration: iterations done.
@@ -90,12 +87,10 @@ class Tracker:
         scalars = {name: float(value) for name, value in values.items()}
         line = {"iteration": iteration, "wall_seconds": round(self._clock() - self._began, 3), **scalars}
         self._metrics.add(_json_line(line))
-        self._show(lambda board: board.scalars(scalars, iteration))
-        if self._mirror is not None:
-            self._mirror.log(scalars, step=iteration)
+        self._show(lambda logger: logger.scalars(scalars, iteration))
 
     def pictures(self, iteration: int, grid: Image.Image, name: str = "pictures") -> Path | None:
-        """Write a picture to TensorBoard and to `pictures/<name>_<iteration>.png` of the run folder.
+        """Write a picture to the loggers and to `pictures/<name>_<iteration>.png` of the run folder.
 
         Args:
             iteration: iterations done.
@@ -106,7 +101,7 @@ class Tracker:
             The file; None where it could not be written.
         """
         path = self._folder / "pictures" / f"{name}_{iteration:06d}.png"
-        self._show(lambda board: board.picture(name, grid, iteration))
+        self._show(lambda logger: logger.picture(name, grid, iteration))
         with _only_shown(str(path)):
             return write_png(path, grid)
         return None
@@ -124,20 +119,15 @@ class Tracker:
 
     def close(self) -> None:
         """Write out what is buffered."""
-        self._show(lambda board: board.close(), last=True)
-        if self._mirror is not None:
-            self._mirror.finish()
+        self._show(lambda logger: logger.close())
         self._metrics.close()
 
-    def _show(self, write: Callable[[Board], object], *, last: bool = False) -> None:
-        board, self._board = self._board, None
-        if board is None:
-            return  # given up
-        with _only_shown("TensorBoard's files"):
-            write(board)
-            if not last:
-                board.flush()
-                self._board = board
+    def _show(self, write: Callable[[Logger], object]) -> None:
+        loggers, self._loggers = self._loggers, {}
+        for name, logger in loggers.items():
+            with _only_shown(name, logger.errors):
+                write(logger)
+                self._loggers[name] = logger  # one that fails is given up
 
 
 class _Lines:
@@ -181,11 +171,12 @@ class _Lines:
 
 
 @contextmanager
-def _only_shown(what: str) -> Iterator[None]:
+def _only_shown(what: str, errors: tuple[type[Exception], ...] = (OSError,)) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
-        LOGGER.warning("%s: cannot be written (%s); the training goes on without", what, error.strerror or error)
+    except errors as error:
+        reason = getattr(error, "strerror", None) or error
+        LOGGER.warning("%s: cannot be written (%s); the training goes on without", what, reason)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -31,7 +31,7 @@ _MAY_DIFFER = (
     "run.shard",
     *(
         f"run.{key}"
-        for key in ("output", "device", "resume", "keep_checkpoints", "keep_every", "timeout", "profile", "wandb")
+        for key in ("output", "device", "resume", "keep_checkpoints", "keep_every", "timeout", "profile", "loggers")
     ),
     *(f"run.{key}_every" for key in ("log", "picture", "checkpoint", "evaluate")),
 )

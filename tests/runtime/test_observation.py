@@ -1,16 +1,13 @@
-"""Profiles, mirrors, logs, and what a long run uses up."""
+"""Profiles, logs, and what a long run uses up."""
 
 import gzip
 import json
 import sys
 import threading
-from types import ModuleType
 
 import psutil
 import pytest
 
-from fsr_fast.errors import UserError
-from fsr_fast.reporting.tracking import read_metrics
 from fsr_fast.train import main as train
 from fsr_fast.trainer import Trainer
 from tests import helpers
@@ -35,47 +32,11 @@ def test_a_profile_of_five_iterations_is_written_where_it_is_asked_for(recipe, t
     assert len(steps) == 5
 
 
-def test_without_the_question_nothing_is_profiled_or_mirrored(recipe, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)  # an import would fail
+def test_without_the_question_nothing_is_profiled_and_no_logger_is_imported(recipe, tmp_path, monkeypatch):
+    for package in ("wandb", "mlflow"):
+        monkeypatch.setitem(sys.modules, package, None)  # an import would fail
     train(["--config", str(recipe("run", {"optim": {"iterations": 3}}))])
     assert not (tmp_path / "run" / "profile").exists()
-
-
-class FakeRun:
-    def __init__(self, **options) -> None:
-        self.id, self.options, self.lines, self.finished = "abc123", options, [], False
-
-    def log(self, values, step):
-        self.lines.append((step, dict(values)))
-
-    def finish(self):
-        self.finished = True
-
-
-def test_weights_and_biases_gets_what_the_metrics_file_gets_and_goes_on_with_the_same_run(
-    recipe, tmp_path, monkeypatch
-):
-    runs = []
-    module = ModuleType("wandb")
-    module.init = lambda **options: runs.append(FakeRun(**options)) or runs[-1]
-    monkeypatch.setitem(sys.modules, "wandb", module)
-    path = recipe("run", {"optim": {"iterations": 3}, "run": {"wandb": "weak"}})
-    train(["--config", str(path)])
-    train(["--config", str(path)])
-    first, second = runs
-    assert first.finished
-    assert (first.options["project"], first.options["name"], first.options["id"]) == ("weak", "run", None)
-    assert first.options["config"]["optim"]["iterations"] == 3
-    assert (second.options["id"], second.options["resume"]) == ("abc123", "allow")
-    lines = read_metrics(tmp_path / "run")
-    assert [step for step, _ in first.lines] == [line["iteration"] for line in lines] == [1, 2, 3]
-    assert first.lines[0][1]["loss/total"] == lines[0]["loss/total"]
-
-
-def test_weights_and_biases_that_is_not_installed_is_named(recipe, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(UserError, match="pip install wandb"):
-        train(["--config", str(recipe("run", {"run": {"wandb": "weak"}}))])
 
 
 def test_the_log_of_a_process_tells_its_story(recipe, tmp_path):
