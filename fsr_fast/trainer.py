@@ -25,6 +25,7 @@ from fsr_fast.method.schedules import reaches_all, schedule_at
 from fsr_fast.method.step import StepOutput
 from fsr_fast.models.build import build_network, without_start
 from fsr_fast.models.pretrained import StartWeights, describe_start
+from fsr_fast.plugins import BACKBONES
 from fsr_fast.reporting.averages import Averages
 from fsr_fast.reporting.loggers import check_loggers
 from fsr_fast.reporting.pictures import evaluation_grid, training_grid
@@ -318,7 +319,9 @@ class Trainer:
             )
         print(f"summary: {self.tracker.summary(summary)}")
         run = self.config.run.output
-        print(f"next: fsr-fast report {run}, or fsr-fast predict --checkpoint {run} PICTURES", flush=True)
+        model, plugins = self.config.model, self.config.run.plugins
+        named = f" --run.plugins {' '.join(plugins)}" if model.backbone in BACKBONES else ""
+        print(f"next: fsr-fast report {run}, or fsr-fast predict --checkpoint {run} PICTURES{named}", flush=True)
         return summary
 
     def _is_due(self, every: int, *, last: bool = True) -> bool:

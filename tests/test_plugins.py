@@ -122,8 +122,9 @@ def recipe(tmp_path: Path, plugin: str, **run: object) -> Path:
     return helpers.write_config(tmp_path / "recipe.yaml", values)
 
 
-def test_a_run_takes_its_loss_its_data_set_and_its_backbone_from_a_plugin(tmp_path, plugin):
+def test_a_run_takes_its_loss_its_data_set_and_its_backbone_from_a_plugin(tmp_path, plugin, capsys):
     train(["--config", str(recipe(tmp_path, plugin))])
+    assert capsys.readouterr().out.endswith("PICTURES --run.plugins of_mine.method\n")
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert all(line["loss/spread"] > 0 for line in lines if "loss/total" in line)
     assert all("loss/never" not in line for line in lines)

@@ -24,7 +24,7 @@ from fsr_fast.dataloading.palette import voc_palette
 from fsr_fast.errors import UserError
 from fsr_fast.evaluation.inference import Prediction, read_picture, segment_batch
 from fsr_fast.models import Network
-from fsr_fast.reporting.figures import TEMPLATES, colourise, data_uri, heatmap
+from fsr_fast.reporting.figures import TEMPLATES, borders, colourise, data_uri, heatmap, outline
 
 WAITING = 4
 """Pictures that may wait for the network; more are turned away."""
@@ -214,7 +214,8 @@ def _describe(picture: Image.Image, prediction: Prediction) -> dict[str, Any]:
     image, mask = np.asarray(picture), prediction.mask
     names = list(prediction.scores)
     labels, counts = np.unique(mask, return_counts=True)
-    colours = np.dstack([colourise(mask), np.where(mask, 255, 0).astype(np.uint8)])  # the background is clear
+    opaque = (mask > 0) | borders(mask)  # the background is clear
+    colours = np.dstack([outline(colourise(mask), mask), np.where(opaque, 255, 0).astype(np.uint8)])
     return {
         "picture": data_uri(picture, None),
         "mask": data_uri(Image.fromarray(colours), None, lossless=True),

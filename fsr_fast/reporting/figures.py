@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from fsr_fast.dataloading.palette import check_mask, voc_palette
 
 IGNORE_INDEX = 255
-INK, PAPER, OUTLINE = (30, 30, 30), (255, 255, 255), (120, 120, 120)
+INK, PAPER, OUTLINE, EMPTY = (30, 30, 30), (255, 255, 255), (120, 120, 120), (225, 225, 225)
 MARGIN = 12
 FONT_SIZE = 17
 TEMPLATES = Path(__file__).parent / "templates"
@@ -62,7 +62,7 @@ def overlay(image: np.ndarray, mask: np.ndarray, opacity: float = 0.6) -> np.nda
 
 
 def outline(picture: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Draw the borders between the labels of a mask in white: some of VOC's colours are dark on photographs.
+    """Draw the borders between the labels of a mask in white: some of VOC's colours are dark on photographs and black.
 
     Args:
         picture: (H,W,3) uint8, RGB.
@@ -71,13 +71,18 @@ def outline(picture: np.ndarray, mask: np.ndarray) -> np.ndarray:
     Returns:
         (H,W,3) uint8, RGB; lines of a pixel per 400 of the longer side, at least one.
     """
+    return np.where(borders(mask)[..., None], np.uint8(255), _check_image(picture))
+
+
+def borders(mask: np.ndarray) -> np.ndarray:
+    """Return where `outline` draws: (H,W), bool."""
     edge = np.zeros(mask.shape, bool)
     edge[:, 1:] |= mask[:, 1:] != mask[:, :-1]
     edge[1:] |= mask[1:] != mask[:-1]
     for _ in range(max(mask.shape) // 400):
         edge[:, :-1] |= edge[:, 1:]
         edge[:-1] |= edge[1:]
-    return np.where(edge[..., None], np.uint8(255), _check_image(picture))
+    return edge
 
 
 def heatmap(image: np.ndarray, cam: np.ndarray, opacity: float = 0.5) -> np.ndarray:
@@ -130,14 +135,14 @@ def with_legend(picture: np.ndarray, labels: Sequence[int], class_names: Sequenc
 
 
 def picture_grid(
-    rows: Sequence[Sequence[np.ndarray]], titles: Sequence[str], class_names: Sequence[str], *, cell: int = 224
+    rows: Sequence[Sequence[np.ndarray | None]], titles: Sequence[str], class_names: Sequence[str], *, cell: int = 224
 ) -> Image.Image:
-    """Lay out pictures and label maps in a titled grid, with a legend of the labels that occur.
+    """Lay out pictures and label maps in a titled grid, under a legend of the labels that occur.
 
     Args:
         rows: one sequence a sample; each entry is a picture (H,W,3) uint8, scaled smoothly, or a label map
-            (H,W) of integers, painted in VOC's colours and scaled without smoothing. All entries of a row are
-            shown in the size of its first.
+            (H,W) of integers, painted in VOC's colours with white borders and scaled without smoothing; or None, of
+            which the grid says that it is empty. All entries of a row are shown in the size of its first.
         titles: one a column.
         class_names: names of the foreground classes 1, 2, …, without the background.
         cell: longer side of every picture in the grid, pixels; at least 160.
@@ -159,9 +164,10 @@ def picture_grid(
 
     font = _font()
     line = FONT_SIZE + 9
-    cells = [[_resized(entry, _fit(row[0], cell)) for entry in row] for row in rows]
+    cells = [[_resized(entry, _fit(row[0], cell), font) for entry in row] for row in rows]
     width = MARGIN + len(titles) * (cell + MARGIN)
-    labels = sorted({int(label) for row in rows for entry in row if entry.ndim == 2 for label in np.unique(entry)})
+    masks = [entry for row in rows for entry in row if entry is not None and entry.ndim == 2]
+    labels = sorted({int(label) for mask in masks for label in np.unique(mask)})
     legend = _legend_lines(labels, class_names, width - 2 * MARGIN, font)
     height = (
         MARGIN + line + sum(row[0].height + MARGIN for row in cells) + len(legend) * line + (MARGIN if legend else 0)
@@ -169,18 +175,20 @@ def picture_grid(
 
     grid = Image.new("RGB", (width, height), PAPER)
     draw = ImageDraw.Draw(grid)
-    for column, title in enumerate(titles):
-        centre = MARGIN + column * (cell + MARGIN) + cell // 2
-        draw.text((centre, MARGIN + line // 2), _shortened(title, cell, font), INK, font, anchor="mm")
-    top = MARGIN + line
-    for row_cells in cells:
-        for column, picture in enumerate(row_cells):
-            grid.paste(picture, (MARGIN + column * (cell + MARGIN) + (cell - picture.width) // 2, top))
-        top += row_cells[0].height + MARGIN
+    top = MARGIN
     for entries in legend:
         for left, label, name in entries:
             _draw_entry(draw, (MARGIN + left, top), label, name, font)
         top += line
+    top += MARGIN if legend else 0
+    for column, title in enumerate(titles):
+        centre = MARGIN + column * (cell + MARGIN) + cell // 2
+        draw.text((centre, top + line // 2), _shortened(title, cell, font), INK, font, anchor="mm")
+    top += line
+    for row_cells in cells:
+        for column, picture in enumerate(row_cells):
+            grid.paste(picture, (MARGIN + column * (cell + MARGIN) + (cell - picture.width) // 2, top))
+        top += row_cells[0].height + MARGIN
     return grid
 
 
@@ -224,14 +232,19 @@ def _shortened(title: str, width: int, font: ImageFont.FreeTypeFont) -> str:
     return title + "…"
 
 
-def _fit(entry: np.ndarray, cell: int) -> tuple[int, int]:
-    height, width = entry.shape[:2]
+def _fit(entry: np.ndarray | None, cell: int) -> tuple[int, int]:
+    height, width = (1, 1) if entry is None else entry.shape[:2]
     return max(round(cell * width / max(height, width)), 1), max(round(cell * height / max(height, width)), 1)
 
 
-def _resized(entry: np.ndarray, size: tuple[int, int]) -> Image.Image:
+def _resized(entry: np.ndarray | None, size: tuple[int, int], font: ImageFont.FreeTypeFont) -> Image.Image:
+    if entry is None:
+        blank = Image.new("RGB", size, EMPTY)
+        ImageDraw.Draw(blank).text((size[0] // 2, size[1] // 2), "empty", INK, font, anchor="mm")
+        return blank
     if entry.ndim == 2:
-        return Image.fromarray(colourise(entry)).resize(size, Image.Resampling.NEAREST)
+        mask = np.asarray(Image.fromarray(check_mask(entry)).resize(size, Image.Resampling.NEAREST))
+        return Image.fromarray(outline(colourise(mask), mask))
     return Image.fromarray(_check_image(entry)).resize(size, Image.Resampling.BICUBIC)
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,9 +16,9 @@ from PIL import Image
 from plotly.offline import get_plotlyjs
 
 from fsr_fast.dataloading.images import read_image
-from fsr_fast.dataloading.palette import save_palette_png, voc_palette
+from fsr_fast.dataloading.palette import voc_palette
 from fsr_fast.reporting.charts import confusion, curves, entropy
-from fsr_fast.reporting.figures import SIDE, TEMPLATES, data_uri, heatmap
+from fsr_fast.reporting.figures import SIDE, TEMPLATES, colourise, data_uri, heatmap, outline
 from fsr_fast.reporting.gallery import CHOICES, Entry, Gallery
 from fsr_fast.reporting.record import RunRecord
 
@@ -89,11 +87,10 @@ def _generator(runs: Sequence[RunRecord]) -> str:
 
 
 def mask_uri(mask: np.ndarray) -> str:
-    """Return labels as a `data:` address, PNG in VOC's colours, no side longer than `SIDE` pixels."""
+    """Return labels as a `data:` address, in VOC's colours with white borders, no side longer than `SIDE` pixels."""
     step = max(1, -(-max(mask.shape) // SIDE))  # whole labels: every n-th pixel
-    content = io.BytesIO()
-    save_palette_png(mask[::step, ::step], content)
-    return f"data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}"
+    small = mask[::step, ::step]
+    return data_uri(Image.fromarray(outline(colourise(small), small)), None, lossless=True)
 
 
 def _shown(entry: Entry, names: Sequence[str]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from fsr_fast.reporting.figures import heatmap, picture_grid
 def evaluation_grid(examples: Sequence[Example], classes: Sequence[str]) -> Image.Image:
     """Lay out image | truth | CAM | pseudo | seg, one row an example."""
     rows = [
-        [example.image, example.truth, heatmap(example.image, example.cam), example.pseudo, example.seg]
+        [example.image, example.truth, _map(example.image, example.cam), example.pseudo, example.seg]
         for example in examples
     ]
     return picture_grid(rows, ["image", "truth", "CAM", "pseudo", "seg"], classes)
@@ -42,7 +42,7 @@ def training_grid(step: FSRStep, views: Sequence[Tensor], output: StepOutput, co
     titles = ["view 1", "CAM", "uncertain", "pseudo label"]
     columns = [
         list(pictures),
-        [heatmap(picture, cam) for picture, cam in zip(pictures, cams.cpu().numpy(), strict=True)],
+        [_map(picture, cam) for picture, cam in zip(pictures, cams.cpu().numpy(), strict=True)],
         [np.where(mask[..., None], picture, picture // 4) for picture, mask in zip(pictures, uncertain, strict=True)],
         list(output.pseudo_labels[:count].cpu().numpy()),
     ]
@@ -56,3 +56,8 @@ def training_grid(step: FSRStep, views: Sequence[Tensor], output: StepOutput, co
 
 def _pixels(images: Tensor) -> np.ndarray:
     return images.permute(0, 2, 3, 1).to(torch.uint8).cpu().numpy()
+
+
+def _map(picture: np.ndarray, cam: np.ndarray) -> np.ndarray | None:
+    """Draw a CAM, unless it is empty: as a heat map it would look like one that is low everywhere."""
+    return heatmap(picture, cam) if cam.any() else None

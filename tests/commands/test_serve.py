@@ -16,6 +16,7 @@ from fsr_fast.errors import UserError
 from fsr_fast.evaluation.inference import segment_batch
 from fsr_fast.models.build import Trained
 from fsr_fast.reporting.demo import WAITING, DemoServer
+from fsr_fast.reporting.figures import borders
 from tests import helpers
 from tests.browser import open_page
 
@@ -78,7 +79,9 @@ def test_a_picture_gets_its_scores_masks_and_maps(server):
         Image.open(io.BytesIO(base64.b64decode(answer[key].partition(",")[2]))) for key in ("picture", "mask")
     )
     assert (picture.size, mask.size) == ((40, 30), (40, 30))
-    np.testing.assert_array_equal(np.asarray(mask.convert("RGBA"))[..., 3] == 255, expected.mask > 0)
+    shown = np.asarray(mask.convert("RGBA"))
+    np.testing.assert_array_equal(shown[..., 3] == 255, (expected.mask > 0) | borders(expected.mask))
+    assert (shown[borders(expected.mask)] == 255).all(), "white, so that dark colours are seen"
 
 
 def test_large_pictures_are_scaled_down(server):

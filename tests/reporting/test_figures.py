@@ -89,7 +89,8 @@ def test_masks_are_scaled_without_inventing_colours_and_fill_the_cell_of_their_r
     grid = np.asarray(picture_grid([[np.zeros((50, 100, 3), np.uint8), mask]], ["image", "truth"], NAMES, cell=160))
     for label in (1, 2, 255):
         painted = (grid == voc_palette()[label]).all(-1).sum()
-        assert 80 * 40 <= painted <= 80 * 40 + 20 * 20  # a quarter of a 160 x 80 cell, and the swatch in the legend
+        # a quarter of a 160 x 80 cell but for its white borders, and the swatch in the legend
+        assert 79 * 39 <= painted <= 80 * 40 + 20 * 20
 
 
 def test_legend_names_exactly_the_labels_of_the_masks(monkeypatch):
@@ -97,8 +98,25 @@ def test_legend_names_exactly_the_labels_of_the_masks(monkeypatch):
     monkeypatch.setattr("PIL.ImageDraw.ImageDraw.text", lambda self, corner, text, *_, **__: drawn.append(text))
     mask = np.array([[0, 2], [255, 9]])
     grid = picture_grid([[picture(), mask]], ["image", "truth"], NAMES)
-    assert drawn == ["image", "truth", "background", "cat", "label 9", "ignored"]
+    assert drawn == ["background", "cat", "label 9", "ignored", "image", "truth"], "the legend stands above"
     assert has_colour(grid, 9)
+
+
+def test_a_dark_class_is_seen_on_the_black_background_of_its_mask():
+    mask = np.zeros((80, 80), np.uint8)
+    mask[20:60, 20:60] = 8  # VOC's cat, nearly black
+    grid = np.asarray(picture_grid([[mask]], ["seg"], [*"abcdefgh"], cell=160))
+    inside = grid[-12 - 160 : -12, 12 : 12 + 160]
+    assert (inside[40:120, 40] == 255).all()
+    assert (inside[60, 60] == voc_palette()[8]).all()
+
+
+def test_a_picture_that_is_not_there_is_said_to_be_empty(monkeypatch):
+    drawn = []
+    monkeypatch.setattr("PIL.ImageDraw.ImageDraw.text", lambda self, corner, text, *_, **__: drawn.append(text))
+    grid = picture_grid([[picture(), None]], ["image", "CAM"], NAMES)
+    assert drawn.count("empty") == 1
+    assert has_colour(grid, 0) is False
 
 
 def test_long_legends_and_titles_stay_inside():

@@ -35,13 +35,12 @@
 
   for (const gallery of document.querySelectorAll("[data-gallery]")) {
     const articles = [...gallery.querySelectorAll("article")];
-    const legend = gallery.querySelector(".legend");
     const order = [...articles];
     function choose(choice) {
       const shown = choice === "worst" ? [...order].reverse() : order;
       for (const article of shown) {
         article.hidden = choice !== "all" && !article.dataset.choices.split(" ").includes(choice);
-        gallery.insertBefore(article, legend);
+        gallery.append(article);
       }
       const count = articles.filter((article) => !article.hidden).length;
       gallery.querySelector(".count").textContent = `${count} pictures, ${choice === "worst" ? "worst" : "best"} first`;
