@@ -87,8 +87,12 @@ DATASETS = Registry("data set", "data.dataset", BUILT_IN_DATASETS, takes_built_i
 BACKBONES = Registry("backbone", "model.backbone")
 
 register_loss = LOSSES.register
+"""Decorator, `@register_loss("name")`, of a function of `LossInputs` that returns a scalar tensor or None."""
 register_dataset = DATASETS.register
+"""Decorator of a function of the data set's root, the name of a list, its key (for messages) and the section `data`
+that returns a `Split`."""
 register_backbone = BACKBONES.register
+"""Decorator of a function of `pretrained` and of `model.backbone_options` that returns a transformer of timm."""
 
 
 def load_plugins(modules: Iterable[str]) -> None:

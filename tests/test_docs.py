@@ -1,8 +1,8 @@
 """Every command and every piece of Python in the documentation runs.
 
 Blocks of the pages run in the order of the site's contents, in one empty folder, with small data and short trainings.
-A block titled `set-up` is not run. One titled `needs …` or `takes …` is parsed alone: options, recipe, configuration.
-One titled `NAME.py` is a module of the reader's.
+A block titled `Installation` is not run. One titled `Needs …` or `Takes …` is parsed alone: options, recipe,
+configuration. One titled `NAME.py` is a module of the reader's.
 """
 
 import contextlib
@@ -43,8 +43,11 @@ _Loader.add_multi_constructor("tag:", lambda *_: None)
 
 
 def pages() -> list[Path]:
-    contents = yaml.load((ROOT / "mkdocs.yml").read_text(), _Loader)["nav"]
-    return [ROOT / "docs" / path for entry in contents for path in entry.values() if path not in TESTED_ELSEWHERE]
+    contents = list(yaml.load((ROOT / "mkdocs.yml").read_text(), _Loader)["nav"])
+    for entry in contents:  # sections are written out behind
+        contents += next(iter(entry.values())) if isinstance(next(iter(entry.values())), list) else []
+    paths = [path for entry in contents for path in entry.values() if isinstance(path, str)]
+    return [ROOT / "docs" / path for path in paths if path not in TESTED_ELSEWHERE]
 
 
 def commands(text: str) -> list[str]:
@@ -136,14 +139,14 @@ def test_every_block_runs(folder):
     for page in pages():
         for language, title, text in BLOCK.findall(page.read_text()):
             try:
-                if title == "set-up":
+                if title == "Installation":
                     continue
                 if title.endswith(".py"):
                     (folder / title).write_text(text)
                 elif language == "python":
                     exec(compile(text, str(page), "exec"), {"__name__": "__main__"})
                 for command in commands(text) if language != "python" else ():
-                    if title.startswith(("needs", "takes")):
+                    if title.startswith(("Needs", "Takes")):
                         check(command)
                     else:
                         run(command, folder)
@@ -161,20 +164,21 @@ def test_the_commands_of_the_readme_are_known():
     for _, title, text in BLOCK.findall((ROOT / "README.md").read_text()):
         for command in commands(text):
             words = words_of(command)
-            if title != "set-up" and words and "--help" not in words:
+            if title != "Installation" and words and "--help" not in words:
                 parse(words)
 
 
 def test_every_title_is_one_of_those_that_are_understood():
     for page in [*pages(), ROOT / "README.md"]:
         for _, title, _ in BLOCK.findall(page.read_text()):
-            known = title in ("", "set-up") or title.startswith(("needs ", "takes ")) or title.endswith(".py")
+            known = title in ("", "Installation") or title.startswith(("Needs ", "Takes ")) or title.endswith(".py")
             assert known, f"{page.name}: {title}"
         assert "```sh" not in page.read_text().replace("```shell", ""), f"{page.name}: write ```bash"
 
 
 def test_every_page_of_the_folder_is_in_the_contents():
-    assert {path.name for path in (ROOT / "docs").glob("*.md")} == {path.name for path in pages()} | {*TESTED_ELSEWHERE}
+    folder = ROOT / "docs"
+    assert {*folder.rglob("*.md")} == {*pages(), *(folder / name for name in TESTED_ELSEWHERE)}
 
 
 def test_links_between_pages_lead_somewhere():
