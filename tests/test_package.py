@@ -28,7 +28,7 @@ import fsr_fast
 assert "torch" not in sys.modules
 fsr_fast.segment, fsr_fast.load_network
 import fsr_fast.commands.predict
-tools = {"nvidia", "tensorboard", "webdataset", "fsspec", "pycocotools", "plotly", "xformers", "wandb", "mlflow"}
+tools = {"nvidia", "tensorboard", "webdataset", "fsspec", "pycocotools", "plotly", "xformers", "mlflow"}
 heavy = tools & {name.partition(".")[0] for name in sys.modules}
 assert not heavy, heavy
 """

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -140,8 +141,12 @@ class MlflowLogger:
             OSError,
             importlib.import_module("mlflow.exceptions").MlflowException,
         )
-        own = (folder.absolute().parent / "mlruns").as_uri()
-        self._client = tracking.MlflowClient(os.environ.get("MLFLOW_TRACKING_URI", own))
+        if (place := os.environ.get("MLFLOW_TRACKING_URI")) is None:
+            place = (folder.absolute().parent / "mlruns").as_uri()
+            os.environ.setdefault(
+                "MLFLOW_ALLOW_FILE_STORE", "true"
+            )  # folders are no longer its default, but need least
+        self._client = tracking.MlflowClient(place)
         if known is None:
             experiment = self._client.get_experiment_by_name(project)
             number = experiment.experiment_id if experiment else self._client.create_experiment(project)
@@ -156,7 +161,8 @@ class MlflowLogger:
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """Take numbers by name."""
         now = int(time.time() * 1000)
-        self._client.log_batch(self.id, [self._metric(name, value, now, step) for name, value in values.items()])
+        names = {re.sub(r"[^\w\-. :/]", "_", name): value for name, value in values.items()}  # it takes no `+`
+        self._client.log_batch(self.id, [self._metric(name, value, now, step) for name, value in names.items()])
 
     def picture(self, name: str, picture: Image.Image, step: int) -> None:
         """Take a picture."""
