@@ -73,19 +73,19 @@ FAMILIES = (
     Family(  # a drop with feathers
         (-1.0, -0.9, -0.55, -0.1, 0.4, 0.8, 1.0),
         (0.10, 0.30, 0.62, 0.85, 0.80, 0.52, 0.30),
-        (0.38, 0.56),
+        (0.32, 0.56),
         lambda u, v: np.sin(2.0 * np.pi * (u + 0.45 * v * v)),
     ),
     Family(  # an oval in segments
         (-1.0, -0.92, -0.6, 0.0, 0.6, 0.92, 1.0),
         (0.12, 0.40, 0.72, 0.84, 0.72, 0.42, 0.20),
-        (0.40, 0.64),
+        (0.34, 0.64),
         lambda u, v: 2.0 * np.sqrt(np.abs(np.sin(np.pi * u))) - 1.3,
     ),
     Family(  # a spindle with scales and a tail fin
         (-1.15, -1.05, -0.72, -0.5, 0.1, 0.6, 1.0),
         (0.55, 0.62, 0.24, 0.50, 0.86, 0.74, 0.35),
-        (0.34, 0.58),
+        (0.29, 0.58),
         lambda u, v: 1.3 * np.sin(1.4 * np.pi * (u + v)) * np.sin(1.4 * np.pi * (u - v)),
     ),
 )
@@ -292,7 +292,7 @@ def _grain(random: np.random.Generator, window: Window) -> Array:
 
 def _dull(random: np.random.Generator) -> Array:
     """A grey with a tinge of any colour, (3, 1, 1)."""
-    return _rgb((random.random(), random.uniform(0.0, 0.10), random.uniform(0.3, 0.75)))
+    return _rgb((random.random(), random.uniform(0.0, 0.05), random.uniform(0.3, 0.75)))
 
 
 def _rgb(colour: Colour) -> Array:
