@@ -57,10 +57,10 @@ def open_array(source: Source, name: str = "", *, max_pixels: int = MAX_PIXELS) 
     """
     where = name or (str(source) if isinstance(source, Path) else "image")
     with explained(source, where, max_pixels):
-        start = _start(source)
+        start = start_of(source)
         if start.startswith(NUMPY):
             return _open_numpy(source, max_pixels)
-        if start[DICOM_PLACE : DICOM_PLACE + len(DICOM)] == DICOM:
+        if is_dicom(start):
             return _open_dicom(source, max_pixels)
         if start.startswith(tiff.MAGIC):
             try:
@@ -70,11 +70,17 @@ def open_array(source: Source, name: str = "", *, max_pixels: int = MAX_PIXELS) 
     return _decode(source, where, max_pixels)
 
 
-def _start(source: Source) -> bytes:
+def start_of(source: Source) -> bytes:
+    """Return the first bytes of a file, which tell its format."""
     if isinstance(source, bytes):
         return source[: DICOM_PLACE + len(DICOM)]
     with source.open("rb") as file:
         return file.read(DICOM_PLACE + len(DICOM))
+
+
+def is_dicom(start: bytes) -> bool:
+    """Return whether a file that starts so is DICOM."""
+    return start[DICOM_PLACE : DICOM_PLACE + len(DICOM)] == DICOM
 
 
 def _check_size(height: int, width: int, max_pixels: int) -> None:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
@@ -124,6 +125,40 @@ def apply_view(image: Image.Image, view: View, size: int, policy: Policy | None 
     if view.solarise:
         picture = F.solarize(picture, SOLARISE_THRESHOLD)
     return picture
+
+
+def apply_view_to_channels(pixels: NDArray[np.uint8], view: View, size: int) -> NDArray[np.uint8]:
+    """Make a view of a picture of other channels than three colours.
+
+    Crop, flip, brightness, contrast, blur and solarisation are as for colours, the contrast about the mean of all
+    channels; saturation and hue have no meaning there and are left out.
+
+    Args:
+        pixels: (H, W, C).
+        view: what was drawn.
+        size: side of the view, in pixels.
+
+    Returns:
+        (size, size, C).
+    """
+    part = pixels[view.top : view.top + view.height, view.left : view.left + view.width]
+    side = (size, size)
+    bands = [
+        Image.fromarray(np.ascontiguousarray(part[..., channel])).resize(side, Image.Resampling.BICUBIC)
+        for channel in range(pixels.shape[2])
+    ]
+    if view.flip:
+        bands = [F.horizontal_flip(band) for band in bands]
+    for name, amount in view.jitter:
+        if name in ("brightness", "contrast"):
+            mean = np.mean([np.asarray(band).mean() for band in bands]) if name == "contrast" else 0
+            base = Image.new("L", side, int(mean + 0.5))
+            bands = [Image.blend(base, band, amount) for band in bands]
+    if view.blur is not None:
+        bands = [band.filter(ImageFilter.GaussianBlur(view.blur)) for band in bands]
+    if view.solarise:
+        bands = [F.solarize(band, SOLARISE_THRESHOLD) for band in bands]
+    return np.stack([np.asarray(band) for band in bands], 2)
 
 
 def build_policy(augment: AugmentConfig, size: int, mean: Sequence[float]) -> Policy | None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple, Protocol, TypeVar
+from pathlib import Path
+from typing import NamedTuple, Protocol, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from fsr_fast.dataloading.fingerprint import Parts
+from fsr_fast.dataloading.reading import Reading
 
 
 class EncodedImage(NamedTuple):
@@ -38,6 +40,10 @@ class Order(Protocol):
 
 class TrainSource(Protocol):
     """Where the images of training come from: files, or shards."""
+
+    @property
+    def reading(self) -> Reading:
+        """How images are read."""
 
     def __len__(self) -> int:
         """Number of images."""
@@ -90,12 +96,28 @@ class ImageSet(TrainSource, Parts, Protocol):
     def max_labels(self) -> int:
         """Largest number of labels that an image has."""
 
-    def image(self, index: int) -> Image.Image:
-        """Read an image as RGB, upright.
+    def pixels(self, index: int) -> NDArray[np.uint8]:
+        """Read an image as the network takes it, (H, W, channels), upright.
 
         Raises:
             DamagedFileError: it is missing or cannot be decoded.
         """
+        ...
+
+    def image(self, index: int) -> Image.Image:
+        """Read an image in colours, as people see it, upright; raises as `pixels`."""
+        ...
+
+    def source(self, index: int) -> tuple[Path | bytes, str]:
+        """Return the file of an image, or its content, and what messages call it.
+
+        Raises:
+            DamagedFileError: it is missing or cannot be read.
+        """
+        ...
+
+    def read_as(self, reading: Reading) -> Self:
+        """Return the same list, read otherwise."""
         ...
 
     def mask(self, index: int) -> NDArray[np.uint8] | None:
@@ -112,7 +134,7 @@ class Batch:
     """One rank's part of a training batch.
 
     Args:
-        views: V tensors (B, 3, H, W) float32, normalised; independently augmented views of the same images.
+        views: V tensors (B, channels, H, W) float32, normalised; independently augmented views of the same images.
         labels: (B, C) float32, 1 where the image shows the class, else 0.
         indices: (B,) int64, numbers of the images in the data set.
         bad: damaged images that were met so far and that others stand in for: number, and what is wrong.

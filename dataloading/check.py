@@ -8,18 +8,18 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from fsr_fast.config import DataConfig
 from fsr_fast.dataloading.datasets import check_size, open_split
-from fsr_fast.dataloading.images import DamagedFileError, OutsideError, check_name, read_image
+from fsr_fast.dataloading.images import DamagedFileError, OutsideError, check_name
 from fsr_fast.dataloading.labels import shown_classes, write_csv, write_new
 from fsr_fast.dataloading.layout import Split, check_one_file_each, has_ending, no_mask
 from fsr_fast.dataloading.negatives import balance_warnings, keeps_negatives
+from fsr_fast.dataloading.reading import read_stored
 from fsr_fast.dataloading.threads import map_ahead
 from fsr_fast.errors import UserError
 
@@ -175,7 +175,7 @@ def _examine(split: Split, name: str, *, training: bool, negatives: bool, max_pi
     try:
         path = split.files.image_path(name)
         try:
-            image = read_image(path, max_pixels=max_pixels)
+            image = read_stored(path, max_pixels=max_pixels)
         except DamagedFileError as error:
             faults.append(("damaged-image", str(error)))
     except OutsideError as error:
@@ -205,7 +205,7 @@ def _examine(split: Split, name: str, *, training: bool, negatives: bool, max_pi
 def _compare(
     split: Split,
     name: str,
-    image: Image.Image | None,
+    image: NDArray[Any] | None,
     labels: list[int] | None,
     mask: NDArray[np.uint8] | None,
     *,
@@ -217,7 +217,7 @@ def _compare(
         return
     if image is not None:
         try:
-            check_size(mask, image.size, split.files.mask_place(name))
+            check_size(mask, (image.shape[1], image.shape[0]), split.files.mask_place(name))
         except DamagedFileError as error:
             yield "mask-size", str(error)
     if labels is None:
@@ -269,5 +269,6 @@ def _unlisted(folder: Path, splits: Iterable[Split]) -> Iterator[Finding]:
             yield Finding("unlisted", "", name, f"{path}: no table names it; add a row with its labels")
 
 
-def _digest(image: Image.Image) -> bytes:
-    return hashlib.blake2b(image.tobytes(), digest_size=16, key=str(image.size).encode()).digest()
+def _digest(image: NDArray[Any]) -> bytes:
+    key = f"{image.shape} {image.dtype}".encode()
+    return hashlib.blake2b(image.tobytes(), digest_size=16, key=key).digest()

@@ -36,11 +36,12 @@ TRUNCATE = 0.4999  # Pillow cuts fractions off, where DALI rounds
 Node = Any
 
 
-def parameter_names(view: int, *, policy: bool) -> list[str]:
+def parameter_names(view: int, *, policy: bool, colours: bool = True) -> list[str]:
     """Names of the arguments of a view, in the order in which they are fed."""
     jitter = [f"{part}{slot}" for slot in (*BEFORE, *AFTER) for part in ("kind", "amount")]
     chosen = [f"{part}{step}" for step in range(POLICY_STEPS) for part in ("operation", "magnitude")] if policy else []
-    names = ["start", "shape", "left", "right", *chosen, *jitter, "turns", "blur", "solarise"]
+    turns = ["turns"] if colours else []
+    names = ["start", "shape", "left", "right", *chosen, *jitter, *turns, "blur", "solarise"]
     return [f"{name}@{view}" for name in names]
 
 
@@ -55,6 +56,7 @@ def build_graph(
     mean: Sequence[float],
     std: Sequence[float],
     policy: bool,
+    colours: bool = True,
 ) -> Pipeline:
     """Build the pipeline; its outputs are the views.
 
@@ -68,21 +70,27 @@ def build_graph(
         mean: of the normalisation, three values in the range 0 to 1.
         std: of the normalisation, three values > 0.
         policy: whether AutoAugment is applied.
+        colours: images are files of three colours; else they come decoded, (H, W, C) uint8, of any other channels.
     """
-    names = ["encoded", *(name for view in range(views) for name in parameter_names(view, policy=policy))]
+    parameters = [parameter_names(view, policy=policy, colours=colours) for view in range(views)]
+    names = ["encoded", *(name for part in parameters for name in part)]
 
     @pipeline_def(enable_conditionals=True)
     def graph() -> tuple[Node, ...]:
         nodes = fn.external_source(source, num_outputs=len(names))
         inputs = {name: nodes[number] for number, name in enumerate(names)}
-        image = fn.decoders.image(
-            inputs["encoded"], device="cpu" if device_id is None else "mixed", output_type=types.RGB
-        )
+        if colours:
+            image = fn.decoders.image(
+                inputs["encoded"], device="cpu" if device_id is None else "mixed", output_type=types.RGB
+            )
+        else:
+            image = fn.reshape(inputs["encoded"], layout="HWC")
+            image = image if device_id is None else image.gpu()
         fill = types.Constant(np.array([[[round(255 * value) for value in mean]]], np.float32)) if policy else None
         outputs = []
         for view in range(views):
-            arguments = {name.partition("@")[0]: inputs[name] for name in parameter_names(view, policy=policy)}
-            picture = _view(image, arguments, size, fill)
+            arguments = {name.partition("@")[0]: inputs[name] for name in parameters[view]}
+            picture = _view(image, arguments, size, fill, colours)
             outputs.append(
                 fn.crop_mirror_normalize(
                     picture,
@@ -113,7 +121,7 @@ def build_decoder(data: bytes, device_id: int | None = None) -> Pipeline:
     return graph()
 
 
-def _view(image: Node, arguments: dict[str, Node], size: int, fill: Node | None) -> Node:
+def _view(image: Node, arguments: dict[str, Node], size: int, fill: Node | None, colours: bool) -> Node:
     """Crop, resize, flip, learned policy, colour jitter, blur, solarisation."""
     picture = fn.slice(image, start=arguments["start"], shape=arguments["shape"], axes=[0, 1])
     picture = fn.resize(
@@ -128,10 +136,11 @@ def _view(image: Node, arguments: dict[str, Node], size: int, fill: Node | None)
     if fill is not None:
         for step in range(POLICY_STEPS):
             picture = _operate(picture, arguments[f"operation{step}"], arguments[f"magnitude{step}"], fill)
-    picture = _jitter(picture, arguments, BEFORE)
-    if arguments["turns"] != 0.0:
-        picture = _turn_hue(picture, arguments["turns"])
-    picture = _jitter(picture, arguments, AFTER)
+    picture = _jitter(picture, arguments, BEFORE, colours)
+    if colours:  # noqa: SIM102 known here; the turn is known where the graph runs
+        if arguments["turns"] != 0.0:
+            picture = _turn_hue(picture, arguments["turns"])
+    picture = _jitter(picture, arguments, AFTER, colours)
     if arguments["blur"] > 0.0:
         picture = fn.gaussian_blur(picture, sigma=arguments["blur"])
     if arguments["solarise"] != 0:
@@ -142,15 +151,15 @@ def _view(image: Node, arguments: dict[str, Node], size: int, fill: Node | None)
 SOLARISED = [value if value < SOLARISE_THRESHOLD else 255 - value for value in range(256)]
 
 
-def _jitter(picture: Node, arguments: dict[str, Node], slots: Iterable[int]) -> Node:
+def _jitter(picture: Node, arguments: dict[str, Node], slots: Iterable[int], colours: bool) -> Node:
     for slot in slots:
         kind, amount = arguments[f"kind{slot}"], arguments[f"amount{slot}"]
         if kind == 1:
             picture = fn.brightness(picture, brightness=amount, brightness_shift=-TRUNCATE / 255)
         elif kind == 2:
-            picture = _blend(picture, _mean_grey(picture), amount)
+            picture = _blend(picture, _mean_grey(picture) if colours else _mean(picture), amount)
         elif kind == 3:
-            picture = _blend(picture, _grey(picture), amount)
+            picture = _blend(picture, _grey(picture), amount) if colours else picture
     return picture
 
 
@@ -160,6 +169,10 @@ def _grey(picture: Node) -> Node:
 
 def _mean_grey(picture: Node) -> Node:
     return dali_math.floor(fn.reductions.mean(_grey(picture)) + 0.5)
+
+
+def _mean(picture: Node) -> Node:
+    return dali_math.floor(fn.reductions.mean(picture) + 0.5)
 
 
 def _blend(picture: Node, other: Node, share: Node) -> Node:

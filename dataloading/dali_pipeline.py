@@ -5,8 +5,9 @@ alone; DALI decodes each image once and makes the views from these draws. So the
 up to rounding, and goes on after a resume with the very next sample.
 
 DALI takes files as they are when it decodes them as Pillow does: sound JPEG and PNG, 8 bits, colour or grey. All
-others (CMYK, palettes, 16 bits, damaged ends, …) are decoded by Pillow and handed over without compression. Where
-DALI fails nevertheless, Pillow decides about each image under way, and the stream goes on from the last batch given.
+others (CMYK, palettes, 16 bits, TIFF, damaged ends, …), and pictures whose channels are no three colours, are decoded
+by the reading processes, as for the torch pipeline, and handed over without compression. Where DALI fails
+nevertheless, Pillow decides about each image under way, and the stream goes on from the last batch given.
 """
 
 from __future__ import annotations
@@ -37,12 +38,13 @@ from fsr_fast.dataloading.dali_graph import (
     build_graph,
     parameter_names,
 )
-from fsr_fast.dataloading.images import DamagedFileError, image_header, read_image
+from fsr_fast.dataloading.images import DamagedFileError, image_header
 from fsr_fast.dataloading.stream import Positions, Stream, StreamLoader, read_ahead
 from fsr_fast.errors import UserError
 
 VIEWS = 2
 KINDS = {"brightness": 1, "contrast": 2, "saturation": 3}
+JPEG, PNG = b"\xff\xd8", b"\x89PNG"
 JPEG_END, PNG_END, PNG_EXIF, TAIL = b"\xff\xd9", b"IEND", b"eXIf", 64
 
 
@@ -82,6 +84,7 @@ class DaliLoader(StreamLoader):
             "mean": mean,
             "std": std,
             "policy": self._policy,
+            "colours": dataset.reading.channels == 3,
         }
         self._device = device
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -142,8 +145,10 @@ class DaliLoader(StreamLoader):
             for index, data in zip(encoded.indices.tolist(), encoded.files(), strict=True):
                 if index in self._strange:
                     continue
+                if not self._graph["colours"]:
+                    continue  # decoded by the reading processes
                 try:
-                    read_image(data.tobytes(), self._dataset.encoded(index).name, self._data.max_pixels)
+                    self._dataset.reading.pixels(data.tobytes(), self._dataset.encoded(index).name)
                 except DamagedFileError as error:
                     self._bad[index] = str(error)
                     found = True
@@ -161,7 +166,8 @@ class _Encoded:
     """Encoded images and the arguments of their views.
 
     Args:
-        data: contents of the files, one after the other.
+        shapes: of the decoded images, (H, W, C), where they are no three colours; None: files, which DALI decodes.
+        data: contents of the files, or pixels, one after the other.
         sizes: (B,) int64, number of bytes of each.
         numbers: arguments by name, each (B, …).
         labels: (B, C) float32.
@@ -169,6 +175,7 @@ class _Encoded:
         bad: damaged images met so far.
     """
 
+    shapes: list[tuple[int, int, int]] | None
     data: Tensor
     sizes: Tensor
     numbers: dict[str, Tensor]
@@ -180,14 +187,18 @@ class _Encoded:
         return np.split(self.data.numpy(), self.sizes.cumsum(0)[:-1].numpy())
 
     def inputs(self) -> list[Any]:
-        return [self.files(), *(value.numpy() for value in self.numbers.values())]
+        files = self.files()
+        if self.shapes is not None:
+            files = [part.reshape(shape) for part, shape in zip(files, self.shapes, strict=True)]
+        return [files, *(value.numpy() for value in self.numbers.values())]
 
 
 class _Host(Dataset[Any]):
     """Encoded batches by the positions of their samples."""
 
     def __init__(self, stream: Stream, augment: AugmentConfig, data: DataConfig, strange: set[int]) -> None:
-        self.stream, self.augment, self.strange, self.max_pixels = stream, augment, strange, data.max_pixels
+        self.stream, self.augment, self.strange = stream, augment, strange
+        self.reading = stream.dataset.reading
         self.recorder = _Recorder(data.image_size) if augment.policy == "autoaugment" else None
 
     def __len__(self) -> int:
@@ -207,9 +218,11 @@ class _Host(Dataset[Any]):
                 self._arguments(draw_view_at(self.stream.seed, position, view, self.augment, file.height, file.width))
                 for position, file in zip(positions, files, strict=True)
             ]
-            for name in parameter_names(view, policy=self.recorder is not None):
+            for name in parameter_names(view, policy=self.recorder is not None, colours=self.reading.channels == 3):
                 numbers[name] = torch.from_numpy(np.stack([row[name.partition("@")[0]] for row in rows]))
+        channels = self.reading.channels
         return _Encoded(
+            None if channels == 3 else [(file.height, file.width, channels) for file in files],
             torch.from_numpy(np.frombuffer(bytearray().join(file.data for file in files), np.uint8)),
             torch.tensor([len(file.data) for file in files]),
             numbers,
@@ -220,11 +233,14 @@ class _Host(Dataset[Any]):
 
     def _file(self, index: int) -> _File:
         data, labels, name = self.stream.dataset.encoded(index)
-        header = image_header(data, name, self.max_pixels)
-        if index in self.strange or not _is_plain(data, header.format, header.mode):
-            image = read_image(data, name, self.max_pixels)
-            data = b"P6 %d %d 255\n" % image.size + image.tobytes()
-        return _File(data, header.width, header.height, labels)
+        if self.reading.channels == 3 and data.startswith((JPEG, PNG)):
+            header = image_header(data, name, self.reading.max_pixels)
+            if index not in self.strange and _is_plain(data, header.format, header.mode):
+                return _File(data, header.width, header.height, labels)
+        pixels = self.reading.pixels(data, name)
+        height, width, channels = pixels.shape
+        head = b"P6 %d %d 255\n" % (width, height) if channels == 3 else b""
+        return _File(head + pixels.tobytes(), width, height, labels)
 
     def _arguments(self, view: View) -> dict[str, NDArray[Any]]:
         """Put the draws of a view as the graph wants them."""

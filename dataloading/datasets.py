@@ -21,13 +21,14 @@ from fsr_fast.dataloading.batch import EncodedImage, ImageSet, Order
 from fsr_fast.dataloading.class_names import COCO_CLASSES, VOC_CLASSES, check_class_names
 from fsr_fast.dataloading.coco import has_instances, open_coco
 from fsr_fast.dataloading.fingerprint import Part
-from fsr_fast.dataloading.images import IGNORE, MAX_PIXELS, DamagedFileError, image_size, read_image
+from fsr_fast.dataloading.images import IGNORE, DamagedFileError
 from fsr_fast.dataloading.labels import MaskLabels, open_labels, read_labels
 from fsr_fast.dataloading.layout import Files, FolderFiles, Split, check_names, check_one_file_each, no_mask
 from fsr_fast.dataloading.mask_files import drawn_in_black_and_white
 from fsr_fast.dataloading.names import Names
 from fsr_fast.dataloading.negatives import balance_warnings, keeps_negatives, no_label
 from fsr_fast.dataloading.own import open_own, refuse_background
+from fsr_fast.dataloading.reading import COLOURS, Reading, given_window, picture_size
 from fsr_fast.dataloading.shard_reader import open_shards
 from fsr_fast.dataloading.voc import LISTS, open_voc
 from fsr_fast.errors import UserError, nearest
@@ -51,7 +52,7 @@ class SegmentationDataset:
         labels: (n, C) float32, 1 where the image shows the class, else 0.
         mask_values: (K + 1,) uint8, what the class values 0…K of the mask files become: 0, 1…C or 255.
         dropped: number of images of the list that were left out because they show none of the classes.
-        max_pixels: of the largest image that is read.
+        reading: how images are read.
     """
 
     files: Files
@@ -60,7 +61,7 @@ class SegmentationDataset:
     labels: NDArray[np.float32]
     mask_values: NDArray[np.uint8]
     dropped: int = 0
-    max_pixels: int = MAX_PIXELS
+    reading: Reading = COLOURS
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -70,13 +71,30 @@ class SegmentationDataset:
         """Largest number of labels that an image has."""
         return int(self.labels.sum(1).max())
 
-    def image(self, index: int) -> Image.Image:
-        """Read an image as RGB, upright.
+    def pixels(self, index: int) -> NDArray[np.uint8]:
+        """Read an image as the network takes it, (H, W, channels), upright.
 
         Raises:
             DamagedFileError: the file is missing or cannot be decoded.
         """
-        return read_image(self.image_path(index), max_pixels=self.max_pixels)
+        return self.reading.pixels(self.image_path(index))
+
+    def image(self, index: int) -> Image.Image:
+        """Read an image in colours, as people see it, upright; raises as `pixels`."""
+        return self.reading.image(self.image_path(index))
+
+    def source(self, index: int) -> tuple[Path, str]:
+        """Return the file of an image, and what messages call it.
+
+        Raises:
+            DamagedFileError: it is missing.
+        """
+        path = self.image_path(index)
+        return path, str(path)
+
+    def read_as(self, reading: Reading) -> SegmentationDataset:
+        """Return the same list, read otherwise."""
+        return replace(self, reading=reading)
 
     def encoded(self, index: int) -> EncodedImage:
         """Read an image's file as it is.
@@ -124,7 +142,7 @@ class SegmentationDataset:
         mask = self.files.mask(self.ids[index])
         if mask is None:
             return None
-        size = image_size(self.image_path(index), max_pixels=self.max_pixels)
+        size = picture_size(self.image_path(index), max_pixels=self.reading.max_pixels)
         check_size(mask, size, self.files.mask_place(self.ids[index]))
         table = np.full(256, IGNORE, np.uint8)
         table[: len(self.mask_values)] = self.mask_values
@@ -154,11 +172,12 @@ def check_size(mask: NDArray[np.uint8], size: tuple[int, int], place: str) -> No
     )
 
 
-def build_datasets(config: DataConfig) -> tuple[ImageSet, ImageSet]:
+def build_datasets(config: DataConfig, reading: Reading | None = None) -> tuple[ImageSet, ImageSet]:
     """Open the training and the validation list. The embedded data set is drawn if need be.
 
     Args:
         config: the section `data` of the configuration.
+        reading: how images are read; None: as `config` says by itself, in three colours.
 
     Returns:
         The training set, without images that show none of the classes, and the validation set; that is empty where
@@ -167,15 +186,16 @@ def build_datasets(config: DataConfig) -> tuple[ImageSet, ImageSet]:
     Raises:
         UserError: a missing folder, list, image, label or mask, or an unknown class name.
     """
+    reading = reading or Reading(window=given_window(config), max_pixels=config.max_pixels)
     if config.dataset == "shards":
-        return open_shards(config, training=True), open_shards(config, training=False)
+        return open_shards(config, reading, training=True), open_shards(config, reading, training=False)
     if config.dataset == "synthetic":
         synthetic.ensure(_folder(config))
     said: set[str] = set()
-    train = _build(config, training=True, said=said)
+    train = _build(config, reading, training=True, said=said)
     if config.val_list is None:
         return train, replace(train, ids=Names(()), labels=train.labels[:0], dropped=0)
-    return train, _build(config, training=False, said=said)
+    return train, _build(config, reading, training=False, said=said)
 
 
 def _folder(config: DataConfig) -> Path:
@@ -257,7 +277,7 @@ def _try(files: Files, name: str) -> NDArray[np.uint8] | None:
         return None
 
 
-def _build(config: DataConfig, *, training: bool, said: set[str]) -> SegmentationDataset:
+def _build(config: DataConfig, reading: Reading, *, training: bool, said: set[str]) -> SegmentationDataset:
     split = open_split(config, training=training, with_masks=not training)
     names, files = split.classes, split.files
     chosen = _choose(names, config.subset)
@@ -292,7 +312,7 @@ def _build(config: DataConfig, *, training: bool, said: set[str]) -> Segmentatio
     values[[number + 1 for number in chosen]] = np.arange(1, len(chosen) + 1)
     classes = tuple(names[number] for number in chosen)
     dropped = len(labels) - len(kept)
-    return SegmentationDataset(files, split.ids.take(kept), classes, labels[kept], values, dropped, config.max_pixels)
+    return SegmentationDataset(files, split.ids.take(kept), classes, labels[kept], values, dropped, reading)
 
 
 def _tell(config: DataConfig, empty: NDArray[np.bool_], dropped: int) -> None:

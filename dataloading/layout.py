@@ -20,7 +20,7 @@ from fsr_fast.dataloading.notes import Notes
 from fsr_fast.dataloading.tables import clean_name, read_lines
 from fsr_fast.errors import UserError, nearest
 
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp", ".npy", ".dcm")
 MASK_ENDINGS = (".png", ".tif", ".tiff", ".bmp")
 LIST_ENDINGS = (".txt", ".csv", ".json", ".xlsx")
 

@@ -1,6 +1,6 @@
 """Own pictures: a folder, and a table that names the classes of each.
 
-ROOT/images/…                   pictures (.jpg, .png, .tif, .bmp, .webp), in folders if you like
+ROOT/images/…                   pictures (.jpg, .png, .tif, .bmp, .webp, .npy, .dcm), in folders if you like
 ROOT/train.csv, ROOT/val.csv    header `image,labels`: the path below images, and class names with spaces between them
                                 (a space inside a name is written `_`), none for a picture of background alone; or
                                 train.xlsx; or train.json: [{"image": "cat 1.jpg", "labels": ["cat"]}, …]

@@ -1,6 +1,7 @@
 """Write a list of a data set as WebDataset shards: few large files, which object stores and DALI read in order.
 
-    train-000000.tar, train-000001.tar, …   samples: KEY.jpg or KEY.png (the file as it was), KEY.json, KEY.mask.png
+    train-000000.tar, train-000001.tar, …   samples: KEY.jpg, .png, .tif, .npy or .dcm (the file as it was), KEY.json,
+                                            KEY.mask.png
     train-000000.idx, …                     where the parts of each sample stand, for DALI
     train.json                              {"version", "classes", "max_labels", "shards": [{"file", "samples", "bytes",
                                             "sha256"}]}; written last, so that an interrupted pack has none
@@ -24,6 +25,8 @@ import numpy as np
 from PIL import Image
 from webdataset import TarWriter
 
+from fsr_fast.dataloading import tiff
+from fsr_fast.dataloading.arrays import NUMPY, is_dicom, open_array, start_of
 from fsr_fast.dataloading.datasets import check_size
 from fsr_fast.dataloading.images import MAX_PIXELS, image_header, read_image
 from fsr_fast.dataloading.layout import Split, check_names, no_mask
@@ -116,24 +119,40 @@ def read_sample(
     """
     path = split.files.image_path(name)
     content = path.read_bytes()
-    image = read_image(content, str(path), max_pixels)
-    kind = image_header(content, str(path), max_pixels).format
-    if kind not in ENDINGS:  # another format under the ending of one of these
-        content, kind = _png(image), "PNG"
+    size, ending = _look(content, str(path), max_pixels)
+    if not ending:  # another format of 8 bits
+        content, ending = _png(read_image(content, str(path), max_pixels)), "png"
     labels = split.labels(name)
     if not labels and not with_masks and not negatives:
         if negatives is False:
             return None
         raise no_label(split, name, "")
-    parts = {ENDINGS[kind]: content}
+    parts = {ending: content}
     parts["json"] = json.dumps({"labels": sorted(set(labels)), "name": name}, ensure_ascii=False).encode()
     if with_masks:
         mask = split.files.mask(name)
         if mask is None:
             raise no_mask(split.files, name)
-        check_size(mask, image.size, split.files.mask_place(name))
+        check_size(mask, size, split.files.mask_place(name))
         parts["mask.png"] = _png(Image.fromarray(mask))
     return Sample(dict(sorted(parts.items())), len(set(labels)))
+
+
+def _look(content: bytes, where: str, max_pixels: int) -> tuple[tuple[int, int], str]:
+    """Decode a picture; return width and height, and under what ending it goes into a shard as it is, or nothing."""
+    pixels = open_array(content, where, max_pixels=max_pixels)
+    pixels[:, :]
+    height, width, channels = pixels.shape
+    start = start_of(content)
+    if start.startswith(NUMPY):
+        ending = "npy"
+    elif is_dicom(start):
+        ending = "dcm"
+    elif start.startswith(tiff.MAGIC):
+        ending = "tif" if pixels.dtype != np.uint8 or channels not in (1, 3) else ""
+    else:
+        ending = ENDINGS.get(image_header(content, where, max_pixels).format, "")
+    return (width, height), ending
 
 
 class _Shards:

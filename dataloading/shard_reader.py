@@ -15,6 +15,7 @@ Both pipelines read through this module; WebDataset's tools and DALI's reader ca
 
 from __future__ import annotations
 
+import copy
 import itertools
 import os
 from collections import OrderedDict
@@ -29,15 +30,16 @@ from pydantic import BaseModel, Field, ValidationError
 from fsr_fast.config import DataConfig
 from fsr_fast.dataloading.batch import EncodedImage
 from fsr_fast.dataloading.fingerprint import Part
-from fsr_fast.dataloading.images import MAX_PIXELS, DamagedFileError, read_image
+from fsr_fast.dataloading.images import DamagedFileError
 from fsr_fast.dataloading.mask_files import read_mask
+from fsr_fast.dataloading.reading import Reading
 from fsr_fast.dataloading.stores import open_store
 from fsr_fast.errors import UserError, nearest
 
 VERSION = 1  # of the format
 WINDOW = 8  # shards that are shuffled together
 PLACES = 2 * WINDOW  # shards whose offsets a process keeps
-IMAGE_ENDINGS = ("jpg", "png")
+IMAGE_ENDINGS = ("jpg", "png", "tif", "npy", "dcm")
 
 Item = TypeVar("Item")
 Place = tuple[int, int]
@@ -84,14 +86,14 @@ class ShardDataset:
         root: folder, or URL, as `open_store` takes it.
         name: of the list.
         empty: be the list without its samples.
-        max_pixels: of the largest image that is read.
+        reading: how images are read.
 
     Raises:
         UserError: the index is missing, damaged or of another version.
     """
 
-    def __init__(self, root: str, name: str, *, empty: bool = False, max_pixels: int = MAX_PIXELS) -> None:
-        self._root, self._name, self._max_pixels = root.rstrip("/"), name, max_pixels
+    def __init__(self, root: str, name: str, *, empty: bool = False, reading: Reading | None = None) -> None:
+        self._root, self._name, self.reading = root.rstrip("/"), name, reading or Reading()
         self._process = -1
         self._filesystem: Any = None
         self._folder = ""
@@ -122,16 +124,35 @@ class ShardDataset:
         data, text = (run[start - first : start - first + size] for start, size in both)
         return EncodedImage(data, self._vector(_parse(text, place), place), place)
 
-    def image(self, index: int) -> Image.Image:
-        """Read an image as RGB, upright.
+    def pixels(self, index: int) -> NDArray[np.uint8]:
+        """Read an image as the network takes it, (H, W, channels), upright.
 
         Raises:
             DamagedFileError: it cannot be read or decoded.
         """
+        return self.reading.pixels(*self.source(index))
+
+    def image(self, index: int) -> Image.Image:
+        """Read an image in colours, as people see it, upright; raises as `pixels`."""
+        return self.reading.image(*self.source(index))
+
+    def source(self, index: int) -> tuple[bytes, str]:
+        """Read the file of an image as it is, and say where it stands.
+
+        Raises:
+            DamagedFileError: it cannot be read.
+        """
         shard, parts = self._parts(index)
         place = self._place(index, shard)
         start, size = self._image_part(parts, place)
-        return read_image(self._read(shard, start, start + size), place, self._max_pixels)
+        return self._read(shard, start, start + size), place
+
+    def read_as(self, reading: Reading) -> ShardDataset:
+        """Return the same list, read otherwise."""
+        other = copy.copy(self)
+        other.reading = reading
+        other.ids, other.labels = Column(len(self), other._id), Column(len(self), other._labels)
+        return other
 
     def mask(self, index: int) -> NDArray[np.uint8] | None:
         """Read a mask, (H, W) uint8: 0 background, 1…C classes, 255 ignored; none where none was packed.
@@ -144,7 +165,7 @@ class ShardDataset:
             return None
         start, size = parts["mask.png"]
         content, place = self._read(shard, start, start + size), self._place(index, shard)
-        return read_mask(content, len(self.classes), place, max_pixels=self._max_pixels)
+        return read_mask(content, len(self.classes), place, max_pixels=self.reading.max_pixels)
 
     def order(self, seed: int, epoch: int) -> ShardOrder:
         """Return the order of an epoch: shards shuffled, then the samples of each window of shards."""
@@ -311,11 +332,12 @@ def _explain(error: ValidationError) -> str:
     return f"{'.'.join(map(str, first['loc']))}: {first['msg']}".removeprefix(": ")
 
 
-def open_shards(config: DataConfig, *, training: bool) -> ShardDataset:
+def open_shards(config: DataConfig, reading: Reading | None = None, *, training: bool) -> ShardDataset:
     """Open the shards of the training or the validation list.
 
     Args:
         config: the section `data` of the configuration.
+        reading: how images are read.
         training: the training list, else the validation list.
 
     Raises:
@@ -327,9 +349,8 @@ def open_shards(config: DataConfig, *, training: bool) -> ShardDataset:
             f"data.{key}: shards bring their labels with them; choose when they are packed, and leave it out"
         )
     name = config.train_list if training else config.val_list
-    dataset = ShardDataset(
-        str(config.root), name or config.train_list, empty=name is None, max_pixels=config.max_pixels
-    )
+    reading = reading or Reading(max_pixels=config.max_pixels)
+    dataset = ShardDataset(str(config.root), name or config.train_list, empty=name is None, reading=reading)
     if config.classes is not None and config.classes != dataset.classes:
         raise UserError(f"data.classes: differ from those of the shards ({', '.join(dataset.classes)}); leave them out")
     return dataset

@@ -21,6 +21,7 @@ CACHE_BYTES = 64 * 2**20  # of decoded tiles and strips; neighbouring regions sh
 MAX_CHANNELS = 1024
 GREY, INVERTED, COLOUR, YCBCR = 1, 0, 2, 6  # photometric interpretations
 JPEG = (6, 7)  # compressions, after which YCbCr is RGB
+ASSOCIATED = 1  # extra sample: transparency that the colours are multiplied by
 SEPARATE = 2  # planar configuration: a plane per channel
 GEO_TAGS = (33550, 33922, 34264, 34735, 34736, 34737)
 """Scale, tie points, transformation, and the three tags of the coordinate reference system (OGC GeoTIFF 1.1)."""
@@ -58,6 +59,8 @@ class Tiff:
         known = first.photometric in (GREY, INVERTED, COLOUR) or (
             first.photometric == YCBCR and first.compression in JPEG
         )
+        if ASSOCIATED in first.extrasamples:
+            raise NotImplementedError("a TIFF whose colours are multiplied by its transparency")
         if not known or first.bitspersample < 8 or first.imagedepth > 1 or first.dtype is None:
             raise NotImplementedError("a TIFF for Pillow")
         self._pages = [first, *self._alike(first)] if first.samplesperpixel == 1 else [first]

@@ -14,9 +14,15 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from fsr_fast.config import AugmentConfig, DataConfig
-from fsr_fast.dataloading.augment import apply_view, build_erasing, build_policy, draw_view_at
+from fsr_fast.dataloading.augment import (
+    View,
+    apply_view,
+    apply_view_to_channels,
+    build_erasing,
+    build_policy,
+    draw_view_at,
+)
 from fsr_fast.dataloading.batch import Batch, TrainSource
-from fsr_fast.dataloading.images import read_image
 from fsr_fast.dataloading.pixels import normalise
 from fsr_fast.dataloading.stream import Positions, Stream, StreamLoader, read_ahead
 from fsr_fast.errors import UserError
@@ -34,8 +40,8 @@ class TorchLoader(StreamLoader):
         dataset: training set.
         data: size of the views and number of workers.
         augment: how views are drawn.
-        mean: of the normalisation, three values in the range 0 to 1.
-        std: of the normalisation, three values > 0.
+        mean: of the normalisation, a value in the range 0 to 1 per channel.
+        std: of the normalisation, a value > 0 per channel.
         options: see `StreamLoader`.
     """
 
@@ -51,7 +57,8 @@ class TorchLoader(StreamLoader):
         super().__init__(dataset, **options)
         self._workers = data.workers
         if data.workers:
-            _check_shared_memory(data, VIEWS * self._batch_size * 3 * data.image_size**2 * 4)
+            channels = dataset.reading.channels
+            _check_shared_memory(data, VIEWS * self._batch_size * channels * data.image_size**2 * 4)
         self._views = _Views(Stream(dataset, self._seed), data, augment, mean, std)
 
     def _open(self, positions: Positions) -> Iterator[Batch | UserError]:
@@ -78,9 +85,10 @@ class _Views(Dataset[Any]):
     def __init__(
         self, stream: Stream, data: DataConfig, augment: AugmentConfig, mean: Sequence[float], std: Sequence[float]
     ) -> None:
-        self.stream, self.augment, self.size, self.max_pixels = stream, augment, data.image_size, data.max_pixels
+        self.stream, self.augment, self.size = stream, augment, data.image_size
+        self.reading = stream.dataset.reading
         self.policy, self.erase = build_policy(augment, data.image_size, mean), build_erasing(augment)
-        self.mean, self.std = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
+        self.mean, self.std = (torch.tensor(values).view(-1, 1, 1) for values in (mean, std))
         self.cache: dict[int, _Decoded] = {}
         self.cache_bytes = self.cache_room = CACHE_BYTES // max(data.workers, 1)
 
@@ -94,30 +102,38 @@ class _Views(Dataset[Any]):
             return error
 
     def _batch(self, positions: list[int]) -> Batch:
-        pixels = np.empty((VIEWS, len(positions), self.size, self.size, 3), np.uint8)
+        pixels = np.empty((VIEWS, len(positions), self.size, self.size, self.reading.channels), np.uint8)
         seeds = np.empty((VIEWS, len(positions)), np.int64)
         indices, labels = [], []
         for item, position in enumerate(positions):
-            index, (image, shown) = self.stream.load(position, self._decoded)
+            index, (image, height, width, shown) = self.stream.load(position, self._decoded)
             indices.append(index)
             labels.append(shown)
             for number in range(VIEWS):
-                view = draw_view_at(self.stream.seed, position, number, self.augment, image.height, image.width)
-                pixels[number, item] = np.asarray(apply_view(image, view, self.size, self.policy))
+                view = draw_view_at(self.stream.seed, position, number, self.augment, height, width)
+                pixels[number, item] = self._make(image, view)
                 seeds[number, item] = view.seed
-        planes = torch.from_numpy(pixels).permute(0, 1, 4, 2, 3).contiguous()  # (V, B, 3, H, W)
+        planes = torch.from_numpy(pixels).permute(0, 1, 4, 2, 3).contiguous()  # (V, B, C, H, W)
         views = tuple(normalise(view, self.mean, self.std) for view in planes)
         if self.erase is not None:
             for number, item in np.ndindex(*seeds.shape):
                 self.erase(views[number][item], int(seeds[number, item]) + 1)
         return Batch(views, torch.from_numpy(np.stack(labels)), torch.tensor(indices), dict(self.stream.bad))
 
+    def _make(self, image: Picture, view: View) -> NDArray[np.uint8]:
+        if isinstance(image, Image.Image):
+            return np.asarray(apply_view(image, view, self.size, self.policy))
+        return apply_view_to_channels(image, view, self.size)
+
     def _decoded(self, index: int) -> _Decoded:
         decoded = self.cache.get(index)
         if decoded is None:
             data, labels, name = self.stream.dataset.encoded(index)
-            decoded = _Decoded(read_image(data, name, self.max_pixels), labels)
-            size = 4 * decoded.image.width * decoded.image.height  # bytes: Pillow pads RGB to four a pixel
+            pixels = self.reading.pixels(data, name)
+            height, width, channels = pixels.shape
+            image = Image.fromarray(pixels) if channels == 3 else pixels
+            decoded = _Decoded(image, height, width, labels)
+            size = max(4, channels) * width * height  # bytes: Pillow pads RGB to four a pixel
             # A part of a data set would seldom be hit, so images are kept only where the whole set fits.
             if size * len(self) <= self.cache_bytes and size <= self.cache_room:
                 self.cache_room -= size
@@ -125,6 +141,12 @@ class _Views(Dataset[Any]):
         return decoded
 
 
+Picture = Image.Image | NDArray[np.uint8]
+"""In colours, or channels (H, W, C)."""
+
+
 class _Decoded(NamedTuple):
-    image: Image.Image
+    image: Picture
+    height: int
+    width: int
     labels: NDArray[np.float32]

@@ -82,6 +82,7 @@ class Config(Section):
             raise ValueError(
                 "cam.fp8: works on whole weights, which run.shard shares out; give --cam.fp8 false or --run.shard false"
             )
+        self._check_channels()
         named = re.search(r"patch(\d+)", self.model.backbone)
         patch = self.model.backbone_options.get("patch_size", int(named[1]) if named else 1)
         if isinstance(patch, int) and patch > 0 and self.data.image_size % patch:
@@ -91,6 +92,27 @@ class Config(Section):
                 f"model.backbone {self.model.backbone}; the nearest that fits: --data.image_size {near}"
             )
         return self
+
+    def _check_channels(self) -> None:
+        channels, data = self.model.in_chans, self.data
+        pairs = 1 if data.window == "auto" or data.window[0] == "percentile" else len(data.window) // 2
+        if pairs not in (1, channels):
+            raise ValueError(
+                f"data.window: {pairs} pairs for {channels} channels (model.in_chans); give one pair, or one for each"
+            )
+        if max(data.preview_channels or (1,)) > channels:
+            raise ValueError(
+                f"data.preview_channels: {max(data.preview_channels or ())} of {channels} channels (model.in_chans)"
+            )
+        if channels != 3 and self.augment.policy != "none":
+            raise ValueError(
+                f"augment.policy: {self.augment.policy} is for three colours, model.in_chans is {channels}; give "
+                "--augment.policy none"
+            )
+        if channels != 3 and self.run.engine == "reference":
+            raise ValueError(
+                f"run.engine: the reference is for three colours, model.in_chans is {channels}; give --run.engine fast"
+            )
 
 
 SECTIONS: dict[str, type[BaseModel]] = {name: type(field.default) for name, field in Config.model_fields.items()}

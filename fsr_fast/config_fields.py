@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 Weight = Annotated[float, Field(ge=0.0, le=1000.0)]
@@ -16,6 +16,15 @@ Width = Annotated[int, Field(ge=1, le=2**16)]
 Iterations = Annotated[int, Field(ge=0)]
 Scales = Annotated[tuple[Annotated[float, Field(ge=0.1, le=4.0)], ...], Field(min_length=1)]
 Dilations = Annotated[tuple[Annotated[int, Field(ge=1, le=512)], ...], Field(min_length=1)]
+
+
+def _split_window(value: Any) -> Any:
+    """Read `auto`, `percentile LOW HIGH` and `LOW HIGH` as text or as list."""
+    words = value.replace(",", " ").split() if isinstance(value, str) else value
+    return "auto" if isinstance(words, list | tuple) and list(words) == ["auto"] else words
+
+
+Window = Annotated[Literal["auto"] | tuple[Literal["percentile"] | float, ...], BeforeValidator(_split_window)]
 
 
 def _plain_word(value: Any, kind: Any) -> Any:

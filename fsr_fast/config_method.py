@@ -47,8 +47,16 @@ class ModelConfig(Section):
     passes them, too, and takes them off afterwards. `auto` keeps them where the backbone has registers."""
     initial: Path | None = None
     """Trained network to start from, in place of `pretrained`: run folder, checkpoint, or official `student.pth`."""
-    normalisation: Literal["checkpoint", "imagenet"] = "checkpoint"
-    """Mean and standard deviation of the input: those of the pretrained weights, or ImageNet's (official code)."""
+    in_chans: int = Field(3, ge=1, le=1024)
+    """Channels of the pictures. With other than three, the pretrained projection of the patches is summed or repeated
+    over the channels, as timm does it."""
+    normalisation: Literal["checkpoint", "imagenet", "data"] = "checkpoint"
+    """Mean and standard deviation of the input: those of the pretrained weights, ImageNet's (official code), or those
+    of the training pictures, which pictures of other than three channels have in any case."""
+    mean: tuple[float, ...] | None = None
+    """Of the input, in place of those, for values in 0 to 1: one number per channel."""
+    std: tuple[Positive, ...] | None = None
+    """Standard deviation of the input, likewise."""
     stochastic_depth: float = Field(0.1, ge=0.0, lt=1.0)
     """Drop rate of the last block; it rises linearly from 0 at the first."""
     aux_block: int = -3
@@ -67,6 +75,15 @@ class ModelConfig(Section):
     """Width E of the vector that the prototypes see."""
     prototypes: int = Field(4096, ge=2, le=2**20)
     """Number K of prototypes of the projector."""
+
+    @model_validator(mode="after")
+    def _value_per_channel(self) -> Self:
+        if (self.mean is None) != (self.std is None):
+            raise ValueError("mean, std: one is given alone; give both")
+        for key, values in (("mean", self.mean), ("std", self.std)):
+            if values is not None and len(values) != self.in_chans:
+                raise ValueError(f"{key}: {len(values)} numbers for {self.in_chans} channels (in_chans); give one each")
+        return self
 
 
 class CamConfig(Section):

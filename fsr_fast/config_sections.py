@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import Field, field_validator, model_validator
 
-from fsr_fast.config_fields import Count, Iterations, Positive, Probability, Scales, Section
+from fsr_fast.config_fields import Count, Iterations, Positive, Probability, Scales, Section, Window
 
 LoggerName = Annotated[str, Field(pattern=r"^(tensorboard|(wandb|mlflow)(:.+)?)$")]
 BuiltInDataset = Literal["synthetic", "voc", "coco", "own", "shards"]
@@ -128,9 +128,16 @@ class DataConfig(Section):
     allow_links: tuple[Path, ...] = ()
     """Folders below which symbolic links of the data set may lead, as the stores of DVC, git-annex and hub caches;
     links to all other places outside of the data set are refused."""
-    max_pixels: int = Field(80_000_000, ge=1, le=178_000_000)
+    max_pixels: int = Field(80_000_000, ge=1, le=10**12)
     """Largest number of pixels of a picture; larger ones are refused before they are decoded, as they may be made to
     fill the memory (four bytes per pixel)."""
+    window: Window = "auto"
+    """Values of pictures deeper than 8 bits that become black and white: `auto`, the lowest and the highest of the
+    training pictures; `percentile LOW HIGH`, percentiles of their values; or `LOW HIGH`, one pair for all channels or
+    one for each. What a training has found belongs to its network. Pictures of 8 bits stay as they are."""
+    preview_channels: tuple[Count, ...] | None = None
+    """Channels, from 1, that people see as red, green and blue, or one that they see as grey; the refinement of pseudo
+    labels sees the same. None: the first three, or the first of one or two."""
     image_size: int = Field(448, ge=32, le=4096)
     """Side of the square training views, in pixels; a multiple of the patch size."""
     workers: int = Field(4, ge=0, le=256)
@@ -144,6 +151,22 @@ class DataConfig(Section):
     fingerprint: Literal["sizes", "contents", "off"] = "sizes"
     """What a resumed run compares of its training set with that of the checkpoint: names in order, labels and sizes of
     the files, or their contents, too, which reads every file at the start. `off` goes on with another one."""
+
+    @model_validator(mode="after")
+    def _whole_window(self) -> Self:
+        words = self.window if self.window != "auto" else (0.0, 1.0)
+        shares = words[0] == "percentile"
+        ends = [word for word in words[shares:] if isinstance(word, float)]
+        pairs = list(zip(ends[::2], ends[1::2], strict=False))
+        whole = len(ends) == len(words) - shares and len(ends) % 2 == 0 and pairs and (len(pairs) == 1 or not shares)
+        if not whole or not all(low < high for low, high in pairs) or (shares and not 0 <= ends[0] < ends[1] <= 100):
+            text = " ".join(map(str, words))
+            raise ValueError(
+                f"window: {text!r}; expected auto, percentile LOW HIGH (0 to 100), or LOW HIGH for all channels or each"
+            )
+        if self.preview_channels is not None and len(self.preview_channels) not in (1, 3):
+            raise ValueError(f"preview_channels: {len(self.preview_channels)} channels; expected one or three")
+        return self
 
     @field_validator("root", mode="before")
     @classmethod

@@ -4,6 +4,7 @@ import logging
 import math
 import statistics
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from fsr_fast.dataloading.batch import Batch
 from fsr_fast.dataloading.build import build_train_loader
 from fsr_fast.dataloading.datasets import build_datasets
 from fsr_fast.dataloading.fingerprint import fingerprint, first_difference
+from fsr_fast.dataloading.measured import measure, read_measured
+from fsr_fast.dataloading.reading import given_window
 from fsr_fast.dataloading.stream import BAD_FILES
 from fsr_fast.engine import build_step, keep_backends
 from fsr_fast.errors import UserError
@@ -23,7 +26,7 @@ from fsr_fast.evaluation.label_scores import score_labels
 from fsr_fast.method.optim import build_optimiser, fill_missing_gradients, set_learning_rate
 from fsr_fast.method.schedules import reaches_all, schedule_at
 from fsr_fast.method.step import StepOutput
-from fsr_fast.models.build import build_network, without_start
+from fsr_fast.models.build import build_network, reading_of, takes_measured, without_start
 from fsr_fast.models.pretrained import StartWeights, describe_start
 from fsr_fast.plugins import BACKBONES
 from fsr_fast.reporting.averages import Averages
@@ -33,6 +36,7 @@ from fsr_fast.reporting.tables import label_table, score_table
 from fsr_fast.reporting.tracking import Tracker, read_metrics
 from fsr_fast.runtime.checkpoint import TrainState, read_newest
 from fsr_fast.runtime.distributed import Process, distribute, wait_for_all
+from fsr_fast.runtime.files import write_json
 from fsr_fast.runtime.guard import NonFiniteGuard, gradient_norm
 from fsr_fast.runtime.loading import RestartingLoader
 from fsr_fast.runtime.log import LOGGER
@@ -46,6 +50,8 @@ from fsr_fast.runtime.terminal import TrainingProgress
 
 RATES = ("images_per_second", "tflops_per_second", "of_ceiling", "data_wait", "memory_gib")
 """Of which the summary holds the median over the log's lines."""
+INPUT_FILE = "input.json"
+"""Of the run folder: window, mean and standard deviation that were found over the training pictures."""
 PICTURES = 6
 """Images in a picture grid."""
 
@@ -76,11 +82,20 @@ class Trainer:
         newest = self._newest = claim_run_folder(config)
         if reason := untrained_decoder(config, config.optim.iterations):
             LOGGER.warning("%s", reason)
-        self.train_set, self.val_set = build_datasets(config.data)
+        self.train_set, self.val_set = build_datasets(config.data, reading_of(config, given_window(config.data)))
         self._fingerprint = fingerprint(self.train_set, contents=config.data.fingerprint == "contents")
         torch.manual_seed(config.run.seed)
         model = config.model if newest is None else without_start(config.model)
-        self.network = build_network(model, self.train_set.classes, config.data.image_size).to(process.device)
+        state, origin = (None, None) if newest is None else read_newest(config.run.output)
+        measured = (
+            measure(self.train_set, config.data, self.train_set.reading, normalisation=takes_measured(model))
+            if state is None
+            else read_measured(state.get("input"), model.in_chans, str(origin))
+        )
+        network = build_network(model, self.train_set.classes, config.data.image_size, measured)
+        network.reading = reading_of(config, network.reading.window)
+        self.train_set, self.val_set = (images.read_as(network.reading) for images in (self.train_set, self.val_set))
+        self.network = network.to(process.device)
         self.step = build_step(self.network, config, self.train_set.max_labels).to(process.device)
         if config.run.shard:
             shard_step(self.step, process, config.run.amp)
@@ -112,7 +127,7 @@ class Trainer:
             loader=self.loader,
             guard=self.guard,
         )
-        self.iteration = 0 if newest is None else self._restore()
+        self.iteration = 0 if state is None or origin is None else self._restore(state, origin)
         self._missed = self._has_missed()
         self.supervisor = Supervisor(config.run, process, self._state, None if newest is None else self.iteration)
 
@@ -136,6 +151,8 @@ class Trainer:
                         "repeat the command: it goes on from what is there now"
                     )
                 open_run_folder(self.config)
+                if self.network.reading.window is not None or takes_measured(self.config.model):
+                    write_json(self.config.run.output / INPUT_FILE, self._input())
                 run = self.config.run
                 if self.iteration >= self.config.optim.iterations:
                     print(f"{run.output}: finished at iteration {self.iteration}; what follows is its last evaluation")
@@ -150,8 +167,7 @@ class Trainer:
         if self.tracker is not None:
             self.tracker.close()
 
-    def _restore(self) -> int:
-        state, origin = read_newest(self.config.run.output)
+    def _restore(self, state: dict[str, Any], origin: Path) -> int:
         learned = tuple(state.get("classes", ()))
         if learned != self.network.classes:  # as when a classes.txt was sorted anew
             raise UserError(
@@ -327,6 +343,15 @@ class Trainer:
     def _is_due(self, every: int, *, last: bool = True) -> bool:
         return (every > 0 and self.iteration % every == 0) or (last and self.iteration == self.config.optim.iterations)
 
+    def _input(self) -> dict[str, Any]:
+        """Return what was found once over the training pictures and belongs to the network."""
+        window = self.network.reading.window
+        return {
+            "window": None if window is None else [list(ends) for ends in window],
+            "mean": list(self.network.mean),
+            "std": list(self.network.std),
+        }
+
     def _state(self) -> dict[str, Any]:
         described = {
             "config": self.config.model_dump(mode="json"),
@@ -334,6 +359,7 @@ class Trainer:
             "start": self.start and self.start._asdict(),
             "training_set": self._fingerprint,
             "attention": list(self.network.encoder.attention),
+            "input": self._input(),
         }
         return self.train_state.state(self.iteration, described)
 

@@ -40,7 +40,7 @@ def main(arguments: Sequence[str]) -> None:
         changes = crf | changes
     trained = open_trained(options.checkpoint, changes, options.config, with_data=True)
     network, config, iteration = trained.network, trained.config, trained.iteration
-    _, dataset = build_datasets(config.data)
+    _, dataset = build_datasets(config.data, network.reading)
     trained.match_classes(dataset.classes)
     process = start_process(config.run.device)
     try:

@@ -43,14 +43,16 @@ def main(arguments: Sequence[str]) -> None:
                 torch.save(official_state_dict(network), file)
         else:
             (write_onnx if options.to == "onnx" else write_program)(network, partial)
-    print(f"{options.output}: {_REMARKS[options.to]}; classes: {', '.join(network.classes)}")
+    channels = network.config.in_chans
+    remark = _REMARKS[options.to].format("RGB" if channels == 3 else "channels", channels)
+    print(f"{options.output}: {remark}; classes: {', '.join(network.classes)}")
 
 
 _NAMES = {"safetensors": "network", "onnx": "network.onnx", "torch": "network.pt2", "official": "student.pth"}
 _REMARKS = {
     "safetensors": "read it by fsr_fast.from_pretrained",
-    "onnx": "RGB in 0…1, (B, 3, H, W), of any number and size, to segmentation, scores and cams",
-    "torch": "read it by torch.export.load; RGB in 0…1, (B, 3, H, W), to segmentation, scores and cams",
+    "onnx": "{} in 0…1, (B, {}, H, W), of any number and size, to segmentation, scores and cams",
+    "torch": "read it by torch.export.load; {} in 0…1, (B, {}, H, W), to segmentation, scores and cams",
     "official": "images are normalised by ImageNet's mean and deviation; the file holds no names of the classes",
 }
 

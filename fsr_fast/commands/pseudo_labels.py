@@ -185,8 +185,8 @@ def _open_images(trained: Trained, *, labelled: bool) -> ImageSet:
         classes = trained.network.classes
         labels = np.zeros((len(split.ids), len(classes)), np.float32)
         values = np.arange(len(classes) + 1, dtype=np.uint8)
-        return SegmentationDataset(split.files, split.ids, classes, labels, values)
-    images, _ = build_datasets(data)
+        return SegmentationDataset(split.files, split.ids, classes, labels, values, reading=trained.network.reading)
+    images, _ = build_datasets(data, trained.network.reading)
     trained.match_classes(images.classes)
     return images
 

@@ -50,7 +50,7 @@ def main(arguments: Sequence[str]) -> None:
 def _look_at(run: RunRecord, options: argparse.Namespace) -> tuple[Gallery, tuple[str, ...]]:
     trained = open_trained(run.folder, given(options), options.config, with_data=True)
     network, config = trained.network, trained.config
-    train, validation = build_datasets(config.data)
+    train, validation = build_datasets(config.data, network.reading)
     dataset = validation if len(validation) else train
     trained.match_classes(dataset.classes)
     target = start_process(config.run.device).device

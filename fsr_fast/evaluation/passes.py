@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -40,6 +41,14 @@ def scale_down(image: Image.Image, side: int | None) -> Image.Image:
     """Scale a picture down to the size at which it passes through the network."""
     height, width = working_size((image.height, image.width), side)
     return image if (width, height) == image.size else image.resize((width, height), Image.Resampling.LANCZOS)
+
+
+def scale_pixels(pixels: np.ndarray, side: int | None) -> np.ndarray:
+    """Scale a picture (H, W, channels) of uint8 down to the size at which it passes through the network."""
+    if pixels.shape[2] == 3:
+        return np.asarray(scale_down(Image.fromarray(pixels), side))
+    bands = (Image.fromarray(np.ascontiguousarray(pixels[..., band])) for band in range(pixels.shape[2]))
+    return np.stack([np.asarray(scale_down(band, side)) for band in bands], 2)
 
 
 def patch_sizes(size: tuple[int, int], scales: Sequence[float], patch_size: int) -> tuple[tuple[int, int], ...]:

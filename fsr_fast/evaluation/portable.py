@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fsr_fast.dataloading.reading import format_window
 from fsr_fast.errors import UserError
 from fsr_fast.method.cam import normalise_cam
 from fsr_fast.models import Network
@@ -34,7 +35,7 @@ class PortableNetwork(nn.Module):
         """Segment pictures of one size.
 
         Args:
-            images: (B, 3, H, W), float32, RGB in 0…1; H and W at least one patch.
+            images: (B, channels, H, W), float32, RGB or other channels in 0…1; H and W at least one patch.
 
         Returns:
             `segmentation` (B, C+1, H, W), float32, logits, background first; `scores` (B, C), float32, probabilities
@@ -62,7 +63,7 @@ def export_program(network: Network) -> torch.export.ExportedProgram:
         network: in eval mode, on the CPU.
     """
     side = 3 * network.encoder.patch_size + 1  # no special size: nothing of it may become a constant
-    example = torch.zeros(2, 3, side, side + network.encoder.patch_size + 1)
+    example = torch.zeros(2, network.config.in_chans, side, side + network.encoder.patch_size + 1)
     sizes = {0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
     return torch.export.export(PortableNetwork(network).eval(), (example,), dynamic_shapes=(sizes,), strict=False)
 
@@ -117,7 +118,10 @@ def write_program(network: Network, path: Path) -> None:
 
 def describe(network: Network) -> dict[str, str]:
     """What a reader of an exported file must know."""
-    return {"classes": ",".join(network.classes), "input": "RGB in 0…1, (B, 3, H, W)", "background": "0"}
+    channels, window = network.config.in_chans, network.reading.window
+    kind = "RGB" if channels == 3 else "channels"
+    known = {"classes": ",".join(network.classes), "background": "0", "input": f"{kind} in 0…1, (B, {channels}, H, W)"}
+    return known if window is None else {**known, "window": f"{format_window(window)} became 0 and 1"}
 
 
 @torch.no_grad()
@@ -130,7 +134,7 @@ def check(network: Network, segment: Any) -> None:
     own, generator = PortableNetwork(network), torch.Generator().manual_seed(0)
     side = network.image_size
     for batch, height, width in ((1, side, side), (2, side + 5, side // 2 + 3), (1, side // 2, 2 * side - 1)):
-        coarse = torch.rand(batch, 3, 6, 6, generator=generator)
+        coarse = torch.rand(batch, network.config.in_chans, 6, 6, generator=generator)
         images = F.interpolate(coarse, size=(height, width), mode="bilinear")
         same = (own(images)[0].argmax(1) == segment(images).argmax(1)).double().mean().item()
         if same < AGREEMENT:

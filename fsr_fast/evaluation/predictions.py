@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from fsr_fast.config import Config
@@ -19,7 +18,7 @@ from fsr_fast.evaluation.inference import Inference, infer_like, inference_setti
 from fsr_fast.evaluation.label_maps import Kind, Labels, labels_of_cams, labels_of_logits, labels_of_marginals
 from fsr_fast.evaluation.large import Cut, LargePicture, plan_picture
 from fsr_fast.evaluation.official_protocol import infer_officially
-from fsr_fast.evaluation.passes import largest_side, patch_sizes, scale_down, working_size
+from fsr_fast.evaluation.passes import largest_side, patch_sizes, scale_pixels, working_size
 from fsr_fast.evaluation.samples import Failure, Sample, batches_of_like_size, read_samples
 from fsr_fast.models import Network
 
@@ -179,14 +178,14 @@ class _Stream:
         }
         if evaluate.protocol == "own":
             side = largest_side(evaluate.side, self.network)
-            images = [self._normalise(scale_down(Image.fromarray(sample.image), side)) for sample in batch]
+            images = [self._normalise(scale_pixels(sample.pixels, side)) for sample in batch]
             sizes = [(sample.image.shape[0], sample.image.shape[1]) for sample in batch]
             return infer_like(self.network, images, labels, sizes=sizes, **options)
-        images = [self._normalise(sample.image) for sample in batch]
+        images = [self._normalise(sample.pixels) for sample in batch]
         return (infer_officially(self.network, *pair, **options) for pair in zip(images, labels, strict=True))
 
-    def _normalise(self, image: Image.Image | np.ndarray) -> Tensor:
-        return self.network.normalise(torch.tensor(np.asarray(image)).permute(2, 0, 1))
+    def _normalise(self, pixels: np.ndarray) -> Tensor:
+        return self.network.normalise(torch.tensor(pixels).permute(2, 0, 1))
 
     def _read(self, sample: Sample, result: Inference) -> Inferred:
         maps: dict[Kind, Labels] = {}

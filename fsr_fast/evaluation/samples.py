@@ -27,11 +27,18 @@ class Sample:
     """Its number in the data set."""
     name: str
     image: NDArray[np.uint8]
-    """(H, W, 3), RGB."""
+    """(H, W, 3), RGB, as people see it."""
     labels: NDArray[np.float32]
     """(C,), 1 where the image shows the class, else 0."""
     truth: NDArray[np.uint8] | None
     """(H, W): 0 background, 1…C the classes, 255 ignored; none where there is no mask."""
+    channels: NDArray[np.uint8] | None = None
+    """(H, W, channels), as the network takes it; None: it takes `image`."""
+
+    @property
+    def pixels(self) -> NDArray[np.uint8]:
+        """(H, W, channels), as the network takes it."""
+        return self.image if self.channels is None else self.channels
 
 
 @dataclass(frozen=True)
@@ -111,7 +118,9 @@ class _Reader(Dataset[Any]):
     def __getitem__(self, index: int) -> Sample | Failure:
         name = self.dataset.ids[index]
         try:
-            image, labels = np.asarray(self.dataset.image(index)), self.dataset.labels[index]
-            return Sample(index, name, image, labels, self.dataset.mask(index))
+            pixels, labels = self.dataset.pixels(index), self.dataset.labels[index]
+            image = self.dataset.reading.colours(pixels)
+            channels = None if image is pixels else pixels
+            return Sample(index, name, image, labels, self.dataset.mask(index), channels)
         except UserError as error:
             return Failure(name, str(error))

@@ -51,7 +51,10 @@ def create_vit(config: ModelConfig) -> Any:
         raise UserError(
             f"model.backbone_options: a depth of {depth} leaves no block, or too many; expected 1 to {DEEPEST}"
         )
-    options: dict[str, Any] = {"num_classes": 0, "dynamic_img_size": True, **config.backbone_options}
+    options: dict[str, Any] = {"num_classes": 0, "dynamic_img_size": True, "in_chans": config.in_chans}
+    options |= config.backbone_options
+    if options["in_chans"] != config.in_chans:
+        raise UserError("model.backbone_options: in_chans; the channels of the pictures are model.in_chans")
     distilled = "distilled" in name  # timm's class takes no other pooling; it has no part in the weights
     try:
         vit: Any = timm.create_model(config.backbone, global_pool="token" if distilled else "", **options)

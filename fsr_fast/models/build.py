@@ -1,6 +1,7 @@
 """Networks from a configuration or from a checkpoint."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,8 @@ from fsr_fast.config import (
     untrained_decoder,
 )
 from fsr_fast.dataloading.class_names import check_class_names
+from fsr_fast.dataloading.measured import Measured, read_measured
+from fsr_fast.dataloading.reading import Reading, Window, given_window
 from fsr_fast.errors import UserError
 from fsr_fast.models.backbone import create_vit
 from fsr_fast.models.folder import is_network_folder, read_folder
@@ -31,13 +34,16 @@ from fsr_fast.runtime.checkpoint import has_checksum, read_checkpoint
 from fsr_fast.runtime.log import LOGGER
 
 
-def build_network(config: ModelConfig, classes: tuple[str, ...], image_size: int) -> Network:
+def build_network(
+    config: ModelConfig, classes: tuple[str, ...], image_size: int, measured: Measured | None = None
+) -> Network:
     """Build the network and load the weights that it starts from.
 
     Args:
         config: the model's section.
         classes: names of the C foreground classes.
         image_size: side of the training views, in pixels.
+        measured: what was found over the training pictures; None: pictures of 8 bits.
 
     Raises:
         UserError: an unknown backbone, weights that cannot be had, an image size that does not fit.
@@ -45,13 +51,31 @@ def build_network(config: ModelConfig, classes: tuple[str, ...], image_size: int
     vit = create_vit(config)
     if config.initial is None:
         load_pretrained(vit, config)
-    own = config.normalisation == "checkpoint"
-    mean = tuple(vit.pretrained_cfg["mean"]) if own else IMAGENET_DEFAULT_MEAN
-    std = tuple(vit.pretrained_cfg["std"]) if own else IMAGENET_DEFAULT_STD
-    network = Network(config, vit, classes, image_size, mean, std)
+    network = Network(config, vit, classes, image_size, *_normalisation(config, vit, measured))
+    if measured is not None:
+        network.reading = replace(network.reading, window=measured.window)
     if config.initial is not None:
         start_from(network, load_network(config.initial), str(config.initial))
     return network
+
+
+def _normalisation(
+    config: ModelConfig, vit: Any, measured: Measured | None
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of the input."""
+    if config.mean is not None and config.std is not None:
+        return config.mean, config.std
+    if takes_measured(config):
+        found = measured or Measured(None, (0.5,) * config.in_chans, (0.5,) * config.in_chans)
+        return found.mean, found.std
+    if config.normalisation == "imagenet":
+        return IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    return tuple(vit.pretrained_cfg["mean"]), tuple(vit.pretrained_cfg["std"])
+
+
+def takes_measured(config: ModelConfig) -> bool:
+    """Return whether mean and standard deviation of the input are those of the training pictures."""
+    return config.mean is None and (config.in_chans != 3 or config.normalisation == "data")
 
 
 def without_start(config: ModelConfig) -> ModelConfig:
@@ -86,6 +110,18 @@ class Trained(NamedTuple):
             raise UserError(f"data: its classes {classes} are not those of the checkpoint, {self.network.classes}")
 
 
+def reading_of(config: Config, window: Window | None) -> Reading:
+    """Return how pictures are read.
+
+    Args:
+        config: number of channels, preview, largest picture.
+        window: of pictures deeper than 8 bits, as it was given or found in training.
+    """
+    preview = config.data.preview_channels
+    shown = None if preview is None else tuple(channel - 1 for channel in preview)
+    return Reading(config.model.in_chans, window, shown, config.data.max_pixels)
+
+
 APPLIED = ("run", "data", "cam", "evaluate")
 """Sections that decide about the use of a trained network."""
 
@@ -116,6 +152,7 @@ def open_trained(
     laid, origin = ({}, str(path)) if recipe is None else (read_yaml(recipe), str(recipe))
     load_plugins(_named_plugins(options, laid))
     network, recorded, iteration, named = _open(path, teacher)
+    found = network.reading.window
     if with_data and recorded is None and recipe is None and "data.dataset" not in options:
         raise UserError(
             f"{path}: does not say what data it is for; add the recipe and the folder, e.g. --config voc_official "
@@ -125,7 +162,10 @@ def open_trained(
         values = merge(recorded, {name: laid[name] for name in APPLIED if name in laid})
     else:
         values = laid or {"data": {"dataset": "synthetic"}}  # the one that needs no folder
+        if network.config.in_chans != 3:
+            values = merge(values, {"model": {"in_chans": network.config.in_chans}, "augment": {"policy": "none"}})
     config = build_config(values, origin, options)
+    network.reading = reading_of(config, given_window(config.data) or found)
     asked_for = "data.root" in options or "root" in (laid.get("data") or {})
     if with_data and isinstance(config.data.root, str) and not asked_for:
         raise UserError(
@@ -192,8 +232,10 @@ def restore_network(checkpoint: dict[str, Any], origin: str) -> Network:
     if not (isinstance(values, dict) and isinstance(classes, list) and isinstance(weights, dict)):
         raise UserError(f"{origin}: does not describe a network; expected config, classes and student in it")
     config = build_config(values, origin)
+    measured = read_measured(checkpoint.get("input"), config.model.in_chans, origin)
+    names = tuple(map(str, classes))
     try:
-        network = build_network(without_start(config.model), tuple(map(str, classes)), config.data.image_size)
+        network = build_network(without_start(config.model), names, config.data.image_size, measured)
     except UserError as error:
         used = f"; its training used {list(config.run.plugins)!r}" if config.run.plugins else ""
         raise UserError(f"{origin}: {error}{used}") from None
@@ -235,6 +277,7 @@ def restore_folder(folder: Path) -> Network:
     description, weights = read_folder(folder)
     network = build_network(without_start(description.model), description.classes, description.image_size)
     network.set_normalisation(description.mean, description.std)
+    network.reading = replace(network.reading, window=description.window)
     try:
         network.load_state_dict(weights)
     except RuntimeError as error:

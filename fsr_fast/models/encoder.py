@@ -52,6 +52,7 @@ class Encoder(nn.Module):
 
     def __init__(self, vit: Any, config: ModelConfig, image_size: int) -> None:
         super().__init__()
+        self.in_chans = config.in_chans
         self.patch_size: int = vit.patch_embed.patch_size[0]
         self.depth = len(vit.blocks)
         self.width: int = vit.embed_dim
@@ -115,7 +116,8 @@ class Encoder(nn.Module):
         layers = [layer for layer in self.blocks[0].modules() if isinstance(layer, nn.Linear)]
         weights = sum(layer.in_features * layer.out_features for layer in layers)
         patches = self.grid[0] * self.grid[1]
-        return TrunkShape(self.width, weights, 3 * self.patch_size**2, self.depth, patches, self.prefix)
+        values = self.in_chans * self.patch_size**2
+        return TrunkShape(self.width, weights, values, self.depth, patches, self.prefix)
 
     def compile_blocks(self) -> None:
         """Compile the blocks for training, one program for all of them; names and weights stay as they are."""
@@ -129,7 +131,7 @@ class Encoder(nn.Module):
         """Pass images through the trunk.
 
         Args:
-            images: (B, 3, H, W), normalised; H and W multiples of the patch size.
+            images: (B, channels, H, W), normalised; H and W multiples of the patch size.
             mask: (B, N), bool; the mask token replaces the embeddings of these patches.
             drop_path: (depth, 2, B), factors of the branches (stochastic depth); None: every branch counts.
             aux_only: stop after the auxiliary block; `tokens` are then its output, too.
@@ -151,7 +153,7 @@ class Encoder(nn.Module):
         """Pass images of several sizes through the trunk as one sequence.
 
         Args:
-            images: one (B, 3, H, W) for each size, as `forward` takes them.
+            images: one (B, channels, H, W) for each size, as `forward` takes them.
             drop_path: (depth, 2, ΣB), factors of the branches of all images.
             aux_only: stop after the auxiliary block.
             float8: round the factors of the blocks' linear layers to float8; no gradient then.

@@ -2,14 +2,16 @@
 
 import json
 from pathlib import Path
+from typing import Self
 
-from pydantic import AliasChoices, Field
+from pydantic import AliasChoices, Field, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from fsr_fast.config import ModelConfig
 from fsr_fast.config_fields import Section
+from fsr_fast.dataloading.reading import Window, check_window
 from fsr_fast.errors import UserError
 from fsr_fast.models.network import Network
 
@@ -24,12 +26,21 @@ class NetworkDescription(Section):
     """Names of the foreground classes."""
     image_size: int = Field(ge=32, le=4096)
     """Side of the training views, in pixels."""
-    mean: tuple[float, float, float]
+    mean: tuple[float, ...]
     """Of the input, for images in 0…1."""
-    std: tuple[float, float, float] = Field(validation_alias=AliasChoices("std", "deviation"))
+    std: tuple[float, ...] = Field(validation_alias=AliasChoices("std", "deviation"))
     """Standard deviation of the input, likewise; earlier exports call it `deviation`."""
     model: ModelConfig
     """Sizes and switches."""
+    window: Window | None = None
+    """Lowest and highest value of pictures deeper than 8 bits; earlier exports have none."""
+
+    @model_validator(mode="after")
+    def _value_per_channel(self) -> Self:
+        if not len(self.mean) == len(self.std) == self.model.in_chans:
+            raise ValueError(f"mean and std: expected a number for each of {self.model.in_chans} channels")
+        check_window(self.window, self.model.in_chans)
+        return self
 
 
 def is_network_folder(path: Path) -> bool:
@@ -47,6 +58,7 @@ def write_network(network: Network, folder: Path) -> None:
     weights = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
     (folder / WEIGHTS).write_bytes(save(weights, {"format": "pt"}))  # save_file's file is readable by its owner alone
     known = {name: getattr(network, name) for name in ("classes", "image_size", "mean", "std")}
+    known["window"] = network.reading.window
     description = {"format": FORMAT, **known, "model": network.config.model_dump(mode="json")}
     (folder / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 

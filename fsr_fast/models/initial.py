@@ -61,6 +61,11 @@ def _adapted(source: Network, network: Network, origin: str) -> dict[str, Tensor
     name = "encoder.pos_embed"
     if name in weights:
         weights[name] = resize_position_embedding(weights[name], source.encoder.grid, network.encoder.grid)
+    if source.config.in_chans != network.config.in_chans:
+        raise UserError(
+            f"model.initial: {origin} takes {source.config.in_chans} channels, model.in_chans is "
+            f"{network.config.in_chans}; give the same number"
+        )
     renormalise_patches(
         weights, Normalisation(source.mean, source.std), Normalisation(network.mean, network.std), origin
     )

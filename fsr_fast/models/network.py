@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fsr_fast.config import ModelConfig
 from fsr_fast.dataloading.pixels import normalise
+from fsr_fast.dataloading.reading import Reading
 from fsr_fast.models.decoder import Decoder
 from fsr_fast.models.encoder import Encoder
 from fsr_fast.models.projector import Projector
@@ -42,7 +43,7 @@ class Network(nn.Module):
         vit: the transformer whose blocks and weights the encoder takes over.
         classes: names of the C foreground classes.
         image_size: side of the training views, in pixels.
-        mean: of the input's three channels, for images in 0…1.
+        mean: of the input's channels, for images in 0…1.
         std: standard deviation, likewise.
     """
 
@@ -59,6 +60,7 @@ class Network(nn.Module):
         self.config = config
         self.classes = classes
         self.image_size = image_size
+        self.reading = Reading(channels=config.in_chans)
         self.set_normalisation(mean, std)
         self.encoder = Encoder(vit, config, image_size)
         width = self.encoder.width
@@ -68,29 +70,32 @@ class Network(nn.Module):
         self.aux_classifier = nn.Conv2d(width, len(classes), 1, bias=False)
 
     def set_normalisation(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
-        """Set mean and standard deviation of the input's three channels, for images in 0…1."""
+        """Set mean and standard deviation of the input's channels, for images in 0…1."""
         self.mean, self.std = mean, std
         for name, values in (("exact_mean", mean), ("exact_std", std)):
-            self.register_buffer(name, torch.tensor(values, dtype=torch.float64).view(3, 1, 1), persistent=False)
+            self.register_buffer(name, torch.tensor(values, dtype=torch.float64).view(-1, 1, 1), persistent=False)
         self.exact_mean: Tensor
         self.exact_std: Tensor
 
     def normalise(self, pixels: Tensor) -> Tensor:
-        """Bring grey levels (…, 3, H, W) of 0…255, of any dtype, to the network's device and range: float32."""
+        """Bring grey levels (…, channels, H, W) of 0…255, of any dtype, to the network's device and range: float32."""
         return normalise(pixels.to(self.exact_mean.device), self.exact_mean.float(), self.exact_std.float())
 
     def grey_levels(self, images: Tensor) -> Tensor:
         """Undo the normalisation.
 
         Args:
-            images: (B, 3, H, W), normalised.
+            images: (B, channels, H, W), normalised.
 
         Returns:
-            (B, 3, H, W), float32, grey levels of 0…255, not rounded. Source: official code, dense energy.
+            (B, 3, H, W), float32, grey levels of 0…255, not rounded; of other than three channels those of the preview.
+            Source: official code, dense energy.
         """
         # The last bit of factor and shift decides where a grey level is rounded to: take their nearest float32.
         factor, shift = ((255 * value.double()).float() for value in (self.exact_std, self.exact_mean))
-        return images.to(factor.device) * factor + shift
+        levels = images.to(factor.device) * factor + shift
+        shown = list(self.reading.shown)
+        return levels if levels.shape[1] == 3 and shown == [0, 1, 2] else levels[:, shown]
 
     def denormalise(self, images: Tensor) -> Tensor:
         """Undo the normalisation, with 8-bit steps: as `grey_levels`, rounded down to whole numbers of 0…255."""
@@ -100,7 +105,7 @@ class Network(nn.Module):
         """Run every part once, without masks.
 
         Args:
-            images: (B, 3, H, W), normalised; H and W multiples of the patch size.
+            images: (B, channels, H, W), normalised; H and W multiples of the patch size.
         """
         tokens, aux, grid, _ = self.encoder(images)
         top = self.encoder.norm(tokens)

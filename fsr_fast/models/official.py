@@ -40,7 +40,7 @@ _MARKS = ("encoder.patch_embed.proj.weight", "top_classifier.weight")
 
 
 class Normalisation(NamedTuple):
-    """What is subtracted from images in 0…1, and what they are divided by, a value a colour channel."""
+    """What is subtracted from images in 0…1, and what they are divided by, a value per channel."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -182,6 +182,10 @@ def official_state_dict(network: Network) -> dict[str, Tensor]:
     if foreign or encoder.aggregation != "mca":
         part = foreign[0] if foreign else f"model.aggregation {encoder.aggregation!r}"
         raise UserError(f"an official checkpoint has no place for {part}; expected a plain ViT with aggregator")
+    if network.config.in_chans != 3:
+        raise UserError(
+            f"an official checkpoint is for three colours; this network takes {network.config.in_chans} channels"
+        )
     own = {
         "attention heads": count_heads(network),
         "auxiliary block": encoder.aux_block,
@@ -221,7 +225,7 @@ def renormalise(weight: Tensor, bias: Tensor, source: Normalisation, target: Nor
     """Rewrite a patch projection for images of another normalisation; its result stays the same.
 
     Args:
-        weight: (D, 3, p, p).
+        weight: (D, channels, p, p).
         bias: (D,).
         source: that of the images that the projection was made for.
         target: that of the images that it will see.
@@ -232,7 +236,7 @@ def renormalise(weight: Tensor, bias: Tensor, source: Normalisation, target: Nor
     if source == target:
         return weight, bias
     (mean, std), (new_mean, new_std) = (
-        [torch.tensor(values, dtype=torch.float64, device=weight.device).view(3, 1, 1) for values in pair]
+        [torch.tensor(values, dtype=torch.float64, device=weight.device).view(-1, 1, 1) for values in pair]
         for pair in (source, target)
     )
     exact = weight.double()

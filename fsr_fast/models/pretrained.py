@@ -12,6 +12,7 @@ import timm
 import torch
 from huggingface_hub import get_session, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from safetensors.torch import load_file
+from timm.models._manipulate import adapt_input_conv
 from torch import Tensor, nn
 
 from fsr_fast.config import ModelConfig
@@ -98,7 +99,7 @@ def load_pretrained(vit: Any, config: ModelConfig) -> None:
         raise UserError(f"model.pretrained: {path} is a whole network of this method: give it as model.initial")
     origin = f"model.pretrained: {path} does not hold the weights of {config.backbone}"
     _check_patches(found, vit, origin)
-    weights = to_timm(found, vit)
+    weights = to_timm(_with_channels(found, config.in_chans), vit)
     if weights is None:
         raise UserError(
             f"model.pretrained: {path} is of no known format: no patch projection among its {len(found)} tensors "
@@ -168,11 +169,24 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _with_channels(weights: dict[str, Tensor], channels: int) -> dict[str, Tensor]:
+    """Bring the projection of colour patches to another number of channels, as timm does."""
+    return {
+        name: adapt_input_conv(channels, value) if _is_of_patches(name, value) and value.shape[1] == 3 else value
+        for name, value in weights.items()
+    }
+
+
+def _is_of_patches(name: str, value: Tensor) -> bool:
+    return name.endswith(MARKS) and value.ndim == 4
+
+
 def _check_patches(weights: dict[str, Tensor], vit: Any, origin: str) -> None:
     """Refuse weights for other patches before timm's filter resizes them."""
-    expected = tuple(vit.patch_embed.proj.weight.shape)
+    width, channels, *sides = vit.patch_embed.proj.weight.shape
+    expected = width, channels, *sides
     for name, value in weights.items():
-        if name.endswith(MARKS) and value.ndim == 4 and tuple(value.shape) != expected:
+        if _is_of_patches(name, value) and tuple(value.shape) not in (expected, (width, 3, *sides)):
             raise UserError(
                 f"{origin}: {name!r} has shape {tuple(value.shape)}, expected {expected}: it is for patches of "
                 f"{value.shape[-1]} pixels and width {value.shape[0]}; name the backbone that it was made for"

@@ -101,13 +101,12 @@ def look(
         matrix.merge(alone)
         ious[sample.index] = alone.mean_iou()
     chosen = _choose(ious, rows)
-    entries = [
-        _entry(network, config, sample, result, ious[sample.index], chosen[sample.index])
-        for sample, result in _infer_all(network, dataset, config, device, limit, set(chosen))
-    ]
+    entries, entropies = [], []
     side = network.image_size
-    pictures = [resize_images(_normalised(network, entry.image), (side, side)) for entry in entries]
-    entropies = [attention_entropy(network, picture).cpu() for picture in pictures]
+    for sample, result in _infer_all(network, dataset, config, device, limit, set(chosen)):
+        entries.append(_entry(network, config, sample, result, ious[sample.index], chosen[sample.index]))
+        picture = resize_images(_normalised(network, sample.pixels), (side, side))
+        entropies.append(attention_entropy(network, picture).cpu())
     return Gallery(
         matrix if any(iou is not None for iou in ious.values()) else None,
         seen,
@@ -135,7 +134,7 @@ def _infer_all(
             sample,
             infer(
                 network,
-                _normalised(network, sample.image),
+                _normalised(network, sample.pixels),
                 torch.from_numpy(sample.labels)[None].to(device),
                 cam_scales=config.cam.scales,
                 scales=config.evaluate.scales,
@@ -179,22 +178,22 @@ def _entry(
         pseudo=merged_labels(result.cams, high=threshold, low=threshold)[0].cpu().numpy().astype(np.uint8),
         seg=probabilities.argmax(0).astype(np.uint8),
         crf=dense_crf(image, probabilities).argmax(0).astype(np.uint8),
-        attention=_attention(network, image),
+        attention=_attention(network, sample.pixels),
     )
 
 
-def _attention(network: Network, image: np.ndarray) -> list[np.ndarray]:
+def _attention(network: Network, pixels: np.ndarray) -> list[np.ndarray]:
     if network.encoder.aggregation != "mca":
         return []
     patch = network.encoder.patch_size
-    size = tuple(max(1, round(side / patch)) * patch for side in image.shape[:2])
-    weights = class_attention(network, resize_images(_normalised(network, image), (size[0], size[1])))[0]
+    size = tuple(max(1, round(side / patch)) * patch for side in pixels.shape[:2])
+    weights = class_attention(network, resize_images(_normalised(network, pixels), (size[0], size[1])))[0]
     means = weights.mean(1).cpu()
     return [((block - block.min()) / (block.max() - block.min()).clamp(min=1e-12)).numpy() for block in means]
 
 
-def _normalised(network: Network, image: np.ndarray) -> Tensor:
-    return network.normalise(torch.from_numpy(np.array(image)).permute(2, 0, 1))[None]
+def _normalised(network: Network, pixels: np.ndarray) -> Tensor:
+    return network.normalise(torch.from_numpy(np.array(pixels)).permute(2, 0, 1))[None]
 
 
 def _truth(sample: Sample) -> np.ndarray | None:

@@ -16,11 +16,12 @@ from tests.dataloading.people import config, said, train_split, voc_config
 # --- names of files
 
 
-@pytest.mark.parametrize("ending", IMAGE_ENDINGS)
+@pytest.mark.parametrize("ending", IMAGE_ENDINGS)  # files are told by their content
 @pytest.mark.parametrize("change", [str.lower, str.upper, str.title])
 def test_every_ending_is_found_in_any_capitals(mydata: Path, ending: str, change: Callable[[str], str]) -> None:
     path = mydata / "images" / f"photo{change(ending)}"
-    Image.new("RGB", (8, 6), "#405060").save(path, {".tif": "TIFF", ".jpg": "JPEG"}.get(ending))
+    known = {".tif": "TIFF", ".jpg": "JPEG", ".npy": "PNG", ".dcm": "PNG"}
+    Image.new("RGB", (8, 6), "#405060").save(path, known.get(ending))
     for name in ("photo", path.name):
         (mydata / "train.csv").write_text(f"image,labels\n{name},cat\n")
         train, _ = build_datasets(config(mydata, negatives=False))

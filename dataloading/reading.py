@@ -1,0 +1,240 @@
+"""How the pictures of a data set become what a network sees: 8 bits per channel, and as many channels as it takes.
+
+Pictures of 8 bits stay as they are. Of deeper ones a window, from the value that becomes 0 to the one that becomes
+255, is found over the training pictures, once; it belongs to the trained network as its weights do.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from fsr_fast.config import DataConfig
+from fsr_fast.dataloading import tiff
+from fsr_fast.dataloading.arrays import DEEP_PNG, NUMPY, Pixels, is_dicom, open_array, start_of
+from fsr_fast.dataloading.images import MAX_PIXELS, DamagedFileError, Source, image_size, read_image
+
+Window = tuple[tuple[float, float], ...]
+"""Lowest and highest value, of all channels or of each."""
+
+FULL: Window = ((0, 2**16 - 1),)
+"""Of whole numbers where no window is known."""
+DARK = 32  # of 255; a picture of whole numbers that nowhere gets there was meant for another window
+
+logger = logging.getLogger(__name__)
+_warned: set[str] = set()
+
+
+def picture_size(source: Source, name: str = "", max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """Return width and height of the upright picture, in pixels; pictures of 8 bits are not decoded.
+
+    Raises:
+        DamagedFileError: missing, damaged, of an unknown kind, or of more than `max_pixels` pixels.
+    """
+    try:
+        start = start_of(source)
+    except OSError:
+        start = b""
+    if start.startswith((NUMPY, *tiff.MAGIC)) or is_dicom(start):
+        height, width, _ = open_array(source, name, max_pixels=max_pixels).shape
+        return width, height
+    return image_size(source, name, max_pixels)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Reads pictures as a network takes them.
+
+    Args:
+        channels: number of channels C.
+        window: of pictures deeper than 8 bits; None: the 16 bits of whole numbers, and no floating point.
+        preview: channels, from 0, that people see as red, green and blue; None: the first three, or the first alone.
+        max_pixels: of the largest picture that is read.
+    """
+
+    channels: int = 3
+    window: Window | None = None
+    preview: tuple[int, ...] | None = None
+    max_pixels: int = MAX_PIXELS
+
+    def pixels(self, source: Source, name: str = "") -> NDArray[np.uint8]:
+        """Read a picture, (H, W, C), upright.
+
+        Args:
+            source: file, or its content.
+            name: what messages call it; by default the path.
+
+        Raises:
+            DamagedFileError: missing, damaged, too large, of another number of channels, or not finite.
+        """
+        if self.channels == 3 and not is_deep(source, name, self.max_pixels):
+            return np.asarray(read_image(source, name, self.max_pixels))
+        return self.open(source, name)[:, :]
+
+    def image(self, source: Source, name: str = "") -> Image.Image:
+        """Read a picture in colours, as people see it, upright; raises as `pixels`."""
+        if self.channels == 3 and not is_deep(source, name, self.max_pixels):
+            return read_image(source, name, self.max_pixels)
+        return Image.fromarray(self.colours(self.pixels(source, name)))
+
+    def open(self, source: Source, name: str = "") -> Pixels:
+        """Open a picture to be read by region, `[y0:y1, x0:x1]`: (h, w, C) uint8; raises as `pixels`, also there."""
+        where = name or (str(source) if isinstance(source, Path) else "image")
+        return _Windowed(open_array(source, where, max_pixels=self.max_pixels), self, where)
+
+    def colours(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Return the colours (H, W, 3) of what `pixels` gave, by the channels of the preview."""
+        return pixels if self.channels == 3 and self.preview is None else pixels[..., list(self.shown)]
+
+    @property
+    def shown(self) -> tuple[int, int, int]:
+        """Channels, from 0, that are shown as red, green and blue."""
+        chosen = self.preview or ((0, 1, 2) if self.channels >= 3 else (0,))
+        red, green, blue = chosen if len(chosen) == 3 else chosen * 3
+        return red, green, blue
+
+
+COLOURS = Reading()
+"""Three colours of 8 bits."""
+
+
+def read_stored(source: Source, name: str = "", max_pixels: int = MAX_PIXELS) -> NDArray[Any]:
+    """Read a picture for a check: (H, W, 3) uint8 in colours where it has 8 bits, else the values that it stores.
+
+    Raises:
+        DamagedFileError: missing, damaged, too large, or not finite.
+    """
+    if not is_deep(source, name, max_pixels):
+        return np.asarray(read_image(source, name, max_pixels))
+    values = open_array(source, name, max_pixels=max_pixels)[:, :]
+    check_finite(values, name or str(source))
+    return values
+
+
+def is_deep(source: Source, name: str, max_pixels: int) -> bool:
+    """Return whether Pillow would lose some of a picture."""
+    try:
+        start = start_of(source)
+    except OSError:
+        return False  # said where it is read
+    if start.startswith(b"\x89PNG"):
+        return start[24:25] == bytes([DEEP_PNG])
+    if start.startswith(tiff.MAGIC):
+        opened = open_array(source, name, max_pixels=max_pixels)
+        return opened.dtype != np.uint8 or opened.shape[2] > 4 or getattr(opened, "pages", 1) > 1
+    return start.startswith(NUMPY) or is_dicom(start)
+
+
+class _Windowed:
+    """A picture by region, brought to 8 bits and the channels of the network."""
+
+    def __init__(self, stored: Pixels, reading: Reading, where: str) -> None:
+        self._stored, self._reading, self._where = stored, reading, where
+        found, wanted = stored.shape[2], reading.channels
+        self._chosen = choose_channels(found, wanted)
+        if self._chosen is None:
+            turned = stored.shape[0] == wanted and "; it seems to lie first: store the channels last" * (
+                found != wanted
+            )
+            raise DamagedFileError(
+                f"{where}: {found} channels, but the network takes {wanted} (model.in_chans){turned or ''}; give "
+                "pictures of one kind, or take its id off the list"
+            )
+        if stored.dtype.kind == "f" and reading.window is None:
+            raise DamagedFileError(
+                f"{where}: floating point, and no window is known; give --data.window LOW HIGH, or take its id off "
+                "the list"
+            )
+        self.shape = (*stored.shape[:2], wanted)
+        self.dtype = np.dtype(np.uint8)
+
+    def __getitem__(self, key: tuple[slice, slice]) -> NDArray[np.uint8]:
+        values = self._stored[key][..., self._chosen]
+        if values.dtype == np.uint8:
+            return np.ascontiguousarray(values)
+        check_finite(values, self._where)
+        window = self._reading.window
+        bytes_ = to_bytes(values, window or FULL)
+        if window is None and bytes_.size and bytes_.max() < DARK and self._where not in _warned:
+            _warned.add(self._where)
+            logger.warning(
+                "%s: %d bits per channel, of which the highest value is %d: nearly black; give --data.window LOW HIGH",
+                self._where,
+                8 * values.dtype.itemsize,
+                values.max(),
+            )
+        return bytes_
+
+
+def choose_channels(found: int, wanted: int) -> list[int] | slice | None:
+    """Return the channels to take of a picture; None: it has others.
+
+    A network of three colours takes grey pictures, too, and leaves transparency out.
+    """
+    if found == wanted:
+        return slice(None)
+    if wanted != 3:
+        return None
+    return {1: [0, 0, 0], 2: [0, 0, 0], 4: [0, 1, 2]}.get(found)
+
+
+def check_finite(values: NDArray[Any], where: str) -> None:
+    """Refuse values that are not finite.
+
+    Raises:
+        DamagedFileError: NaN or infinite.
+    """
+    if values.dtype.kind == "f" and not np.isfinite(values).all():
+        raise DamagedFileError(
+            f"{where}: holds values that are not finite (NaN, or infinite); write numbers in their place, or take its "
+            "id off the list"
+        )
+
+
+def to_bytes(values: NDArray[Any], window: Window) -> NDArray[np.uint8]:
+    """Bring values to 0…255: 256 equal steps from the lowest to the highest value of the window, which are the ends.
+
+    Args:
+        values: (…, C), whole numbers or floating point.
+        window: of all channels, or of each.
+
+    Returns:
+        (…, C).
+    """
+    exact: Any = np.float32 if values.dtype.itemsize <= 2 else np.float64
+    low: NDArray[Any] = np.array([ends[0] for ends in window], exact)
+    high: NDArray[Any] = np.array([ends[1] for ends in window], exact)
+    width = high - low + (values.dtype.kind != "f")  # the last step of whole numbers holds the highest
+    return np.floor((values.astype(exact) - low) * (256 / width).astype(exact)).clip(0, 255).astype(np.uint8)
+
+
+def given_window(data: DataConfig) -> Window | None:
+    """Return the window that a configuration gives in numbers; None: it is to be found."""
+    if data.window == "auto" or data.window[0] == "percentile":
+        return None
+    ends = [float(end) for end in data.window]
+    return tuple(zip(ends[::2], ends[1::2], strict=True))
+
+
+def check_window(window: Window | None, channels: int) -> None:
+    """Refuse a window that is none.
+
+    Raises:
+        ValueError: no pairs, or not one for all channels or each, or ends that do not rise.
+    """
+    if window is not None and not (
+        len(window) in (1, channels) and all(math.isfinite(high - low) and low < high for low, high in window)
+    ):
+        raise ValueError(f"window: {window}; expected a lowest and a highest value for all channels, or for each")
+
+
+def format_window(window: Window) -> str:
+    """Write a window as `data.window` takes it."""
+    return " ".join(f"{end:g}" for ends in window for end in ends)

@@ -1,0 +1,195 @@
+"""Whole runs on pictures that are no photographs: 12 bits, five channels."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+from PIL import Image
+
+from fsr_fast.commands.evaluate import main as evaluate
+from fsr_fast.commands.export import main as export
+from fsr_fast.commands.pseudo_labels import main as label
+from fsr_fast.errors import UserError
+from fsr_fast.models import load_network
+from fsr_fast.models.build import build_network, open_trained
+from fsr_fast.runtime.checkpoint import read_checkpoint
+from fsr_fast.train import main as train
+from tests import helpers
+
+CHANNELS = 5
+
+
+def run(folder: Path, root: Path, *changes: dict[str, Any]) -> Path:
+    """Train the tiny recipe and return its run folder."""
+    recipe = helpers.values(*changes, root=root, output=folder / "run")
+    folder.mkdir(parents=True, exist_ok=True)
+    train(["--config", str(helpers.write_config(folder / "recipe.yaml", recipe))])
+    return folder / "run"
+
+
+def twins(folder: Path) -> tuple[Path, Path]:
+    """Write the tiny data set with 8 bits, and with 12, whose upper eight are the same."""
+    draws = np.random.default_rng(0)
+    shallow, deep = (helpers.write_dataset(folder / name) for name in ("shallow", "deep"))
+    for number, path in enumerate(sorted((shallow / "JPEGImages").glob("*.jpg"))):
+        with Image.open(path) as picture:
+            values = np.array(picture)
+        path.unlink()
+        (deep / "JPEGImages" / path.name).unlink()
+        values[0, 0], values[0, 1] = 0, 255
+        Image.fromarray(values).save(path.with_suffix(".png"))
+        twelve = 16 * values.astype(np.uint16) + draws.integers(0, 16, values.shape, dtype=np.uint16)
+        twelve[0, 0], twelve[0, 1] = 0, 4095
+        target = deep / "JPEGImages" / path.stem
+        if number % 2:
+            tifffile.imwrite(target.with_suffix(".tif"), twelve, photometric="rgb", tile=(16, 16), compression="zlib")
+        else:
+            np.save(target.with_suffix(".npy"), twelve)
+    return shallow, deep
+
+
+@pytest.mark.parametrize("pipeline", ["torch", "dali"])
+def test_twelve_bits_train_to_the_very_network_and_score_of_their_eight_bit_twin(tmp_path: Path, pipeline: str) -> None:
+    changes = {"data": {"pipeline": pipeline}}
+    runs = [run(tmp_path / root.name, root, changes) for root in twins(tmp_path)]
+    first, second = (read_checkpoint(folder) for folder in runs)
+    for name, value in first["student"].items():
+        assert torch.equal(value, second["student"][name]), name
+    scores = [json.loads((folder / "summary.json").read_text())["results"] for folder in runs]
+    assert scores[0] == scores[1]
+    assert (first["input"]["window"], second["input"]["window"]) == (None, [[0.0, 4095.0]])
+    assert json.loads((runs[1] / "input.json").read_text()) == second["input"]
+
+
+def test_what_a_training_has_found_is_used_afterwards_unless_another_window_is_given(tmp_path: Path) -> None:
+    _, deep = twins(tmp_path)
+    folder = run(tmp_path, deep)
+    np.save(tmp_path / "dark.npy", np.full((40, 36, 3), 100, np.uint16))
+    assert open_trained(folder).network.reading.pixels(tmp_path / "dark.npy").max() == 100 >> 4
+    export(["--checkpoint", str(folder), "--output", str(tmp_path / "exported")])
+    assert load_network(tmp_path / "exported").reading.window == ((0, 4095),)
+    for source in (folder, tmp_path / "exported"):
+        given = evaluation(source, tmp_path / source.name, deep)
+        assert given == json.loads((folder / "summary.json").read_text())["results"]["seg"]["mean_iou"]
+    assert evaluation(folder, tmp_path / "other", deep, "--data.window", "4000", "4095") != given
+
+
+def evaluation(checkpoint: Path, output: Path, root: Path, *more: str) -> float:
+    """Evaluate and return the mean IoU of the segmentation."""
+    recipe = helpers.write_config(output.with_suffix(".yaml"), helpers.values(root=root))
+    evaluate(["--checkpoint", str(checkpoint), "--config", str(recipe), "--output", str(output), *more])
+    return json.loads((output / "metrics.json").read_text())["results"]["seg"]["mean_iou"]
+
+
+def test_a_run_goes_on_with_the_window_that_it_began_with(tmp_path: Path) -> None:
+    _, deep = twins(tmp_path)
+    short = {"optim": {"iterations": 4}, "run": {"checkpoint_every": 2, "keep_checkpoints": 5}}
+    folder = run(tmp_path, deep, short)
+    (folder / "checkpoints" / sorted(path.name for path in (folder / "checkpoints").glob("*.pt"))[-1]).unlink()
+    for path in (deep / "JPEGImages").glob("*.npy"):  # another range, were it measured anew
+        np.save(path, np.load(path) // 2)
+    run(tmp_path, deep, short, {"data": {"fingerprint": "off"}})
+    assert read_checkpoint(folder)["input"]["window"] == [[0.0, 4095.0]]
+
+
+def five_channels(root: Path) -> Path:
+    """Write pictures whose classes show in the last three channels alone."""
+    helpers.write_dataset(root, train=12, val=4)
+    draws = np.random.default_rng(0)
+    for number, path in enumerate(sorted((root / "JPEGImages").glob("*.jpg"), key=lambda path: int(path.stem[8:]))):
+        path.unlink()
+        mask = np.asarray(Image.open(root / "SegmentationClass" / f"{path.stem}.png"))
+        pixels = draws.normal(0, 1, (*mask.shape, CHANNELS)).astype(np.float32)
+        for colour in range(3):
+            pixels[..., 2 + colour] += 20 * (mask == colour + 1)
+        if number % 2:
+            np.save(path.with_suffix(".npy"), pixels)
+        else:
+            tifffile.imwrite(path.with_suffix(".tif"), pixels.transpose(2, 0, 1), photometric="minisblack")
+    return root
+
+
+@pytest.fixture(scope="module")
+def five(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A data set of five channels, and a run on it."""
+    folder = tmp_path_factory.mktemp("five")
+    root = five_channels(folder / "set")
+    longer = {"optim": {"iterations": 60}, "model": {"in_chans": CHANNELS}, "run": {"picture_every": 30}}
+    return root, run(folder, root, longer, {"data": {"preview_channels": [5, 4, 3]}})
+
+
+def test_five_channels_are_learned_and_scored(five: tuple[Path, Path]) -> None:
+    root, folder = five
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["results"]["pseudo"]["mean_iou"] > 40  # of noise: about 20
+    found = read_checkpoint(folder)["input"]
+    assert len(found["window"]) == len(found["mean"]) == len(found["std"]) == CHANNELS
+    assert read_checkpoint(folder)["student"]["encoder.patch_embed.proj.weight"].shape[1] == CHANNELS
+    assert evaluation(folder, folder / "again", root) == summary["results"]["seg"]["mean_iou"]
+    assert (folder / "pictures").is_dir()
+
+
+def test_five_channels_become_pseudo_labels_and_exports(five: tuple[Path, Path], tmp_path: Path) -> None:
+    _, folder = five
+    label(["--checkpoint", str(folder), "--output", str(tmp_path / "labels"), "--kind", "seg+crf"])
+    assert len(list((tmp_path / "labels/labels").glob("*.png"))) == 12
+    export(["--checkpoint", str(folder), "--to", "torch", "--output", str(tmp_path / "network.pt2")])
+    program: Any = torch.export.load(tmp_path / "network.pt2").module()
+    assert program(torch.rand(1, CHANNELS, 40, 36))[0].shape == (1, 4, 40, 36)
+    export(["--checkpoint", str(folder), "--output", str(tmp_path / "network")])
+    again, network = load_network(tmp_path / "network"), load_network(folder)
+    assert (again.mean, again.std) == (network.mean, network.std)
+    assert again.reading.window == network.reading.window
+    with pytest.raises(UserError, match="an official checkpoint is for three colours; this network takes 5 channels"):
+        export(["--checkpoint", str(folder), "--to", "official", "--output", str(tmp_path / "student.pth")])
+
+
+def test_colour_pictures_do_not_fit_a_network_of_five_channels(five: tuple[Path, Path], tmp_path: Path) -> None:
+    _, folder = five
+    root = helpers.write_dataset(tmp_path / "colours")
+    with pytest.raises(UserError, match=r"3 channels, but the network takes 5 \(model\.in_chans\)"):
+        evaluation(folder, tmp_path / "scores", root)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4])
+def test_pretrained_colours_are_spread_over_the_channels_as_timm_does(tmp_path: Path, channels: int) -> None:
+    import timm
+    from safetensors.torch import save_file
+
+    options = helpers.values()["model"]["backbone_options"]
+    torch.manual_seed(0)
+    vit = timm.create_model("vit_tiny_patch16_224", num_classes=0, **options)
+    save_file(vit.state_dict(), tmp_path / "weights.safetensors")
+    model = {"in_chans": channels, "pretrained": str(tmp_path / "weights.safetensors")}
+    network = build_network(helpers.config({"model": model}).model, helpers.CLASSES, 32)
+    expected = timm.create_model(
+        "vit_tiny_patch16_224",
+        num_classes=0,
+        in_chans=channels,
+        pretrained=True,
+        pretrained_cfg_overlay={"file": str(tmp_path / "weights.safetensors")},
+        **options,
+    )
+    weight = network.encoder.patch_embed["proj"].weight
+    torch.testing.assert_close(weight, expected.patch_embed.proj.weight)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"window": "0 1", "mean": [0.5] * 3, "std": [0.5] * 3},
+        {"window": [[1, 0]], "mean": [0.5] * 3, "std": [0.5] * 3},
+        {"window": None, "mean": [0.5], "std": [0.5] * 3},
+        {"window": None, "mean": [0.5] * 3, "std": [0.0] * 3},
+        ["window"],
+    ],
+)
+def test_a_damaged_entry_of_a_checkpoint_is_named(entry: Any) -> None:
+    from fsr_fast.dataloading.measured import read_measured
+
+    with pytest.raises(UserError, match=r"^run: its entry input is damaged .*; give another checkpoint"):
+        read_measured(entry, 3, "run")
