@@ -45,6 +45,7 @@ from fsr_fast.errors import UserError
 VIEWS = 2
 KINDS = {"brightness": 1, "contrast": 2, "saturation": 3}
 JPEG, PNG = b"\xff\xd8", b"\x89PNG"
+DECODED = b"P6"  # begins what the reading processes have decoded
 JPEG_END, PNG_END, PNG_EXIF, TAIL = b"\xff\xd9", b"IEND", b"eXIf", 64
 
 
@@ -143,7 +144,7 @@ class DaliLoader(StreamLoader):
         found = False
         for encoded in under_way:
             for index, data in zip(encoded.indices.tolist(), encoded.files(), strict=True):
-                if index in self._strange:
+                if index in self._strange or data[: len(DECODED)].tobytes() == DECODED:
                     continue
                 if not self._graph["colours"]:
                     continue  # decoded by the reading processes
@@ -239,7 +240,7 @@ class _Host(Dataset[Any]):
                 return _File(data, header.width, header.height, labels)
         pixels = self.reading.pixels(data, name)
         height, width, channels = pixels.shape
-        head = b"P6 %d %d 255\n" % (width, height) if channels == 3 else b""
+        head = DECODED + b" %d %d 255\n" % (width, height) if channels == 3 else b""
         return _File(head + pixels.tobytes(), width, height, labels)
 
     def _arguments(self, view: View) -> dict[str, NDArray[Any]]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import tifffile
 from PIL import Image
 
 from fsr_fast.dataloading.palette import voc_palette
+from fsr_fast.dataloading.tiff import GeoTag
 from fsr_fast.runtime.files import atomic_path, write_png
 
 LARGE_PIXELS = 2**24
@@ -21,7 +21,7 @@ BIG_TIFF = 2**31
 
 
 def write_rows(
-    place: Path, size: tuple[int, int], bands: Iterable[np.ndarray], *, colours: bool, tags: Sequence[Any] = ()
+    place: Path, size: tuple[int, int], bands: Iterable[np.ndarray], *, colours: bool, tags: Sequence[GeoTag] = ()
 ) -> Path:
     """Write a map of labels, or of another quantity of 8 bits, whole or not at all.
 
@@ -30,7 +30,7 @@ def write_rows(
         size: height and width.
         bands: (h, W) uint8, from the top to the bottom, of any heights; drawn as they are written.
         colours: with VOC's palette, else greyscale.
-        tags: further tags of a TIFF, as `extratags` of tifffile.
+        tags: that tie the picture to the ground, as `tiff.geo_tags` gives them; then there is a NAME.tif in any case.
 
     Returns:
         The file: NAME.png, or NAME.tif where the map has more than `LARGE_PIXELS` pixels: in compressed tiles of 256
@@ -38,10 +38,20 @@ def write_rows(
     """
     height, width = size
     if height * width <= LARGE_PIXELS:
-        picture = Image.fromarray(np.concatenate(list(bands)))
+        whole = np.concatenate(list(bands))
+        if tags:
+            _write_tiff(place, size, [whole], colours, tags)
+        picture = Image.fromarray(whole)
         if colours:
             picture.putpalette(voc_palette().tobytes())
         return write_png(place.with_name(f"{place.name}.png"), picture)
+    return _write_tiff(place, size, bands, colours, tags)
+
+
+def _write_tiff(
+    place: Path, size: tuple[int, int], bands: Iterable[np.ndarray], colours: bool, tags: Sequence[GeoTag]
+) -> Path:
+    height, width = size
     path = place.with_name(f"{place.name}.tif")
     with atomic_path(path, sync=False) as partial:
         tifffile.imwrite(

@@ -74,14 +74,17 @@ class Reading:
         Raises:
             DamagedFileError: missing, damaged, too large, of another number of channels, or not finite.
         """
+        return np.asarray(self.picture(source, name))
+
+    def picture(self, source: Source, name: str = "") -> Image.Image | NDArray[np.uint8]:
+        """Read a picture as `pixels` does; one of three channels as Pillow's picture."""
         if self.channels == 3 and not is_deep(source, name, self.max_pixels):
-            return np.asarray(read_image(source, name, self.max_pixels))
-        return self.open(source, name)[:, :]
+            return read_image(source, name, self.max_pixels)
+        pixels = self.open(source, name)[:, :]
+        return Image.fromarray(pixels) if self.channels == 3 else pixels
 
     def image(self, source: Source, name: str = "") -> Image.Image:
         """Read a picture in colours, as people see it, upright; raises as `pixels`."""
-        if self.channels == 3 and not is_deep(source, name, self.max_pixels):
-            return read_image(source, name, self.max_pixels)
         return Image.fromarray(self.colours(self.pixels(source, name)))
 
     def open(self, source: Source, name: str = "") -> Pixels:
@@ -92,6 +95,11 @@ class Reading:
     def colours(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """Return the colours (H, W, 3) of what `pixels` gave, by the channels of the preview."""
         return pixels if self.channels == 3 and self.preview is None else pixels[..., list(self.shown)]
+
+    def settings(self) -> dict[str, str]:
+        """Return what changes results, for the head of a journal; nothing where pictures are read as photographs."""
+        found = {} if self.window is None else {"window": format_window(self.window)}
+        return found if self.preview is None else {**found, "preview": str(self.preview)}
 
     @property
     def shown(self) -> tuple[int, int, int]:
@@ -237,4 +245,4 @@ def check_window(window: Window | None, channels: int) -> None:
 
 def format_window(window: Window) -> str:
     """Write a window as `data.window` takes it."""
-    return " ".join(f"{end:g}" for ends in window for end in ends)
+    return " ".join(f"{end:.9g}" for ends in window for end in ends)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
@@ -22,14 +24,14 @@ def read_scaled(
     """Read a region at another size, without holding all of it where it is much larger.
 
     Args:
-        pixels: (H, W, 3) uint8.
+        pixels: (H, W, channels) uint8.
         rows: of the region.
         columns: of the region.
         size: height and width that are wanted.
         filter: that resizes; what is four times as large or more is averaged first.
 
     Returns:
-        (*size, 3).
+        (*size, channels).
     """
     height, width = rows.stop - rows.start, columns.stop - columns.start
     if (height, width) == size:
@@ -38,7 +40,14 @@ def read_scaled(
     step = max(1, BAND // times) * times
     parts = []
     for top in range(rows.start, rows.stop, step):
-        part = Image.fromarray(pixels[top : min(top + step, rows.stop), columns])
-        parts.append(np.asarray(part.reduce(times) if times > 1 else part))
-    whole = Image.fromarray(np.concatenate(parts))
-    return np.asarray(whole.resize((size[1], size[0]), filter))
+        part = pixels[top : min(top + step, rows.stop), columns]
+        parts.append(apply_to_bands(part, lambda band: band.reduce(times)) if times > 1 else part)
+    return apply_to_bands(np.concatenate(parts), lambda band: band.resize((size[1], size[0]), filter))
+
+
+def apply_to_bands(pixels: NDArray[np.uint8], change: Callable[[Image.Image], Image.Image]) -> NDArray[np.uint8]:
+    """Let Pillow change a picture (H, W, channels): colours at once, of other channels each."""
+    if pixels.shape[2] == 3:
+        return np.asarray(change(Image.fromarray(pixels)))
+    bands = (Image.fromarray(np.ascontiguousarray(pixels[..., band])) for band in range(pixels.shape[2]))
+    return np.stack([np.asarray(change(band)) for band in bands], 2)

@@ -14,8 +14,6 @@ import numpy as np
 import tifffile
 from numpy.typing import NDArray
 
-from fsr_fast.errors import UserError
-
 MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 CACHE_BYTES = 64 * 2**20  # of decoded tiles and strips; neighbouring regions share a row of them
 MAX_CHANNELS = 1024
@@ -23,6 +21,8 @@ GREY, INVERTED, COLOUR, YCBCR = 1, 0, 2, 6  # photometric interpretations
 JPEG = (6, 7)  # compressions, after which YCbCr is RGB
 ASSOCIATED = 1  # extra sample: transparency that the colours are multiplied by
 SEPARATE = 2  # planar configuration: a plane per channel
+GeoTag = tuple[int, int, int, Any, bool]
+"""One of `extratags` of tifffile: code, type, number of values, values, only once."""
 GEO_TAGS = (33550, 33922, 34264, 34735, 34736, 34737)
 """Scale, tie points, transformation, and the three tags of the coordinate reference system (OGC GeoTIFF 1.1)."""
 
@@ -80,7 +80,7 @@ class Tiff:
         """Pixels of a tile or strip, which are decoded together."""
         return math.prod(map(int, self._tile))
 
-    def geo_tags(self) -> list[tuple[int, int, int, Any, bool]]:
+    def geo_tags(self) -> list[GeoTag]:
         """Return what ties the picture to the ground, as `extratags` of `tifffile.imwrite`; empty: nothing does."""
         tags = (self._pages[0].tags.get(code) for code in GEO_TAGS)
         return [(tag.code, int(tag.dtype), tag.count, tag.value, True) for tag in tags if tag is not None]
@@ -169,8 +169,8 @@ class Tiff:
         return segment.reshape(segment.shape[-3:])[:height, :width]
 
 
-def geo_tags(path: Path) -> list[tuple[int, int, int, Any, bool]]:
-    """Return what ties a picture to the ground, for `write_tiff`; empty: it is no GeoTIFF."""
+def geo_tags(path: Path) -> list[GeoTag]:
+    """Return what ties a picture to the ground, for `write_rows`; empty: it is no GeoTIFF."""
     with path.open("rb") as file:
         if file.read(4) not in MAGIC:
             return []
@@ -178,30 +178,3 @@ def geo_tags(path: Path) -> list[tuple[int, int, int, Any, bool]]:
         return Tiff(path).geo_tags()
     except Exception:  # what cannot be read is said where the pixels are
         return []
-
-
-def write_tiff(path: Path, mask: NDArray[np.uint8], palette: NDArray[np.uint8], tags: list[Any]) -> None:
-    """Write a label map as a tiled TIFF with a palette.
-
-    Args:
-        path: the file.
-        mask: (H, W).
-        palette: (256, 3), colours of the labels.
-        tags: as `geo_tags` gives them.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
-    try:
-        tifffile.imwrite(
-            path,
-            mask,
-            photometric="palette",
-            colormap=palette.T.astype(np.uint16) * 257,
-            tile=(256, 256),
-            compression="zlib",
-            extratags=tags,
-            metadata=None,
-        )
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error}") from None

@@ -129,9 +129,8 @@ class _Views(Dataset[Any]):
         decoded = self.cache.get(index)
         if decoded is None:
             data, labels, name = self.stream.dataset.encoded(index)
-            pixels = self.reading.pixels(data, name)
-            height, width, channels = pixels.shape
-            image = Image.fromarray(pixels) if channels == 3 else pixels
+            image, channels = self.reading.picture(data, name), self.reading.channels
+            height, width = (image.height, image.width) if isinstance(image, Image.Image) else image.shape[:2]
             decoded = _Decoded(image, height, width, labels)
             size = max(4, channels) * width * height  # bytes: Pillow pads RGB to four a pixel
             # A part of a data set would seldom be hit, so images are kept only where the whole set fits.

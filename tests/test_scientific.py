@@ -6,16 +6,25 @@ from typing import Any
 
 import numpy as np
 import pytest
+import rasterio
 import tifffile
+import timm
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
+from fsr_fast import segment
+from fsr_fast.commands import parsers
 from fsr_fast.commands.evaluate import main as evaluate
 from fsr_fast.commands.export import main as export
+from fsr_fast.commands.predict import main as predict
 from fsr_fast.commands.pseudo_labels import main as label
+from fsr_fast.dataloading.measured import read_measured
 from fsr_fast.errors import UserError
 from fsr_fast.models import load_network
 from fsr_fast.models.build import build_network, open_trained
+from fsr_fast.options import given
+from fsr_fast.reporting.demo import DemoServer
 from fsr_fast.runtime.checkpoint import read_checkpoint
 from fsr_fast.train import main as train
 from tests import helpers
@@ -157,9 +166,6 @@ def test_colour_pictures_do_not_fit_a_network_of_five_channels(five: tuple[Path,
 
 @pytest.mark.parametrize("channels", [1, 2, 4])
 def test_pretrained_colours_are_spread_over_the_channels_as_timm_does(tmp_path: Path, channels: int) -> None:
-    import timm
-    from safetensors.torch import save_file
-
     options = helpers.values()["model"]["backbone_options"]
     torch.manual_seed(0)
     vit = timm.create_model("vit_tiny_patch16_224", num_classes=0, **options)
@@ -189,7 +195,112 @@ def test_pretrained_colours_are_spread_over_the_channels_as_timm_does(tmp_path: 
     ],
 )
 def test_a_damaged_entry_of_a_checkpoint_is_named(entry: Any) -> None:
-    from fsr_fast.dataloading.measured import read_measured
-
     with pytest.raises(UserError, match=r"^run: its entry input is damaged .*; give another checkpoint"):
         read_measured(entry, 3, "run")
+
+
+# --- use
+
+
+def geotiff(path: Path, pixels: np.ndarray) -> tuple[Any, Any]:
+    """Write a GeoTIFF of channels (H, W, C) as others do; return its reference system and its transformation."""
+    crs, transform = rasterio.CRS.from_epsg(32632), rasterio.transform.from_origin(500_000, 5_400_000, 10, 10)
+    height, width, channels = pixels.shape
+    profile = {"height": height, "width": width, "count": channels, "dtype": pixels.dtype, "crs": crs}
+    with rasterio.open(path, "w", driver="GTiff", transform=transform, **profile) as file:
+        file.write(pixels.transpose(2, 0, 1))
+    return crs, transform
+
+
+def test_the_mask_of_a_geotiff_lies_where_the_picture_lies(five: tuple[Path, Path], tmp_path: Path) -> None:
+    root, folder = five
+    pixels = np.load(next((root / "JPEGImages").glob("*.npy")))
+    place = geotiff(tmp_path / "field.tif", pixels)
+    np.save(tmp_path / "plain.npy", pixels)
+    predict(
+        [
+            "--checkpoint",
+            str(folder),
+            str(tmp_path / "field.tif"),
+            str(tmp_path / "plain.npy"),
+            "--output",
+            str(tmp_path / "out"),
+        ]
+    )
+    masks = tmp_path / "out/masks"
+    assert sorted(path.name for path in masks.iterdir()) == ["field.png", "field.tif", "plain.png"]
+    with rasterio.open(masks / "field.tif") as file:
+        assert (file.crs, file.transform) == place
+        np.testing.assert_array_equal(file.read(1), np.asarray(Image.open(masks / "field.png")))
+        assert file.colormap(1)[1][:3] == (128, 0, 0)
+    np.testing.assert_array_equal(
+        np.asarray(Image.open(masks / "plain.png")), np.asarray(Image.open(masks / "field.png"))
+    )
+
+
+def test_people_see_the_channels_of_the_preview(five: tuple[Path, Path], tmp_path: Path) -> None:
+    root, folder = five
+    path = next((root / "JPEGImages").glob("*.npy"))
+    predict(["--checkpoint", str(folder), str(path), "--output", str(tmp_path), "--opacity", "0"])
+    shown = np.asarray(Image.open(tmp_path / "overlays" / f"{path.stem}.png"))
+    expected = load_network(folder).reading.pixels(path)[..., [4, 3, 2]]
+    np.testing.assert_array_equal(shown, expected)
+    predict(
+        [
+            "--checkpoint",
+            str(folder),
+            str(path),
+            "--output",
+            str(tmp_path),
+            "--opacity",
+            "0",
+            "--data.preview_channels",
+            "1",
+        ]
+    )
+    shown = np.asarray(Image.open(tmp_path / "overlays" / f"{path.stem}.png"))
+    np.testing.assert_array_equal(shown, load_network(folder).reading.pixels(path)[..., [0, 0, 0]])
+
+
+def test_files_and_arrays_are_segmented_alike(five: tuple[Path, Path]) -> None:
+    root, folder = five
+    path, network = next((root / "JPEGImages").glob("*.tif")), load_network(folder)
+    from_file, from_array = (segment(network, one).mask for one in (path, network.reading.pixels(path)))
+    np.testing.assert_array_equal(from_file, from_array)
+    with pytest.raises(UserError, match=r"expected \(H, W, 5\)"):
+        segment(network, np.zeros((40, 36, 3), np.uint8))
+
+
+def test_the_page_takes_deep_pictures_too(five: tuple[Path, Path]) -> None:
+    root, folder = five
+    trained = open_trained(folder)
+    with DemoServer(("127.0.0.1", 0), trained.network, largest=2**24, side=64, config=trained.config) as server:
+        for path in sorted((root / "JPEGImages").iterdir())[:2]:
+            assert server.answer(path.read_bytes())["scores"]
+
+
+@pytest.mark.parametrize("verb", ["predict", "serve", "pseudo-labels", "evaluate"])
+def test_the_limit_of_pixels_is_an_option_of_every_verb_and_its_message_names_it(
+    five: tuple[Path, Path], tmp_path: Path, verb: str
+) -> None:
+    root, folder = five
+    picture = next((root / "JPEGImages").glob("*.npy"))
+    common = ["--checkpoint", str(folder), "--output", str(tmp_path / "out")]
+
+    def use(limit: int) -> None:
+        option = ["--data.max_pixels", str(limit)]
+        if verb == "predict":
+            predict([*common, *option, str(picture)])
+        elif verb == "serve":
+            options = given(parsers.serve().parse_args(["--checkpoint", str(folder), *option]))
+            trained = open_trained(folder, options)
+            with DemoServer(("127.0.0.1", 0), trained.network, largest=2**24, side=64, config=trained.config) as server:
+                server.answer(picture.read_bytes())
+        elif verb == "evaluate":
+            evaluate([*common, *option])
+        else:
+            label([*common, *option])
+
+    with pytest.raises(UserError, match=r"more than 1,439 pixels.* raise --data\.max_pixels"):
+        use(36 * 40 - 1)
+    use(36 * 40)

@@ -104,6 +104,7 @@ def _header(network: Network, config: Config) -> dict[str, Any]:
         "evaluate": config.evaluate.model_dump(mode="json", exclude={"crf_workers", "training_limit"}),
         "cam": config.cam.model_dump(mode="json"),
         "amp": config.run.amp,
+        **network.reading.settings(),
     }
 
 

@@ -1,7 +1,8 @@
 """Segment pictures: `fsr-fast predict --checkpoint RUN PICTURES… --output DIR`.
 
 Writes masks (palette PNG: the pixel value is the class), overlays, a heat map for each class that is taken to be
-there, and the probability and area of each class as scores.json and results.csv.
+there, and the probability and area of each class as scores.json and results.csv. The mask
+of a GeoTIFF is written as GeoTIFF, too.
 """
 
 import argparse
@@ -21,8 +22,9 @@ from fsr_fast.commands.outputs import default_output
 from fsr_fast.commands.predict_large import Large, open_large, write_large
 from fsr_fast.config import Config
 from fsr_fast.dataloading.images import LONGEST
-from fsr_fast.dataloading.palette import save_palette_png
+from fsr_fast.dataloading.label_files import write_rows
 from fsr_fast.dataloading.pictures import find_pictures
+from fsr_fast.dataloading.tiff import geo_tags
 from fsr_fast.errors import UserError
 from fsr_fast.evaluation.crf import dense_crf
 from fsr_fast.evaluation.inference import Prediction, read_picture, segment_batch
@@ -83,12 +85,13 @@ def _write_all(
             found, areas = write_large(options.output, name, picture, network, config, crf=options.crf, draw=draw)
         else:
             assert prediction is not None
-            image, found, mask = np.asarray(picture), prediction.scores, prediction.mask
+            image, found, mask = network.reading.colours(picture), prediction.scores, prediction.mask
             if options.crf:
                 backend, device = config.evaluate.crf_backend, network.top_classifier.weight.device
                 refined = dense_crf(image, prediction.probabilities, backend=backend, device=device)
                 mask = refined.argmax(0).astype(np.uint8)
-            save_palette_png(mask, options.output / "masks" / f"{name}.png")
+            ground = geo_tags(pictures[name])
+            write_rows(options.output / "masks" / name, mask.shape, [mask], colours=True, tags=ground)
             draw(image, mask, prediction.cams)
             areas = np.bincount(mask.ravel(), minlength=len(network.classes) + 1)
         pixels = dict(zip(["background", *network.classes], areas.tolist(), strict=True))
@@ -172,30 +175,35 @@ def _table(rows: Iterable[Sequence[str]]) -> str:
 
 def _predict(
     network: Network, pictures: dict[str, Path], batch: int, config: Config, failed: list[UserError]
-) -> Iterator[tuple[str, Image.Image | Large, Prediction | None]]:
+) -> Iterator[tuple[str, np.ndarray | Large, Prediction | None]]:
     """Return the pictures with what they show; those that are written in bands, without."""
     for group in _batches(network, pictures, batch, config, failed):
         if isinstance(group[0][1], Large):
             yield from ((name, picture, None) for name, picture in group)
             continue
-        small = [picture for _, picture in group if isinstance(picture, Image.Image)]
+        small = [picture for _, picture in group if isinstance(picture, np.ndarray)]
         for (name, picture), prediction in zip(group, segment_batch(network, small, config), strict=True):
             yield name, picture, prediction
 
 
+def _alike(first: np.ndarray | Large, second: np.ndarray | Large) -> bool:
+    """Return whether two pictures can pass together."""
+    return isinstance(first, np.ndarray) and isinstance(second, np.ndarray) and first.shape == second.shape
+
+
 def _batches(
     network: Network, pictures: dict[str, Path], largest: int, config: Config, failed: list[UserError]
-) -> Iterator[list[tuple[str, Image.Image | Large]]]:
+) -> Iterator[list[tuple[str, np.ndarray | Large]]]:
     """Gather neighbours of one size; large pictures alone."""
-    batch: list[tuple[str, Image.Image | Large]] = []
+    batch: list[tuple[str, np.ndarray | Large]] = []
     for name, path in pictures.items():
         try:
-            picture = open_large(path, network, config) or read_picture(path)
+            picture: np.ndarray | Large | None = open_large(path, network, config)
+            picture = read_picture(path, reading=network.reading) if picture is None else picture
         except UserError as error:
             failed.append(error)
             continue
-        alone = isinstance(picture, Large) or isinstance(batch[0][1], Large) if batch else False
-        if batch and (alone or len(batch) == largest or batch[0][1].size != picture.size):
+        if batch and (len(batch) == largest or not _alike(batch[0][1], picture)):
             yield batch
             batch = []
         batch.append((name, picture))

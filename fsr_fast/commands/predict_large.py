@@ -10,13 +10,13 @@ from typing import NamedTuple
 import numpy as np
 
 from fsr_fast.config import Config
-from fsr_fast.dataloading.arrays import Pixels, open_array
-from fsr_fast.dataloading.images import DamagedFileError, image_size, read_image
+from fsr_fast.dataloading.arrays import Pixels
 from fsr_fast.dataloading.label_files import write_rows
+from fsr_fast.dataloading.reading import picture_size
 from fsr_fast.dataloading.regions import read_scaled
-from fsr_fast.errors import UserError
+from fsr_fast.dataloading.tiff import GeoTag, geo_tags
 from fsr_fast.evaluation.crf import CrfPool
-from fsr_fast.evaluation.inference import inference_settings
+from fsr_fast.evaluation.inference import another_picture, inference_settings
 from fsr_fast.evaluation.label_maps import Kind
 from fsr_fast.evaluation.large import Cut, LargePicture, plan_picture
 from fsr_fast.models import Network
@@ -27,6 +27,8 @@ class Large(NamedTuple):
 
     pixels: Pixels
     cut: Cut
+    ground: list[GeoTag]
+    """Ties it to the ground; empty: nothing does."""
 
     @property
     def size(self) -> tuple[int, int]:
@@ -35,7 +37,7 @@ class Large(NamedTuple):
 
 
 def open_large(path: Path, network: Network, config: Config) -> Large | None:
-    """Open a picture whose results are written in bands; TIFF is read by region, other files are decoded here.
+    """Open a picture whose results are written in bands; TIFF and `.npy` are read by region, others are decoded here.
 
     Returns:
         None: its results can be held whole.
@@ -43,18 +45,10 @@ def open_large(path: Path, network: Network, config: Config) -> Large | None:
     Raises:
         UserError: the file is missing or cannot be decoded.
     """
-    most = config.data.max_pixels
-    try:
-        width, height = image_size(path, max_pixels=most)
+    with another_picture():
+        width, height = picture_size(path, max_pixels=network.reading.max_pixels)
         cut = plan_picture(config.evaluate, network, (height, width))
-        if cut is None:
-            return None
-        pixels = open_array(path, max_pixels=most)
-        if pixels.dtype != np.uint8 or pixels.shape[2] != 3:
-            pixels = np.asarray(read_image(path, max_pixels=most))
-    except DamagedFileError as error:
-        raise UserError(f"{str(error).partition(';')[0]}; give another picture") from None
-    return Large(pixels, cut)
+        return None if cut is None else Large(network.reading.open(path), cut, geo_tags(path))
 
 
 def write_large(
@@ -81,7 +75,7 @@ def write_large(
     Returns:
         Probability of each class, and the number of pixels of each label.
     """
-    (pixels, cut), evaluate = large, config.evaluate
+    (pixels, cut, ground), evaluate = large, config.evaluate
     height, width = cut.network.size
     device = network.top_classifier.weight.device
     kind: Kind = "seg+crf" if crf else "seg"
@@ -99,10 +93,10 @@ def write_large(
             yield found.labels
 
     with pool or nullcontext():
-        write_rows(folder / "masks" / name, (height, width), bands(), colours=True)
+        write_rows(folder / "masks" / name, (height, width), bands(), colours=True, tags=ground)
     mask = np.concatenate(parts)
     small = read_scaled(pixels, slice(0, height), slice(0, width), (mask.shape[0], mask.shape[1]))
     activations = picture.activations
     names = [network.classes[index] for index in activations.classes.tolist()]
-    draw(small, mask, dict(zip(names, activations.preview().numpy(), strict=True)))
+    draw(network.reading.colours(small), mask, dict(zip(names, activations.preview().numpy(), strict=True)))
     return picture.scores(), areas

@@ -124,6 +124,7 @@ def write_labels(
     settings = config.evaluate.model_dump(mode="json", exclude={"crf_workers", "training_limit", "limit"})
     header: dict[str, Any] = {"classes": list(network.classes), "kind": kind, "found": found, "amp": config.run.amp}
     header |= {} if part == "labels" else {"part": part}
+    header |= network.reading.settings()
     header |= {
         "root": str(config.data.root),
         "weights": fingerprint(network),

@@ -17,6 +17,7 @@ from fsr_fast.dataloading.datasets import SegmentationDataset
 from fsr_fast.dataloading.images import is_upright
 from fsr_fast.dataloading.layout import bare_name
 from fsr_fast.dataloading.palette import voc_palette
+from fsr_fast.dataloading.reading import is_deep
 from fsr_fast.runtime.files import write_png
 
 PICTURES, MASKS = "img_dir", "ann_dir"
@@ -27,7 +28,8 @@ Track = Callable[[Iterable[int], str, int], Iterable[int]]
 def lay_out_pictures(images: ImageSet, indices: Sequence[int], folder: Path, list_name: str, *, track: Track) -> str:
     """Put the pictures beside their masks, all of one ending, as mmsegmentation wants it.
 
-    They are links to the files themselves where those have one ending and need not be turned upright; else PNG files.
+    They are links to the files themselves where those have one ending and 8 bits and need not be turned upright; else
+    PNG files, of the channels that people see.
 
     Args:
         images: the list.
@@ -41,7 +43,8 @@ def lay_out_pictures(images: ImageSet, indices: Sequence[int], folder: Path, lis
     """
     files = [images.image_path(index) for index in indices] if isinstance(images, SegmentationDataset) else []
     endings = {path.suffix for path in files}
-    linked = len(endings) == 1 and all(map(is_upright, files))
+    limit = images.reading.max_pixels
+    linked = len(endings) == 1 and all(not is_deep(file, str(file), limit) and is_upright(file) for file in files)
     ending = endings.pop() if linked else ".png"
     for number, index in enumerate(track(indices, "laying out pictures", len(indices))):
         target = folder / PICTURES / list_name / f"{bare_name(images.ids[index])}{ending}"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -13,13 +15,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms.v2 import functional as image_functions
 
 from fsr_fast.config import CamConfig, Config, EvaluateConfig
-from fsr_fast.dataloading.images import DamagedFileError, read_image
+from fsr_fast.dataloading.images import DamagedFileError
+from fsr_fast.dataloading.reading import COLOURS, Reading
 from fsr_fast.errors import UserError
 from fsr_fast.evaluation.large import Cut, LargePicture, plan_picture
-from fsr_fast.evaluation.passes import Passed, Side, largest_side, pass_scales, scale_down
+from fsr_fast.evaluation.passes import Passed, Side, largest_side, pass_scales, scale_pixels
 from fsr_fast.kernels import MergedCams
 from fsr_fast.method.cam import dense_cams, merge_passes
 from fsr_fast.models import Network
@@ -175,7 +177,8 @@ def segment(
 
     Args:
         network: as `load_network` gives it.
-        image: a picture, an array (H, W, 3) or (H, W) of uint8, or a file, which is turned upright; or a list of such.
+        image: a picture, an array (H, W, channels) or (H, W) of uint8, or a file, which is turned upright and whose
+            values are brought to the network's window; or a list of such.
         side: longest side, in pixels, at which the picture passes through the network, as `evaluate.side` of the
             configuration; None: every pixel.
         tile: side of the tiles in which a picture passes that is larger after that, as `evaluate.tile`; None: never.
@@ -195,13 +198,13 @@ def segment(
         raise UserError(f"overlap: {overlap}; expected 0 to 0.75")
     evaluate = EvaluateConfig(side=side, tile=tile, overlap=overlap)
     if isinstance(image, Picture):
-        return segment_batch(network, [_open(image)], evaluate=evaluate)[0]
-    return [segment_batch(network, [_open(one)], evaluate=evaluate)[0] for one in image]
+        return segment_batch(network, [_open(image, network)], evaluate=evaluate)[0]
+    return [segment_batch(network, [_open(one, network)], evaluate=evaluate)[0] for one in image]
 
 
 def segment_batch(
     network: Network,
-    images: Sequence[Image.Image],
+    images: Sequence[Image.Image | np.ndarray],
     config: Config | None = None,
     *,
     evaluate: EvaluateConfig | None = None,
@@ -210,21 +213,21 @@ def segment_batch(
 
     Args:
         network: as `load_network` gives it.
-        images: pictures, at least one.
+        images: pictures, at least one, or arrays (H, W, channels) of uint8.
         config: sections `evaluate`, `cam` and `run.amp`; None: the paper's scales with mirror images.
         evaluate: in place of the configuration, where there is none.
     """
     settings = config.evaluate if config else evaluate or EvaluateConfig()
     options: dict[str, Any] = {"cam_scales": CamConfig().scales, "scales": settings.scales, "flip": True, "amp": "auto"}
     options = inference_settings(config) if config else options
-    size = (images[0].height, images[0].width)
+    whole = [image if isinstance(image, np.ndarray) else np.asarray(image.convert("RGB")) for image in images]
+    size = (whole[0].shape[0], whole[0].shape[1])
     cut = plan_picture(settings, network, size)
     if cut is not None:
-        return [_segment_large(network, np.asarray(image.convert("RGB")), cut, options) for image in images]
+        return [_segment_large(network, pixels, cut, options) for pixels in whole]
     longest = largest_side(settings.side, network)
-    small = [scale_down(image.convert("RGB"), longest) for image in images]
-    pixels = torch.stack([image_functions.pil_to_tensor(image) for image in small])
-    result = infer(network, network.normalise(pixels), size=size, **options)
+    small = torch.stack([torch.tensor(scale_pixels(pixels, longest)).permute(2, 0, 1) for pixels in whole])
+    result = infer(network, network.normalise(small), size=size, **options)
     cams = dense_cams(result.cams, len(network.classes)).cpu().numpy()
     masks = result.seg_logits.argmax(1).to(torch.uint8).cpu().numpy()
     probabilities = result.seg_logits.softmax(1).cpu().numpy()
@@ -255,27 +258,48 @@ def _segment_large(network: Network, pixels: np.ndarray, cut: Cut, options: dict
     return Prediction(mask, picture.scores(), cams, probabilities)
 
 
-def _open(image: Picture) -> Image.Image:
-    if isinstance(image, Image.Image):
-        return image
+def _open(image: Picture, network: Network) -> np.ndarray:
+    channels = network.reading.channels
     if isinstance(image, str | Path):
-        return read_picture(Path(image))
-    if image.dtype != np.uint8 or not (image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 3)):
-        raise UserError(f"image: an array {image.shape} of {image.dtype}; expected (H, W, 3) or (H, W) of uint8")
-    return Image.fromarray(np.ascontiguousarray(image))
+        return read_picture(Path(image), reading=network.reading)
+    if isinstance(image, Image.Image):
+        image = np.asarray(image if channels == len(image.getbands()) != 3 else image.convert("RGB"))
+    if image.ndim == 2:
+        image = image[..., None]
+    if image.ndim == 3 and image.shape[2] == 1 and channels == 3:
+        image = np.repeat(image, 3, 2)
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != channels:
+        raise UserError(
+            f"image: an array {image.shape} of {image.dtype}; expected (H, W, {channels}) or (H, W) of uint8"
+        )
+    return image
 
 
-def read_picture(source: Path | bytes, name: str = "") -> Image.Image:
-    """Read a picture as RGB, upright.
+def read_picture(source: Path | bytes, name: str = "", reading: Reading = COLOURS) -> np.ndarray:
+    """Read a picture as a network takes it, (H, W, channels) of uint8, upright.
 
     Args:
         source: file, or its content.
         name: what messages call it; by default the path.
+        reading: of the network.
 
     Raises:
         UserError: the file is missing or cannot be decoded.
     """
+    with another_picture():
+        return reading.pixels(source, name)
+
+
+@contextmanager
+def another_picture() -> Iterator[None]:
+    """Name the remedy of one who gives pictures by hand, where that of a data set stands.
+
+    Raises:
+        UserError: in place of a `DamagedFileError`; an option that it names is kept.
+    """
     try:
-        return read_image(source, name)
+        yield
     except DamagedFileError as error:
-        raise UserError(f"{str(error).partition(';')[0]}; give another picture") from None
+        reason, _, remedy = str(error).partition(";")
+        option = re.search(r"(raise|give) --data\.\w+( LOW HIGH)?", remedy)
+        raise UserError(f"{reason}; give another picture{f', or {option[0]}' if option else ''}") from None

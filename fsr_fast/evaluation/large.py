@@ -268,7 +268,8 @@ class LargePicture:
             first = rows.start - held[0][0].start
             logits = torch.cat([values for _, values in held], 1)[:, first : first + plan.rows.side]
             for columns in map(plan.columns.slice, range(len(plan.columns))):
-                yield None, self._pixels[rows, columns], logits[:, :, columns].softmax(0).cpu().numpy()
+                shown = self._network.reading.colours(self._pixels[rows, columns])
+                yield None, shown, logits[:, :, columns].softmax(0).cpu().numpy()
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from fsr_fast.dataloading.regions import apply_to_bands
 from fsr_fast.method.cam import ScalePass, pair_mirrored, resize_images, scaled_size
 from fsr_fast.models import Network
 from fsr_fast.models.encoder import Features
@@ -37,18 +38,12 @@ def largest_side(side: Side, network: Network) -> int | None:
     return max(512, 2 * network.image_size) if side == "auto" else side
 
 
-def scale_down(image: Image.Image, side: int | None) -> Image.Image:
-    """Scale a picture down to the size at which it passes through the network."""
-    height, width = working_size((image.height, image.width), side)
-    return image if (width, height) == image.size else image.resize((width, height), Image.Resampling.LANCZOS)
-
-
 def scale_pixels(pixels: np.ndarray, side: int | None) -> np.ndarray:
     """Scale a picture (H, W, channels) of uint8 down to the size at which it passes through the network."""
-    if pixels.shape[2] == 3:
-        return np.asarray(scale_down(Image.fromarray(pixels), side))
-    bands = (Image.fromarray(np.ascontiguousarray(pixels[..., band])) for band in range(pixels.shape[2]))
-    return np.stack([np.asarray(scale_down(band, side)) for band in bands], 2)
+    height, width = working_size((pixels.shape[0], pixels.shape[1]), side)
+    if (height, width) == pixels.shape[:2]:
+        return pixels
+    return apply_to_bands(pixels, lambda band: band.resize((width, height), Image.Resampling.LANCZOS))
 
 
 def patch_sizes(size: tuple[int, int], scales: Sequence[float], patch_size: int) -> tuple[tuple[int, int], ...]:

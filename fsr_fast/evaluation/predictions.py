@@ -142,7 +142,7 @@ class _Stream:
     def _infer_large(self, sample: Sample, cut: Cut) -> Result:
         picture = LargePicture(
             self.network,
-            sample.image,
+            sample.pixels,
             cut,
             self._shown(sample),
             cams="all" if "pseudo" in self.kinds else "none",

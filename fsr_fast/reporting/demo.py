@@ -23,6 +23,7 @@ from fsr_fast.config import Config
 from fsr_fast.dataloading.palette import voc_palette
 from fsr_fast.errors import UserError
 from fsr_fast.evaluation.inference import Prediction, read_picture, segment_batch
+from fsr_fast.evaluation.passes import scale_pixels
 from fsr_fast.models import Network
 from fsr_fast.reporting.figures import TEMPLATES, borders, colourise, data_uri, heatmap, outline
 
@@ -93,11 +94,11 @@ class DemoServer(ThreadingHTTPServer):
         Raises:
             UserError: it cannot be decoded.
         """
-        picture = read_picture(content, "the picture")
-        picture.thumbnail((self.side, self.side), Image.Resampling.LANCZOS)
+        reading = self.network.reading
+        pixels = scale_pixels(read_picture(content, "the picture", reading), self.side)
         with self.turn:
-            prediction = segment_batch(self.network, [picture], self.config)[0]
-        return _describe(picture, prediction)
+            prediction = segment_batch(self.network, [pixels], self.config)[0]
+        return _describe(Image.fromarray(reading.colours(pixels)), prediction)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Stay silent about a client that went away; its connection is closed."""

@@ -254,7 +254,8 @@ def test_the_scales_are_those_of_the_run_unless_others_are_given(run, tmp_path):
     paper = segment(network, path).mask
     with Image.open(tmp_path / "paper/masks/a.png") as mask:
         assert np.array_equal(np.asarray(mask), paper)
-    small = segment_batch(network, [read_picture(path).resize((16, 12), Image.Resampling.LANCZOS)], RECIPE)[0]
+    picture = Image.fromarray(read_picture(path)).resize((16, 12), Image.Resampling.LANCZOS)
+    small = segment_batch(network, [picture], RECIPE)[0]
     assert found["side"] == pytest.approx(small.scores, rel=1e-4)
     assert found["run"] != pytest.approx(found["side"], rel=1e-4)
 

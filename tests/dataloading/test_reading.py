@@ -10,6 +10,7 @@ import tifffile
 import torch
 from PIL import Image
 
+from fsr_fast.commands.data import main as pack
 from fsr_fast.config import AugmentConfig, DataConfig, build_config
 from fsr_fast.dataloading.build import build_train_loader
 from fsr_fast.dataloading.datasets import build_datasets
@@ -268,6 +269,22 @@ def test_brightness_and_contrast_change_channels_and_saturation_and_hue_do_not(t
             ).views[0]
         for name, changed in (("brightness", True), ("contrast", True), ("saturation", False), ("hue", False)):
             assert (not torch.equal(views[name], views["nothing"])) == changed, (kind, name)
+
+
+@pytest.mark.parametrize(("channels", "ending"), [(1, "png"), (3, "tif"), (5, "npy")])
+def test_shards_hold_deep_pictures_as_they_are(tmp_path: Path, channels: int, ending: str) -> None:
+    data = scientific(tmp_path / "set", channels, ending)
+    pack(["pack", str(tmp_path / "set"), "--output", str(tmp_path / "shards")])
+    shards = data.model_copy(update={"dataset": "shards", "root": tmp_path / "shards"})
+    reading = Reading(channels, TWELVE)
+    (files, _), (packed, _) = (build_datasets(one, reading) for one in (data, shards))
+    for index in range(len(files)):
+        assert packed.encoded(index).data == files.encoded(index).data
+        np.testing.assert_array_equal(packed.pixels(index), files.pixels(index))
+    assert measure(packed, data, reading, normalisation=True) == measure(files, data, reading, normalisation=True)
+    other = packed.read_as(Reading(channels, ((0, 1),)))
+    assert set(np.unique(other.pixels(0))) <= {0, 128, 255}
+    np.testing.assert_array_equal(packed.pixels(0), files.pixels(0))
 
 
 # --- the configuration
