@@ -148,12 +148,10 @@ class _Windowed:
         found, wanted = stored.shape[2], reading.channels
         self._chosen = choose_channels(found, wanted)
         if self._chosen is None:
-            turned = stored.shape[0] == wanted and "; it seems to lie first: store the channels last" * (
-                found != wanted
-            )
+            hint = "; they seem to lie first: store them last" if stored.shape[0] == wanted else ""
             raise DamagedFileError(
-                f"{where}: {found} channels, but the network takes {wanted} (model.in_chans){turned or ''}; give "
-                "pictures of one kind, or take its id off the list"
+                f"{where}: {found} channels, but the network takes {wanted} (model.in_chans){hint}; give pictures of "
+                "one kind, or take its id off the list"
             )
         if stored.dtype.kind == "f" and reading.window is None:
             raise DamagedFileError(

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import rasterio
 import tifffile
 import timm
 import torch
@@ -204,12 +203,20 @@ def test_a_damaged_entry_of_a_checkpoint_is_named(entry: Any) -> None:
 
 def geotiff(path: Path, pixels: np.ndarray) -> tuple[Any, Any]:
     """Write a GeoTIFF of channels (H, W, C) as others do; return its reference system and its transformation."""
+    rasterio = pytest.importorskip("rasterio")
     crs, transform = rasterio.CRS.from_epsg(32632), rasterio.transform.from_origin(500_000, 5_400_000, 10, 10)
     height, width, channels = pixels.shape
     profile = {"height": height, "width": width, "count": channels, "dtype": pixels.dtype, "crs": crs}
     with rasterio.open(path, "w", driver="GTiff", transform=transform, **profile) as file:
         file.write(pixels.transpose(2, 0, 1))
     return crs, transform
+
+
+def read_geotiff(path: Path) -> tuple[tuple[Any, Any], np.ndarray, dict[int, tuple[int, ...]]]:
+    """Read reference system and transformation, labels, and colours as another program does."""
+    rasterio = pytest.importorskip("rasterio")
+    with rasterio.open(path) as file:
+        return (file.crs, file.transform), file.read(1), file.colormap(1)
 
 
 def test_the_mask_of_a_geotiff_lies_where_the_picture_lies(five: tuple[Path, Path], tmp_path: Path) -> None:
@@ -229,13 +236,23 @@ def test_the_mask_of_a_geotiff_lies_where_the_picture_lies(five: tuple[Path, Pat
     )
     masks = tmp_path / "out/masks"
     assert sorted(path.name for path in masks.iterdir()) == ["field.png", "field.tif", "plain.png"]
-    with rasterio.open(masks / "field.tif") as file:
-        assert (file.crs, file.transform) == place
-        np.testing.assert_array_equal(file.read(1), np.asarray(Image.open(masks / "field.png")))
-        assert file.colormap(1)[1][:3] == (128, 0, 0)
-    np.testing.assert_array_equal(
-        np.asarray(Image.open(masks / "plain.png")), np.asarray(Image.open(masks / "field.png"))
+    found, values, colours = read_geotiff(masks / "field.tif")
+    assert found == place
+    assert colours[1][:3] == (128, 0, 0)
+    for name in ("field.png", "plain.png"):
+        np.testing.assert_array_equal(values, np.asarray(Image.open(masks / name)))
+
+
+def test_five_channels_pass_in_tiles_too(five: tuple[Path, Path], tmp_path: Path) -> None:
+    root, folder = five
+    place = geotiff(tmp_path / "field.tif", np.load(next((root / "JPEGImages").glob("*.npy"))))
+    predict(
+        ["--checkpoint", str(folder), str(tmp_path / "field.tif"), "--output", str(tmp_path), "--tile", "32", "--crf"]
     )
+    found, values, _ = read_geotiff(tmp_path / "masks/field.tif")
+    assert found == place
+    np.testing.assert_array_equal(values, np.asarray(Image.open(tmp_path / "masks/field.png")))
+    assert (tmp_path / "overlays/field.png").is_file()
 
 
 def test_people_see_the_channels_of_the_preview(five: tuple[Path, Path], tmp_path: Path) -> None:

@@ -3,16 +3,15 @@
 import io
 import os
 import pickle
+import sys
 from pathlib import Path
 from typing import Any
 
 import imagecodecs
 import numpy as np
-import pydicom
 import pytest
 import tifffile
 from PIL import ExifTags, Image
-from pydicom.uid import ExplicitVRLittleEndian
 
 from fsr_fast.dataloading.arrays import TURNS, open_array
 from fsr_fast.dataloading.images import UPRIGHT, DamagedFileError, orientation
@@ -166,9 +165,10 @@ def test_pictures_of_eight_bits_have_the_channels_that_they_store(tmp_path: Path
 
 
 def dicom(path: Path, stored: np.ndarray, **elements: Any) -> Path:
+    pydicom = pytest.importorskip("pydicom")
     data = pydicom.Dataset()
     data.file_meta = pydicom.dataset.FileMetaDataset()
-    data.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    data.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
     data.SOPClassUID, data.SOPInstanceUID = "1.2.840.10008.5.1.4.1.1.2", "1.2.3"
     data.Rows, data.Columns = stored.shape[-2:]
     data.SamplesPerPixel, data.PhotometricInterpretation = 1, "MONOCHROME2"
@@ -220,7 +220,6 @@ def bad_files(folder: Path) -> dict[str, Path]:
     files[r"expected \(H, W\) or \(H, W, C\)"] = folder / "volume.npy"
     np.save(folder / "complex.npy", np.zeros((2, 3), complex))
     files["complex128"] = folder / "complex.npy"
-    files["3 frames"] = dicom(folder / "film.dcm", np.zeros((3, 6, 5), np.uint16), NumberOfFrames=3)
     keep("cannot be decoded:  ?", "empty.tif", b"II*\0")
     return files
 
@@ -231,6 +230,19 @@ def test_what_is_damaged_or_no_picture_is_refused(tmp_path: Path, as_bytes: bool
         with pytest.raises(DamagedFileError, match=reason) as caught:
             open_array(path.read_bytes() if as_bytes else path, str(path))[:, :]
         assert str(caught.value).startswith(f"{path}: ")
+
+
+def test_a_film_is_refused(tmp_path: Path) -> None:
+    path = dicom(tmp_path / "film.dcm", np.zeros((3, 6, 5), np.uint16), NumberOfFrames=3)
+    with pytest.raises(DamagedFileError, match="a DICOM file of 3 frames; expected one picture per file"):
+        open_array(path)
+
+
+def test_dicom_without_its_package_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = dicom(tmp_path / "ct.dcm", np.zeros((6, 5), np.uint16))
+    monkeypatch.setitem(sys.modules, "pydicom", None)
+    with pytest.raises(DamagedFileError, match=r"ct\.dcm: .*pip install 'fsr_fast\[scientific\]'"):
+        open_array(path)
 
 
 def test_a_tiff_that_ends_too_soon_says_so_where_it_is_read(tmp_path: Path) -> None:

@@ -151,7 +151,7 @@ def test_another_number_of_channels_is_one_clear_error(tmp_path: Path, found: in
 
 def test_channels_that_lie_first_are_noticed(tmp_path: Path) -> None:
     path = save(tmp_path / "picture.npy", np.zeros((5, 9, 11), np.uint8))
-    with pytest.raises(DamagedFileError, match="it seems to lie first: store the channels last"):
+    with pytest.raises(DamagedFileError, match="they seem to lie first: store them last"):
         Reading(channels=5).pixels(path)
 
 
