@@ -224,16 +224,8 @@ def test_the_mask_of_a_geotiff_lies_where_the_picture_lies(five: tuple[Path, Pat
     pixels = np.load(next((root / "JPEGImages").glob("*.npy")))
     place = geotiff(tmp_path / "field.tif", pixels)
     np.save(tmp_path / "plain.npy", pixels)
-    predict(
-        [
-            "--checkpoint",
-            str(folder),
-            str(tmp_path / "field.tif"),
-            str(tmp_path / "plain.npy"),
-            "--output",
-            str(tmp_path / "out"),
-        ]
-    )
+    pictures = [str(tmp_path / "field.tif"), str(tmp_path / "plain.npy")]
+    predict(["--checkpoint", str(folder), *pictures, "--output", str(tmp_path / "out")])
     masks = tmp_path / "out/masks"
     assert sorted(path.name for path in masks.iterdir()) == ["field.png", "field.tif", "plain.png"]
     found, values, colours = read_geotiff(masks / "field.tif")
@@ -246,9 +238,8 @@ def test_the_mask_of_a_geotiff_lies_where_the_picture_lies(five: tuple[Path, Pat
 def test_five_channels_pass_in_tiles_too(five: tuple[Path, Path], tmp_path: Path) -> None:
     root, folder = five
     place = geotiff(tmp_path / "field.tif", np.load(next((root / "JPEGImages").glob("*.npy"))))
-    predict(
-        ["--checkpoint", str(folder), str(tmp_path / "field.tif"), "--output", str(tmp_path), "--tile", "32", "--crf"]
-    )
+    options = ["--checkpoint", str(folder), "--output", str(tmp_path), "--tile", "32", "--crf"]
+    predict([*options, str(tmp_path / "field.tif")])
     found, values, _ = read_geotiff(tmp_path / "masks/field.tif")
     assert found == place
     np.testing.assert_array_equal(values, np.asarray(Image.open(tmp_path / "masks/field.png")))
@@ -258,25 +249,12 @@ def test_five_channels_pass_in_tiles_too(five: tuple[Path, Path], tmp_path: Path
 def test_people_see_the_channels_of_the_preview(five: tuple[Path, Path], tmp_path: Path) -> None:
     root, folder = five
     path = next((root / "JPEGImages").glob("*.npy"))
-    predict(["--checkpoint", str(folder), str(path), "--output", str(tmp_path), "--opacity", "0"])
-    shown = np.asarray(Image.open(tmp_path / "overlays" / f"{path.stem}.png"))
-    expected = load_network(folder).reading.pixels(path)[..., [4, 3, 2]]
-    np.testing.assert_array_equal(shown, expected)
-    predict(
-        [
-            "--checkpoint",
-            str(folder),
-            str(path),
-            "--output",
-            str(tmp_path),
-            "--opacity",
-            "0",
-            "--data.preview_channels",
-            "1",
-        ]
-    )
-    shown = np.asarray(Image.open(tmp_path / "overlays" / f"{path.stem}.png"))
-    np.testing.assert_array_equal(shown, load_network(folder).reading.pixels(path)[..., [0, 0, 0]])
+    pixels = load_network(folder).reading.pixels(path)
+    command = ["--checkpoint", str(folder), str(path), "--output", str(tmp_path), "--opacity", "0"]
+    for option, channels in (([], [4, 3, 2]), (["--data.preview_channels", "1"], [0, 0, 0])):
+        predict([*command, *option])
+        shown = np.asarray(Image.open(tmp_path / "overlays" / f"{path.stem}.png"))
+        np.testing.assert_array_equal(shown, pixels[..., channels])
 
 
 def test_files_and_arrays_are_segmented_alike(five: tuple[Path, Path]) -> None:
