@@ -24,7 +24,7 @@ from fsr_fast.models import load_network
 from fsr_fast.models.build import build_network, open_trained
 from fsr_fast.options import given
 from fsr_fast.reporting.demo import DemoServer
-from fsr_fast.runtime.checkpoint import read_checkpoint
+from fsr_fast.runtime.checkpoint import list_checkpoints, read_checkpoint
 from fsr_fast.train import main as train
 from tests import helpers
 
@@ -97,9 +97,11 @@ def test_a_run_goes_on_with_the_window_that_it_began_with(tmp_path: Path) -> Non
     _, deep = twins(tmp_path)
     short = {"optim": {"iterations": 4}, "run": {"checkpoint_every": 2, "keep_checkpoints": 5}}
     folder = run(tmp_path, deep, short)
-    (folder / "checkpoints" / sorted(path.name for path in (folder / "checkpoints").glob("*.pt"))[-1]).unlink()
-    for path in (deep / "JPEGImages").glob("*.npy"):  # another range, were it measured anew
-        np.save(path, np.load(path) // 2)
+    list_checkpoints(folder)[-1].unlink()
+    for path in (deep / "JPEGImages").iterdir():  # another range, were it measured anew
+        values = np.load(path) if path.suffix == ".npy" else tifffile.imread(path)
+        path.unlink()
+        np.save(path.with_suffix(".npy"), values // 2)
     run(tmp_path, deep, short, {"data": {"fingerprint": "off"}})
     assert read_checkpoint(folder)["input"]["window"] == [[0.0, 4095.0]]
 
