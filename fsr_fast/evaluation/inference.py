@@ -263,7 +263,8 @@ def _open(image: Picture, network: Network) -> np.ndarray:
     if isinstance(image, str | Path):
         return read_picture(Path(image), reading=network.reading)
     if isinstance(image, Image.Image):
-        image = np.asarray(image if channels == len(image.getbands()) != 3 else image.convert("RGB"))
+        stored = image.mode == {1: "L", 2: "LA", 4: "RGBA"}.get(channels)
+        image = np.asarray(image if stored else image.convert("RGB"))
     if image.ndim == 2:
         image = image[..., None]
     if image.ndim == 3 and image.shape[2] == 1 and channels == 3:
