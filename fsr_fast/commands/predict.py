@@ -1,8 +1,8 @@
 """Segment pictures: `fsr-fast predict --checkpoint RUN PICTURES… --output DIR`.
 
 Writes masks (palette PNG: the pixel value is the class), overlays, a heat map for each class that is taken to be
-there, and the probability and area of each class as scores.json and results.csv. The mask
-of a GeoTIFF is written as GeoTIFF, too.
+there, and the probability and area of each class as scores.json and results.csv. The mask of a GeoTIFF is written as
+GeoTIFF, too.
 """
 
 import argparse
