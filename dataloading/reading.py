@@ -26,6 +26,7 @@ Window = tuple[tuple[float, float], ...]
 
 FULL: Window = ((0, 2**16 - 1),)
 """Of whole numbers where no window is known."""
+BAND = 256  # rows whose steps are computed at a time, in float64
 DARK = 32  # of 255; a picture of whole numbers that nowhere gets there was meant for another window
 
 logger = logging.getLogger(__name__)
@@ -205,20 +206,24 @@ def check_finite(values: NDArray[Any], where: str) -> None:
 
 
 def to_bytes(values: NDArray[Any], window: Window) -> NDArray[np.uint8]:
-    """Bring values to 0…255: 256 equal steps from the lowest to the highest value of the window, which are the ends.
+    """Bring values to 0…255: 256 equal steps from the lowest to the highest value of the window, the end of the last.
+
+    Of 12 or 16 bits, with all their values as the window, these are the upper eight bits.
 
     Args:
-        values: (…, C), whole numbers or floating point.
+        values: (H, W, C), whole numbers or floating point.
         window: of all channels, or of each.
 
     Returns:
-        (…, C).
+        (H, W, C).
     """
-    exact: Any = np.float32 if values.dtype.itemsize <= 2 else np.float64
-    low: NDArray[Any] = np.array([ends[0] for ends in window], exact)
-    high: NDArray[Any] = np.array([ends[1] for ends in window], exact)
-    width = high - low + (values.dtype.kind != "f")  # the last step of whole numbers holds the highest
-    return np.floor((values.astype(exact) - low) * (256 / width).astype(exact)).clip(0, 255).astype(np.uint8)
+    low = np.array([ends[0] for ends in window])
+    scale = 256 / (np.array([ends[1] for ends in window]) - low)
+    steps = np.empty(values.shape, np.uint8)
+    for top in range(0, len(values), BAND):
+        band = slice(top, top + BAND)
+        steps[band] = np.floor((values[band] - low) * scale).clip(0, 255)
+    return steps
 
 
 def given_window(data: DataConfig) -> Window | None:
