@@ -212,8 +212,10 @@ def test_the_sample_is_the_same_each_time_and_leaves_damaged_pictures_out(tmp_pa
 
 def test_mean_and_deviation_are_those_of_what_the_network_sees(tmp_path: Path) -> None:
     values = RANDOM.integers(0, 256, (30, 20, 4), dtype=np.uint8)
+    values[:9, ..., 0] = 250
     values[..., 3] = 9
-    found = measure(Files(save(tmp_path / "a.npy", values)), DataConfig(), Reading(channels=4), normalisation=True)
+    files = Files(save(tmp_path / "a.npy", values[:12]), save(tmp_path / "b.npy", values[12:]))
+    found = measure(files, DataConfig(), Reading(channels=4), normalisation=True)
     np.testing.assert_allclose(found.mean, values.mean((0, 1)) / 255)
     np.testing.assert_allclose(found.std[:3], values.std((0, 1))[:3] / 255)
     assert found.std[3] == 1 / 255  # of a constant channel one grey level, not 0
