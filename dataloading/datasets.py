@@ -17,6 +17,7 @@ from PIL import Image
 from fsr_fast.config import DataConfig
 from fsr_fast.config_sections import BUILT_IN_DATASETS
 from fsr_fast.dataloading import synthetic
+from fsr_fast.dataloading.arrays import Pixels
 from fsr_fast.dataloading.batch import EncodedImage, ImageSet, Order
 from fsr_fast.dataloading.class_names import COCO_CLASSES, VOC_CLASSES, check_class_names
 from fsr_fast.dataloading.coco import has_instances, open_coco
@@ -107,6 +108,10 @@ class SegmentationDataset:
             return EncodedImage(path.read_bytes(), self.labels[index], str(path))
         except OSError as error:
             raise DamagedFileError(f"{path}: cannot be read: {error}") from None
+
+    def open_large(self, index: int) -> Pixels | None:
+        """Open an image to be read by region; None: it is small, or its format does not allow it."""
+        return self.reading.open_large(self.image_path(index))
 
     def order(self, seed: int, epoch: int) -> Order:
         """Return the order of an epoch of training: one permutation of all images."""

@@ -27,6 +27,7 @@ Window = tuple[tuple[float, float], ...]
 FULL: Window = ((0, 2**16 - 1),)
 """Of whole numbers where no window is known."""
 BAND = 256  # rows whose steps are computed at a time, in float64
+LARGE_PIXELS = 2**22  # pictures of more are trained on by region where their format allows it
 DARK = 32  # of 255; a picture of whole numbers that nowhere gets there was meant for another window
 
 logger = logging.getLogger(__name__)
@@ -92,6 +93,19 @@ class Reading:
         """Open a picture to be read by region, `[y0:y1, x0:x1]`: (h, w, C) uint8; raises as `pixels`, also there."""
         where = name or (str(source) if isinstance(source, Path) else "image")
         return _Windowed(open_array(source, where, max_pixels=self.max_pixels), self, where)
+
+    def open_large(self, path: Path) -> Pixels | None:
+        """Open a file whose format allows regions to be read, if its picture is large; None: it is decoded whole.
+
+        Raises:
+            DamagedFileError: as `pixels`; slicing raises it, too.
+        """
+        try:
+            by_region = start_of(path).startswith((NUMPY, *tiff.MAGIC))
+        except OSError:
+            by_region = False  # said where it is read
+        opened = self.open(path) if by_region else None
+        return opened if opened is not None and math.prod(opened.shape[:2]) > LARGE_PIXELS else None
 
     def colours(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """Return the colours (H, W, 3) of what `pixels` gave, by the channels of the preview."""

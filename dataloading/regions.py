@@ -12,6 +12,8 @@ from fsr_fast.dataloading.arrays import Pixels
 
 BAND = 256
 """Rows that are read at a time."""
+CROP_PIXELS = 2**24
+"""Crops of a training are read pixel by pixel up to this size."""
 
 
 def read_scaled(
@@ -36,13 +38,34 @@ def read_scaled(
     height, width = rows.stop - rows.start, columns.stop - columns.start
     if (height, width) == size:
         return pixels[rows, columns]
-    times = max(1, min(height // size[0], width // size[1]) // 2)
+    reduced = read_reduced(pixels, rows, columns, max(1, min(height // size[0], width // size[1]) // 2))
+    return apply_to_bands(reduced, lambda band: band.resize((size[1], size[0]), filter))
+
+
+def read_reduced(pixels: Pixels, rows: slice, columns: slice, times: int) -> NDArray[np.uint8]:
+    """Read a region, and average squares of `times` pixels a side; some rows at a time."""
+    if times == 1:
+        return pixels[rows, columns]
     step = max(1, BAND // times) * times
-    parts = []
-    for top in range(rows.start, rows.stop, step):
-        part = pixels[top : min(top + step, rows.stop), columns]
-        parts.append(apply_to_bands(part, lambda band: band.reduce(times)) if times > 1 else part)
-    return apply_to_bands(np.concatenate(parts), lambda band: band.resize((size[1], size[0]), filter))
+    bands = (slice(top, min(top + step, rows.stop)) for top in range(rows.start, rows.stop, step))
+    return np.concatenate([apply_to_bands(pixels[band, columns], lambda part: part.reduce(times)) for band in bands])
+
+
+def read_crop(pixels: Pixels, rows: slice, columns: slice, size: int) -> NDArray[np.uint8]:
+    """Read a crop that will be resized to `size` pixels a side; one of many pixels is averaged, to twice that or more.
+
+    Args:
+        pixels: (H, W, channels) uint8.
+        rows: of the crop.
+        columns: of the crop.
+        size: side of the view.
+
+    Returns:
+        (h, w, channels): every pixel, unless there are more than `CROP_PIXELS`.
+    """
+    height, width = rows.stop - rows.start, columns.stop - columns.start
+    times = max(1, min(height, width) // (2 * size)) if height * width > CROP_PIXELS else 1
+    return read_reduced(pixels, rows, columns, times)
 
 
 def apply_to_bands(pixels: NDArray[np.uint8], change: Callable[[Image.Image], Image.Image]) -> NDArray[np.uint8]:

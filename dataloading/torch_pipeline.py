@@ -14,6 +14,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from fsr_fast.config import AugmentConfig, DataConfig
+from fsr_fast.dataloading.arrays import Pixels
 from fsr_fast.dataloading.augment import (
     View,
     apply_view,
@@ -23,7 +24,9 @@ from fsr_fast.dataloading.augment import (
     draw_view_at,
 )
 from fsr_fast.dataloading.batch import Batch, TrainSource
+from fsr_fast.dataloading.datasets import SegmentationDataset
 from fsr_fast.dataloading.pixels import normalise
+from fsr_fast.dataloading.regions import read_crop
 from fsr_fast.dataloading.stream import Positions, Stream, StreamLoader, read_ahead
 from fsr_fast.errors import UserError
 
@@ -120,7 +123,12 @@ class _Views(Dataset[Any]):
                 self.erase(views[number][item], int(seeds[number, item]) + 1)
         return Batch(views, torch.from_numpy(np.stack(labels)), torch.tensor(indices), dict(self.stream.bad))
 
-    def _make(self, image: Picture, view: View) -> NDArray[np.uint8]:
+    def _make(self, image: Picture | Pixels, view: View) -> NDArray[np.uint8]:
+        if not isinstance(image, Image.Image | np.ndarray):
+            rows, columns = slice(view.top, view.top + view.height), slice(view.left, view.left + view.width)
+            part = read_crop(image, rows, columns, self.size)
+            view = view._replace(top=0, left=0, height=part.shape[0], width=part.shape[1])
+            image = Image.fromarray(part) if part.shape[2] == 3 else part
         if isinstance(image, Image.Image):
             return np.asarray(apply_view(image, view, self.size, self.policy))
         return apply_view_to_channels(image, view, self.size)
@@ -128,7 +136,10 @@ class _Views(Dataset[Any]):
     def _decoded(self, index: int) -> _Decoded:
         decoded = self.cache.get(index)
         if decoded is None:
-            data, labels, name = self.stream.dataset.encoded(index)
+            files = self.stream.dataset
+            if isinstance(files, SegmentationDataset) and (large := files.open_large(index)) is not None:
+                return _Decoded(large, large.shape[0], large.shape[1], files.labels[index])
+            data, labels, name = files.encoded(index)
             image, channels = self.reading.picture(data, name), self.reading.channels
             height, width = (image.height, image.width) if isinstance(image, Image.Image) else image.shape[:2]
             decoded = _Decoded(image, height, width, labels)
@@ -145,7 +156,7 @@ Picture = Image.Image | NDArray[np.uint8]
 
 
 class _Decoded(NamedTuple):
-    image: Picture
+    image: Picture | Pixels
     height: int
     width: int
     labels: NDArray[np.float32]
