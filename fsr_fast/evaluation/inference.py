@@ -21,7 +21,7 @@ from fsr_fast.dataloading.images import DamagedFileError
 from fsr_fast.dataloading.reading import COLOURS, Reading
 from fsr_fast.errors import UserError
 from fsr_fast.evaluation.large import Cut, LargePicture, plan_picture
-from fsr_fast.evaluation.passes import Passed, Side, largest_side, pass_scales, scale_pixels
+from fsr_fast.evaluation.passes import Passed, Side, pass_scales, passing_side, scale_pixels
 from fsr_fast.kernels import MergedCams
 from fsr_fast.method.cam import dense_cams, merge_passes
 from fsr_fast.models import Network
@@ -225,7 +225,7 @@ def segment_batch(
     cut = plan_picture(settings, network, size)
     if cut is not None:
         return [_segment_large(network, pixels, cut, options) for pixels in whole]
-    longest = largest_side(settings.side, network)
+    longest = passing_side(settings, network)
     small = torch.stack([torch.tensor(scale_pixels(pixels, longest)).permute(2, 0, 1) for pixels in whole])
     result = infer(network, network.normalise(small), size=size, **options)
     cams = dense_cams(result.cams, len(network.classes)).cpu().numpy()

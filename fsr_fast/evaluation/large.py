@@ -27,7 +27,7 @@ from fsr_fast.dataloading.regions import read_scaled
 from fsr_fast.evaluation.activations import Activations
 from fsr_fast.evaluation.crf import CrfPool
 from fsr_fast.evaluation.label_maps import Kind, Labels, labels_of_cams, labels_of_logits, labels_of_marginals
-from fsr_fast.evaluation.passes import Passed, largest_side, pass_scales, run_trunk, working_size
+from fsr_fast.evaluation.passes import Passed, largest_side, pass_scales, passing_side, run_trunk, working_size
 from fsr_fast.evaluation.tiling import Plan, blend, plan_tiles
 from fsr_fast.kernels import present_classes
 from fsr_fast.kernels.bilinear import resize_matrix
@@ -72,8 +72,7 @@ def plan_picture(evaluate: EvaluateConfig, network: Network, size: tuple[int, in
     patch, tile = network.encoder.patch_size, evaluate.tile
     if evaluate.protocol == "official":
         return None
-    side = None if evaluate.side == "auto" and isinstance(tile, int) else largest_side(evaluate.side, network)
-    working = working_size(size, side)
+    working = working_size(size, passing_side(evaluate, network))
     usual = largest_side("auto", network) or 0
     if tile == "auto":
         tile = usual if math.prod(-(-length // patch) for length in working) > AUTO_PATCHES else None

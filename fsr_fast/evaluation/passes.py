@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from fsr_fast.config import EvaluateConfig
 from fsr_fast.dataloading.regions import apply_to_bands
 from fsr_fast.method.cam import ScalePass, pair_mirrored, resize_images, scaled_size
 from fsr_fast.models import Network
@@ -36,6 +37,12 @@ def working_size(size: tuple[int, int], side: int | None) -> tuple[int, int]:
 def largest_side(side: Side, network: Network) -> int | None:
     """Return what `evaluate.side` means for a network: the longest side in pixels, or None."""
     return max(512, 2 * network.image_size) if side == "auto" else side
+
+
+def passing_side(evaluate: EvaluateConfig, network: Network) -> int | None:
+    """Return the longest side at which pictures pass: with a number for `tile`, `side: auto` means every pixel."""
+    every = evaluate.side == "auto" and isinstance(evaluate.tile, int)
+    return None if every else largest_side(evaluate.side, network)
 
 
 def scale_pixels(pixels: np.ndarray, side: int | None) -> np.ndarray:

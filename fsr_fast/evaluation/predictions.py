@@ -18,7 +18,7 @@ from fsr_fast.evaluation.inference import Inference, infer_like, inference_setti
 from fsr_fast.evaluation.label_maps import Kind, Labels, labels_of_cams, labels_of_logits, labels_of_marginals
 from fsr_fast.evaluation.large import Cut, LargePicture, plan_picture
 from fsr_fast.evaluation.official_protocol import infer_officially
-from fsr_fast.evaluation.passes import largest_side, patch_sizes, scale_pixels, working_size
+from fsr_fast.evaluation.passes import passing_side, patch_sizes, scale_pixels, working_size
 from fsr_fast.evaluation.samples import Failure, Sample, batches_of_like_size, read_samples
 from fsr_fast.models import Network
 
@@ -70,7 +70,7 @@ def predict_images(
         pool = CrfPool(evaluate.crf_backend, device, workers=evaluate.crf_workers, images=len(indices))
     stream = _Stream(network, config, device, kinds, labelled, confidence, pool)
     scales = [*config.cam.scales, *evaluate.scales]
-    side = largest_side(evaluate.side, network)
+    side = passing_side(evaluate, network)
 
     def alike(size: tuple[int, int]) -> Hashable:
         large = plan_picture(evaluate, network, size) is not None
@@ -177,7 +177,7 @@ class _Stream:
             "amp": self.config.run.amp,
         }
         if evaluate.protocol == "own":
-            side = largest_side(evaluate.side, self.network)
+            side = passing_side(evaluate, self.network)
             images = [self._normalise(scale_pixels(sample.pixels, side)) for sample in batch]
             sizes = [(sample.image.shape[0], sample.image.shape[1]) for sample in batch]
             return infer_like(self.network, images, labels, sizes=sizes, **options)

@@ -283,3 +283,20 @@ def test_segment_takes_tiles():
     for options, message in (({"tile": 0}, "tile: 0; expected"), ({"overlap": 0.9}, "overlap: 0.9; expected 0 to")):
         with pytest.raises(UserError, match=message):
             segment(NETWORK, pixels, **options)
+
+
+def test_with_a_tile_pictures_that_are_no_larger_pass_whole_and_at_their_size(tmp_path):
+    wide = picture(40, 520)  # more than the 512 pixels of `side: auto`
+    seen = []
+    embed = NETWORK.encoder.patch_embed["proj"]
+    hook = embed.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[-1]))
+    segment(NETWORK, wide, tile=520)
+    root = helpers.write_dataset(tmp_path / "data")
+    Image.fromarray(wide).save(root / "JPEGImages/picture_8.jpg")
+    Image.fromarray(np.zeros((40, 520), np.uint8)).save(root / "SegmentationClass/picture_8.png")
+    config = helpers.config({"data": {"root": str(root)}, "evaluate": {"tile": 520}})
+    _, dataset = build_datasets(config.data)
+    list(predictions.predict_images(NETWORK, dataset, [0], config, CPU, []))
+    hook.remove()
+    assert max(seen[:-2]) == 784  # 1.5 times 520, in whole patches
+    assert seen[-2:] == [520, 520]
