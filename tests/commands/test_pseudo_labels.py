@@ -15,6 +15,7 @@ from PIL import Image
 from fsr_fast.commands import pseudo_labels as label_images
 from fsr_fast.commands.pseudo_labels import main
 from fsr_fast.config import build_config
+from fsr_fast.dataloading import label_files
 from fsr_fast.dataloading.class_names import COCO_CLASSES, VOC_CLASSES
 from fsr_fast.dataloading.datasets import build_datasets
 from fsr_fast.dataloading.names import Names
@@ -88,6 +89,18 @@ def test_segmentations_are_written_with_their_probability(tmp_path, root):
     found = expected(helpers.write_dataset(tmp_path / "again", train=6, val=1), 4).seg_logits[0].softmax(0)
     assert (read(output / "labels" / "picture_4.png") == found.argmax(0).numpy()).mean() > 0.99
     assert np.abs(read(output / "confidence" / "picture_4.png") - 255 * found.amax(0).numpy()).mean() < 1
+
+
+def test_large_label_maps_are_tiled_tiff_but_for_readers_that_want_png(tmp_path, root, monkeypatch):
+    output = label(tmp_path / "small", root, "--tile", "24")
+    monkeypatch.setattr(label_files, "LARGE_PIXELS", 100)
+    large = label(tmp_path / "large", root, "--tile", "24")
+    for part in ("labels", "confidence"):
+        assert sorted(path.name for path in (large / part).iterdir()) == [f"{name}.tif" for name in TRAIN]
+        for name in TRAIN:
+            assert np.array_equal(read(large / part / f"{name}.tif"), read(output / part / f"{name}.png"))
+    masks = label(tmp_path / "mmseg", root, "--tile", "24", "--layout", "mmseg") / "ann_dir/train"
+    assert np.array_equal(read(masks / "picture_0.png"), read(output / "labels/picture_0.png"))
 
 
 def test_the_label_maps_of_the_crf_are_those_that_evaluation_scores(tmp_path, root):

@@ -14,10 +14,11 @@ from fsr_fast.config import EvaluateConfig
 from fsr_fast.dataloading.datasets import build_datasets
 from fsr_fast.dataloading.regions import read_scaled
 from fsr_fast.errors import UserError
-from fsr_fast.evaluation import activations, large, predictions, tiling
+from fsr_fast.evaluation import activations, evaluator, large, predictions, tiling
 from fsr_fast.evaluation.crf import CrfPool, dense_crf
 from fsr_fast.evaluation.inference import infer
 from fsr_fast.evaluation.large import LargePicture, plan_picture
+from fsr_fast.runtime.distributed import Process
 from tests import helpers
 
 RECIPE = helpers.config()
@@ -248,6 +249,19 @@ def test_a_list_is_labelled_in_tiles_as_single_pictures_are(tmp_path):
             assert found.confidence.shape == found.labels.shape
             assert 0 <= found.confidence.min() <= found.confidence.max() <= 1
         assert np.array_equal(result.class_logits, source.class_logits.numpy())
+
+
+def test_of_a_large_picture_every_nth_pixel_is_kept_for_the_report(tmp_path, monkeypatch):
+    for module in (activations, evaluator):
+        monkeypatch.setattr(module, "PREVIEW", 16)
+    root = helpers.write_dataset(tmp_path / "data", val=1)
+    config = helpers.config({"data": {"root": str(root)}, "evaluate": {"tile": 24}})
+    _, dataset = build_datasets(config.data)
+    process = Process(0, 1, CPU)
+    (example,) = evaluator.evaluate_network(NETWORK, dataset, config, process, examples=1).examples
+    shapes = {part.shape[:2] for part in (example.image, example.truth, example.cam, example.pseudo, example.seg)}
+    assert shapes == {(14, 12)}  # of 40 by 36
+    assert np.array_equal(example.truth, dataset.mask(0)[::3, ::3])
 
 
 def test_a_picture_of_a_list_that_cannot_be_done_is_a_failure_of_its_own(tmp_path, monkeypatch):
