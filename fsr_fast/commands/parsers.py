@@ -30,8 +30,7 @@ _INFERENCE = {
     ),
     "--tile": Short(
         "evaluate.tile",
-        "side, in pixels, of the tiles in which larger pictures pass, every pixel of them unless --side is given, too; "
-        "auto: only pictures of more than 16,384 patches are cut; none: no picture",
+        "side of the tiles of larger pictures, which --side alone scales down; auto: above 16,384 patches; none: never",
     ),
     "--overlap": Short("evaluate.overlap", "least part of a tile that it shares with the next one, 0 to 0.75 (0.25)"),
     "--no-flip": Short("evaluate.flip", "leave the mirror images of the segmentation out", "false"),
@@ -132,8 +131,7 @@ def serve() -> Parser:
 Try a network in the browser: open the page and drop a picture on it. It answers this machine alone unless --host says
 otherwise. Pictures stay in memory; nothing is written.""",
     )
-    cutting = ("--side", "--tile", "--overlap")
-    _add_trained(parser, {**{name: key for name, key in _INFERENCE.items() if name not in cutting}, **_DEVICE})
+    _add_trained(parser, {**{name: _INFERENCE[name] for name in ("--scales", "--no-flip")}, **_DEVICE})
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; others than this let others in")
     parser.add_argument("--port", type=int, default=8000, help="0: any free one")
     parser.add_argument("--max-mib", type=int, default=16, help="largest picture file, MiB")
