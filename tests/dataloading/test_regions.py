@@ -72,12 +72,10 @@ def test_crops_of_a_large_tiff_are_read_by_region_and_are_those_of_the_whole_bit
 ):
     values = pixels(channels)
     whole = views(batches(tmp_path / "whole", "tif", values))
-    everything = len(decoded)
     decoded.clear()
     monkeypatch.setattr(reading, "LARGE_PIXELS", 1000)
     assert torch.equal(views(batches(tmp_path / "region", "tif", values)), whole)
-    assert 0 < len(decoded) < everything / 2 or everything == 0  # Pillow decodes small RGB
-    assert len(set(decoded)) < channels * (SIDE // TILE) ** 2
+    assert 0 < len(set(decoded)) < (SIDE // TILE) ** 2
 
 
 def test_other_formats_and_small_pictures_are_decoded_whole_as_ever(tmp_path, monkeypatch, decoded):
