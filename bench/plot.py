@@ -251,6 +251,22 @@ def _kind_of_difference(name: str, iterations: int) -> str:
     return f"{part}: {energy}" if energy else {"network": "network: all outputs", "operation": "operations"}[part]
 
 
+def tabulate_depth(shared: list[Cases], never: list[Cases]) -> str:
+    """Return the table of the demonstration with its own `teacher.stochastic_depth`, `shared`, and with `never`."""
+    scores = {
+        name: {content["seed"]: content for cases in records for content in cases.values()}
+        for name, records in (("shared", shared), ("never", never))
+    }
+    seeds = sorted(set(scores["shared"]) & set(scores["never"]))
+    lines = [f"| mIoU of seeds {', '.join(map(str, seeds))} | pseudo | seg |", "|---|---|---|"]
+    runs = {name: [[known[seed][kind]["mean"] for seed in seeds] for kind in KINDS] for name, known in scores.items()}
+    for name, kinds in runs.items():
+        lines.append(f"| `{name}` | {' | '.join(_spread(values) for values in kinds)} |")
+    pairs = ([own - other for own, other in zip(*kinds, strict=True)] for kinds in zip(*runs.values(), strict=True))
+    lines.append(f"| `shared` - `never`, seed by seed | {' | '.join(_spread(values, '+.1f') for values in pairs)} |")
+    return "\n".join(lines)
+
+
 def _spread(values: list[float], form: str = ".1f") -> str:
     """Return values, their mean and their standard deviation."""
     deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
@@ -282,6 +298,7 @@ def tabulate(results: Path) -> dict[str, str]:
         "official in full": tabulate_official(read_cases(results, "official"), whole=True),
         "sizes": tabulate_sizes(read_cases(results, "sizes")),
         **{f"table {number}": tabulate_rows(read_cases(results, "tables"), number) for number in (3, 4)},
+        "depth": tabulate_depth(read_cases(results, "seeds"), read_cases(results, "depth")),
         "rehearsal": tabulate_rehearsal(read_cases(results, "rehearsal")),
     }
 

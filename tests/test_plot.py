@@ -151,6 +151,19 @@ def test_differences_from_the_official_code_are_tabulated_by_kind_and_in_full():
     assert len(plot.tabulate_official(records, whole=True).splitlines()) == 2 + len(differences)
 
 
+def test_both_settings_of_stochastic_depth_are_tabulated_seed_by_seed():
+    def runs(name, *means):
+        return {
+            f"{name} {seed}": {"seed": seed, "pseudo": {"mean": mean}, "seg": {"mean": mean - 1}}
+            for seed, mean in enumerate(means)
+        }
+
+    lines = plot.tabulate_depth([runs("seeds", 80.0, 84.0, 99.0)], [runs("depth", 81.0, 82.0)]).splitlines()
+    assert lines[0] == "| mIoU of seeds 0, 1 | pseudo | seg |", "seeds of both alone"
+    assert lines[2] == "| `shared` | 80.0, 84.0: 82.0 ± 2.8 | 79.0, 83.0: 81.0 ± 2.8 |"
+    assert lines[4] == "| `shared` - `never`, seed by seed | -1.0, +2.0: +0.5 ± 2.1 | -1.0, +2.0: +0.5 ± 2.1 |"
+
+
 @pytest.mark.parametrize(("limit", "part"), [(None, "evaluate"), (2000, "evaluate, 2,000 images")])
 def test_rehearsals_are_tabulated_by_part(limit, part):
     measured = {"seconds": 99.0, "cpu_seconds": 12.34, "memory_mib": 512, "open_files": 9}
