@@ -77,7 +77,7 @@ def draw_rows(cases: Cases, number: int, path: Path) -> None:
         axes.grid(axis="x", alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_yticks(range(len(rows)), [row["row"] for row in rows])
-    axes.invert_yaxis()
+    axes.set_ylim(len(rows) - 0.5, -0.5)
     _save(figure, path)
 
 
