@@ -155,7 +155,7 @@ class DataConfig(Section):
     @model_validator(mode="after")
     def _whole_window(self) -> Self:
         words = self.window if self.window != "auto" else (0.0, 1.0)
-        shares = words[0] == "percentile"
+        shares = words[:1] == ("percentile",)
         ends = [word for word in words[shares:] if isinstance(word, float)]
         pairs = list(zip(ends[::2], ends[1::2], strict=False))
         whole = len(ends) == len(words) - shares and len(ends) % 2 == 0 and pairs and (len(pairs) == 1 or not shares)

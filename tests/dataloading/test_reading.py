@@ -309,6 +309,7 @@ def test_shards_hold_deep_pictures_as_they_are(tmp_path: Path, channels: int, en
     [
         ({"data": {"window": [5, 4]}}, r"data\.window: .*expected auto, percentile LOW HIGH"),
         ({"data": {"window": ["percentile", 5, 400]}}, r"data\.window"),
+        ({"data": {"window": []}}, r"data\.window"),
         ({"data": {"window": [0, 1, 2]}}, r"data\.window"),
         ({"data": {"window": [0, 1, 0, 1]}}, r"data\.window: 2 pairs for 3 channels"),
         ({"data": {"preview_channels": [1, 2]}}, r"preview_channels: 2 channels; expected one or three"),
