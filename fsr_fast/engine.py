@@ -17,8 +17,9 @@ from fsr_fast.models import Network
 from fsr_fast.models.attention import Backend, Backends, Groups, choose_backend, fastest_backend
 from fsr_fast.models.encoder import Encoder
 from fsr_fast.models.float8 import has_float8
-from fsr_fast.runtime.distributed import from_first, is_first, world_size
+from fsr_fast.runtime.distributed import from_first, world_size
 from fsr_fast.runtime.precision import uses_half
+from fsr_fast.runtime.terminal import on_main_process
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +57,7 @@ def _measure_backends(step: FSRStep, evaluation: Backend) -> Backends:
     alike, several = training_groups(step, world_size())
     fastest = partial(fastest_backend, heads=heads, width=encoder.width // heads, device=step.device)
     single, packed = from_first(
-        (fastest(alike, gradient=True), fastest(several, gradient=False)) if is_first() else None
+        (fastest(alike, gradient=True), fastest(several, gradient=False)) if on_main_process() else None
     )
     return Backends(single, packed, evaluation)
 

@@ -96,11 +96,6 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def is_first() -> bool:
-    """Whether this process is the first, or alone."""
-    return not dist.is_initialized() or dist.get_rank() == 0
-
-
 def from_first(values: Any) -> Any:
     """Return what the first process gives; the others' values do not count."""
     held = [values]
