@@ -15,3 +15,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="no CUDA GPU"))
+
+
+@pytest.fixture
+def no_plugins(monkeypatch):
+    """Begin with no plug-in, and forget after the test what it has registered."""
+    from fsr_fast.plugins import BACKBONES, DATASETS, LOSSES
+
+    for registry in (LOSSES, DATASETS, BACKBONES):
+        monkeypatch.setattr(registry, "_found", {})

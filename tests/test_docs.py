@@ -120,7 +120,7 @@ def run(command: str, folder: Path) -> None:
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch) -> Path:
+def folder(tmp_path, monkeypatch, no_plugins) -> Path:
     synthetic.generate(tmp_path / "data/synthetic", train=24, val=6, processes=1)
     pictures = tmp_path / "data/synthetic/JPEGImages"
     for number in range(3):  # the pages name pictures of the whole set's validation list

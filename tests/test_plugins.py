@@ -71,10 +71,8 @@ def build_thin(pretrained, width=32):
 
 
 @pytest.fixture
-def plugin(tmp_path, monkeypatch) -> str:
-    """Lay a module down where Python finds it; nothing of it is registered after the test."""
-    for registry in (LOSSES, DATASETS, BACKBONES):
-        monkeypatch.setattr(registry, "_found", {})
+def plugin(tmp_path, monkeypatch, no_plugins) -> str:
+    """Lay a module down where Python finds it."""
     (tmp_path / "of_mine").mkdir()
     (tmp_path / "of_mine/__init__.py").touch()
     (tmp_path / "of_mine/method.py").write_text(PLUGIN)
@@ -209,7 +207,7 @@ def test_an_unknown_name_lists_what_is_registered(plugin):
         build_network(config.model, helpers.CLASSES, 32)
 
 
-def test_without_its_plugin_a_name_says_how_to_bring_it():
+def test_without_its_plugin_a_name_says_how_to_bring_it(no_plugins):
     assert refusal("--loss.extra", "spread=1").endswith("is known once --run.plugins names its module)")
     assert "is known once --run.plugins names its module); did you mean 'coco'?" in refusal(
         "--data.dataset", "mycoco", "--data.root", "x"
