@@ -21,6 +21,7 @@ ROOT = RESULTS.parent.parent
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "evidence.md")
 PICTURES = ROOT / "docs" / "images"
 Cases = dict[str, dict[str, Any]]
+WAITING = {"package": "as the package sets them", "openmp": "OpenMP's default", "passive": "sleep at once"}
 
 
 def read_cases(results: Path, bench: str) -> list[Cases]:
@@ -279,6 +280,16 @@ def _with_worst(scores: dict[str, Any]) -> tuple[float, str, float]:
     return scores["mean"], name, worst
 
 
+def tabulate_waiting(records: list[Cases]) -> str:
+    """Return the table of a training's speed under settings of OpenMP, alone and beside a busy process."""
+    lines = ["| waiting threads | alone | beside a busy process |", "|---|---|---|"]
+    for cases in records:
+        alone, beside = (cases[f"waiting {others}"]["pictures_per_second"] for others in (0, 1))
+        for name, title in WAITING.items():
+            lines.append(f"| {title} | {_spread(alone[name], '.0f')} | {_spread(beside[name], '.0f')} |")
+    return "\n".join(lines)
+
+
 def tabulate_sizes(records: list[Cases]) -> str:
     """Return the table of what an installation takes on disk."""
     lines = ["| installation | on disk |", "|---|---|"]
@@ -296,6 +307,7 @@ def tabulate(results: Path) -> dict[str, str]:
         "seeds": tabulate_seeds(read_cases(results, "seeds")),
         "official": tabulate_official(read_cases(results, "official"), whole=False),
         "official in full": tabulate_official(read_cases(results, "official"), whole=True),
+        "waiting": tabulate_waiting(read_cases(results, "waiting")),
         "sizes": tabulate_sizes(read_cases(results, "sizes")),
         **{f"table {number}": tabulate_rows(read_cases(results, "tables"), number) for number in (3, 4)},
         "depth": tabulate_depth(read_cases(results, "seeds"), read_cases(results, "depth")),

@@ -1,5 +1,6 @@
 """The training loop: data → step → optimiser → teacher → log → checkpoint. No maths."""
 
+import functools
 import logging
 import math
 import statistics
@@ -57,6 +58,7 @@ PICTURES = 6
 
 
 logger = logging.getLogger(__name__)
+_ceiling = functools.cache(measure_ceiling)
 
 
 class Trainer:
@@ -190,7 +192,7 @@ class Trainer:
         optim = self.config.optim
         averages = Averages()
         device, processes = self.process.device, self.process.world_size
-        ceiling = processes * measure_ceiling(device, self.config.run.amp)
+        ceiling = processes * _ceiling(device, self.config.run.amp)
         progress = TrainingProgress(optim.iterations, start=self.iteration, device=device, ceiling=ceiling)
         with progress:
             if self._missed:

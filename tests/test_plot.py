@@ -57,6 +57,14 @@ def test_kernels_are_tabulated_by_phase(tmp_path):
     assert "forward + backward" in both
 
 
+def test_the_speed_of_waiting_threads_is_tabulated_alone_and_beside_another_process():
+    rates = {"package": [100.0, 102.0], "openmp": [90.0, 92.0], "passive": [80.0, 82.0]}
+    halves = {name: [rate / 2 for rate in values] for name, values in rates.items()}
+    record = {f"waiting {others}": {"pictures_per_second": found} for others, found in enumerate((rates, halves))}
+    row = plot.tabulate_waiting([record]).splitlines()[2]
+    assert row == "| as the package sets them | 100, 102: 101 ± 1.4 | 50, 51: 50 ± 0.7 |"
+
+
 @pytest.mark.parametrize(("device", "panels"), [("cpu-x", 1), ("NVIDIA-H200", 2)])
 def test_the_waterfall_shows_every_technique_and_memory_on_a_gpu(tmp_path, device, panels):
     plot.draw_waterfall(cases(device), tmp_path / "waterfall.svg")
