@@ -279,10 +279,13 @@ def untrained_decoder(config: Config, iterations: int) -> str | None:
         return "loss.segmentation is 0, so the decoder learns nothing and its masks are noise"
     if start < iterations:
         return None
+    if start < length:
+        learns, remedy = "has learned nothing yet", "let the training go on"
+    else:
+        learns, remedy = "learns nothing", f"--loss.segmentation_start {length // 3}"
     return (
-        f"loss.segmentation_start is {start}, of {iterations} iterations, so the decoder learns nothing and its masks "
-        "are noise; class activation maps and pseudo labels are not. To train it: --loss.segmentation_start "
-        f"{length // 3}"
+        f"loss.segmentation_start is {start}, of {iterations} iterations, so the decoder {learns} and its masks are "
+        f"noise; class activation maps and pseudo labels are not. To train it: {remedy}"
     )
 
 
