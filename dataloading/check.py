@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fsr_fast.config import DataConfig
+from fsr_fast.dataloading.channels import Channels
 from fsr_fast.dataloading.datasets import check_size, open_split
 from fsr_fast.dataloading.images import DamagedFileError, OutsideError, check_name
 from fsr_fast.dataloading.labels import shown_classes, write_csv, write_new
@@ -51,6 +52,8 @@ class ListReport:
     """How many pictures show no class."""
     digests: dict[bytes, str] = field(default_factory=dict)
     """Name by the digest of the pixels."""
+    channels: dict[str, int] = field(default_factory=dict)
+    """Number of channels of each picture that can be read."""
 
 
 @dataclass
@@ -60,19 +63,20 @@ class Report:
     config: DataConfig
     lists: dict[str, ListReport]
     findings: list[Finding]
+    channels: Channels
 
     @property
     def notes(self) -> list[str]:
         """What was inferred in reading the lists, each remark once."""
-        return list(dict.fromkeys(note for checked in self.lists.values() for note in checked.split.notes))
+        notes = dict.fromkeys(note for checked in self.lists.values() for note in checked.split.notes)
+        return [*notes, *self.channels.notes]
 
     @property
     def warnings(self) -> list[str]:
-        """What is wrong with the balance of the training pictures."""
+        """What is wrong with the channels of the pictures, and with the balance of those to train on."""
         checked = self.lists.get("train")
-        if checked is None:
-            return []
-        return balance_warnings(checked.split.classes, checked.labelled, len(checked.names))
+        balance = balance_warnings(checked.split.classes, checked.labelled, len(checked.names)) if checked else []
+        return [*self.channels.warnings, *balance]
 
     def clean(self, part: str) -> list[str]:
         """Return the names of a list, `train` or `val`, of which nothing bad is known, each once."""
@@ -86,7 +90,12 @@ class _Examined(NamedTuple):
     faults: list[tuple[str, str]]
     labels: list[int] | None
     has_mask: bool
-    digest: bytes | None
+    image: _Image | None
+
+
+class _Image(NamedTuple):
+    digest: bytes
+    channels: int
 
 
 Track = Callable[[Iterable[_Examined], str, int], Iterable[_Examined]]
@@ -123,7 +132,9 @@ def check_dataset(config: DataConfig, parts: Iterable[str], accepted: Iterable[s
             findings.append(Finding("leak", "train", name, f"has the pixels of the validation picture {other}"))
     if config.dataset == "own" and isinstance(config.root, Path):
         findings += _unlisted(config.root / "images", splits.values())
-    return Report(config, lists, [finding for finding in findings if finding.kind not in set(accepted)])
+    channels = Channels({part: checked.channels for part, checked in lists.items()})
+    findings += [Finding("channels", *other) for other in channels.others()]
+    return Report(config, lists, [finding for finding in findings if finding.kind not in set(accepted)], channels)
 
 
 def write_clean_lists(report: Report, folder: Path) -> list[Path]:
@@ -171,11 +182,11 @@ def _examine(split: Split, name: str, *, training: bool, negatives: bool, max_pi
         check_name(name)
     except OutsideError as error:
         return _Examined(name, [("outside", f"{split.origin}: {error}")], None, False, None)
-    image, labels = None, None
+    image, labels, channels = None, None, 0
     try:
         path = split.files.image_path(name)
         try:
-            image = read_stored(path, max_pixels=max_pixels)
+            image, channels = read_stored(path, max_pixels=max_pixels)
         except DamagedFileError as error:
             faults.append(("damaged-image", str(error)))
     except OutsideError as error:
@@ -199,7 +210,8 @@ def _examine(split: Split, name: str, *, training: bool, negatives: bool, max_pi
         faults.append(("damaged-mask", str(error)))
     else:
         faults += _compare(split, name, image, labels, mask, training=training)
-    return _Examined(name, faults, labels, mask is not None, None if image is None else _digest(image))
+    known = None if image is None else _Image(_digest(image), channels)
+    return _Examined(name, faults, labels, mask is not None, known)
 
 
 def _compare(
@@ -250,8 +262,9 @@ def _enter(item: _Examined, part: str, report: ListReport, findings: list[Findin
     for number in set(item.labels or ()):
         report.labelled[number] += 1
     findings += [Finding(kind, part, item.name, message) for kind, message in item.faults]
-    if item.digest is not None:
-        other = report.digests.setdefault(item.digest, item.name)
+    if item.image is not None:
+        report.channels[item.name] = item.image.channels
+        other = report.digests.setdefault(item.image.digest, item.name)
         if other != item.name:
             findings.append(Finding("duplicate", part, item.name, f"has the pixels of {other}"))
 

@@ -5,6 +5,7 @@ KINDS = {
     "listed-twice": "names that stand twice in a list",
     "missing-image": "listed pictures without a file",
     "damaged-image": "pictures that cannot be decoded, or are too large",
+    "channels": "pictures whose number of channels keeps them from being read like most others",
     "bad-label": "pictures without a row of labels, or with one that cannot be read",
     "no-label": "training pictures whose label is empty, where that may be forgotten",
     "two-files": "names without an ending that fit several pictures",

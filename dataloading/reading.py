@@ -19,7 +19,7 @@ from PIL import Image
 from fsr_fast.config import DataConfig
 from fsr_fast.dataloading import tiff
 from fsr_fast.dataloading.arrays import DEEP_PNG, NUMPY, Pixels, is_dicom, open_array, start_of
-from fsr_fast.dataloading.images import MAX_PIXELS, DamagedFileError, Source, image_size, read_image
+from fsr_fast.dataloading.images import MAX_PIXELS, DamagedFileError, Source, image_header, image_size, read_image
 
 Window = tuple[tuple[float, float], ...]
 """Lowest and highest value, of all channels or of each."""
@@ -128,17 +128,21 @@ COLOURS = Reading()
 """Three colours of 8 bits."""
 
 
-def read_stored(source: Source, name: str = "", max_pixels: int = MAX_PIXELS) -> NDArray[Any]:
+def read_stored(source: Source, name: str = "", max_pixels: int = MAX_PIXELS) -> tuple[NDArray[Any], int]:
     """Read a picture for a check: (H, W, 3) uint8 in colours where it has 8 bits, else the values that it stores.
+
+    Returns:
+        The picture, and the number of channels that it stores; a palette has three.
 
     Raises:
         DamagedFileError: missing, damaged, too large, or not finite.
     """
     if not is_deep(source, name, max_pixels):
-        return np.asarray(read_image(source, name, max_pixels))
+        mode = image_header(source, name, max_pixels).mode
+        return np.asarray(read_image(source, name, max_pixels)), {"1": 1, "L": 1, "LA": 2, "RGBA": 4}.get(mode, 3)
     values = open_array(source, name, max_pixels=max_pixels)[:, :]
     check_finite(values, name or str(source))
-    return values
+    return values, values.shape[2]
 
 
 def is_deep(source: Source, name: str, max_pixels: int) -> bool:

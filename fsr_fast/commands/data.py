@@ -16,6 +16,7 @@ from fsr_fast.cli import run_command
 from fsr_fast.commands import parsers
 from fsr_fast.commands.data_import import import_labels, print_notes
 from fsr_fast.config import DataConfig, build_config
+from fsr_fast.dataloading.channels import COLOURS
 from fsr_fast.dataloading.check import Report, check_dataset, write_clean_lists
 from fsr_fast.dataloading.class_names import COCO_CLASSES, VOC_CLASSES
 from fsr_fast.dataloading.coco import Instances
@@ -67,7 +68,10 @@ def check(options: argparse.Namespace) -> None:
     if config.dataset in RECIPES:
         unscored = "" if "val" in parts else " --data.val_list none"
         small = ", or on a CPU --config own_small" if config.dataset == "own" else ""
-        print(f"next: fsr-fast train --config {RECIPES[config.dataset]} --data.root {config.root}{unscored}{small}")
+        usual = report.channels.usual
+        channels = "" if usual == COLOURS else f" --model.in_chans {usual}"
+        recipe = f"{RECIPES[config.dataset]} --data.root {config.root}{unscored}{channels}"
+        print(f"next: fsr-fast train --config {recipe}{small}")
 
 
 def labels(options: argparse.Namespace) -> None:

@@ -177,7 +177,7 @@ and needs no network.""",
     parser.add_argument("--output", type=Path, help="page to write; by default report.html in the first run's folder")
     parser.add_argument("--limit", type=int, default=200, help="pictures of the validation list to look at (200)")
     parser.add_argument("--rows", type=int, default=6, help="best, worst and random pictures to show of each (6)")
-    _add_configuration(parser, {**_ROOT, **_DEVICE})
+    _add_configuration(parser, {**_ROOT, **_INFERENCE, **_DEVICE})
     return parser
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,14 +12,17 @@ from torch import Tensor
 
 from fsr_fast.config import Config
 from fsr_fast.dataloading.batch import ImageSet
+from fsr_fast.dataloading.regions import read_scaled
 from fsr_fast.errors import UserError
-from fsr_fast.evaluation.crf import dense_crf
-from fsr_fast.evaluation.inference import Inference, infer
+from fsr_fast.evaluation.label_maps import Kind
 from fsr_fast.evaluation.metrics import ConfusionMatrix
-from fsr_fast.evaluation.samples import Failure, Sample, read_samples
-from fsr_fast.method.cam import merged_labels, resize_images
+from fsr_fast.evaluation.passes import largest_side, scale_pixels
+from fsr_fast.evaluation.predictions import Result, predict_images
+from fsr_fast.evaluation.samples import Failure
+from fsr_fast.method.cam import resize_images
 from fsr_fast.models import Network
 from fsr_fast.reporting.analysis import attention_entropy, class_attention
+from fsr_fast.reporting.figures import SIDE
 from fsr_fast.runtime.terminal import track
 
 CHOICES = ("best", "worst", "random")
@@ -27,7 +30,7 @@ CHOICES = ("best", "worst", "random")
 
 @dataclass(frozen=True)
 class Entry:
-    """One picture of the gallery; all maps in its size."""
+    """One picture of the gallery, no side longer than `SIDE` pixels; truth and labels in its size."""
 
     name: str
     choices: tuple[str, ...]
@@ -39,9 +42,9 @@ class Entry:
     image: np.ndarray
     """(H, W, 3), uint8."""
     truth: np.ndarray | None
-    """(H, W), uint8; so are the next three but the CAM. None without a mask."""
+    """(H, W), uint8, as are the three label maps. None without a mask."""
     cam: np.ndarray
-    """(H, W), float32 in 0…1, largest activation over the classes of the picture."""
+    """(h, w), float32 in 0…1, largest activation over the classes of the picture."""
     pseudo: np.ndarray
     seg: np.ndarray
     crf: np.ndarray
@@ -90,26 +93,27 @@ def look(
         UserError: a picture cannot be read.
     """
     matrix, ious = ConfusionMatrix(len(network.classes)), dict[int, float | None]()
-    seen = min(len(dataset), limit or len(dataset))
-    for sample, result in _infer_all(network, dataset, config, device, limit, None):
-        truth = _truth(sample)
-        if truth is None:
+    seen = range(min(len(dataset), limit or len(dataset)))
+    for result in _predict(network, dataset, config, device, seen, ("seg",), "segmenting"):
+        sample = result.sample
+        if sample.truth is None:
             ious[sample.index] = None
             continue
         alone = ConfusionMatrix(len(network.classes))
-        alone.update(result.seg_logits[0].argmax(0).cpu(), truth)
+        alone.update(torch.from_numpy(result.maps["seg"].labels), sample.truth)
         matrix.merge(alone)
         ious[sample.index] = alone.mean_iou()
     chosen = _choose(ious, rows)
     entries, entropies = [], []
-    side = network.image_size
-    for sample, result in _infer_all(network, dataset, config, device, limit, set(chosen)):
-        entries.append(_entry(network, config, sample, result, ious[sample.index], chosen[sample.index]))
-        picture = resize_images(_normalised(network, sample.pixels), (side, side))
-        entropies.append(attention_entropy(network, picture).cpu())
+    for result in _predict(network, dataset, config, device, sorted(chosen), ("pseudo", "seg", "seg+crf"), "drawing"):
+        index = result.sample.index
+        pixels = scale_pixels(result.sample.pixels, largest_side("auto", network))
+        images = network.normalise(torch.tensor(pixels).permute(2, 0, 1))[None]
+        entries.append(_entry(result, network, ious[index], chosen[index], _attention(network, images)))
+        entropies.append(attention_entropy(network, resize_images(images, (network.image_size,) * 2)).cpu())
     return Gallery(
         matrix if any(iou is not None for iou in ious.values()) else None,
-        seen,
+        len(seen),
         len(dataset),
         sorted(entries, key=lambda entry: -(entry.iou or 0.0)),
         torch.stack(entropies).mean(0),
@@ -117,31 +121,20 @@ def look(
     )
 
 
-def _infer_all(
+def _predict(
     network: Network,
     dataset: ImageSet,
     config: Config,
     device: torch.device,
-    limit: int | None,
-    wanted: set[int] | None,
-) -> Iterator[tuple[Sample, Inference]]:
-    chosen = range(min(len(dataset), limit or len(dataset))) if wanted is None else sorted(wanted)
-    samples = read_samples(dataset, chosen, config.data.workers)
-    for sample in track(samples, "segmenting" if wanted is None else "drawing", len(chosen)):
-        if isinstance(sample, Failure):
-            raise UserError(sample.message)
-        yield (
-            sample,
-            infer(
-                network,
-                _normalised(network, sample.pixels),
-                torch.from_numpy(sample.labels)[None].to(device),
-                cam_scales=config.cam.scales,
-                scales=config.evaluate.scales,
-                flip=config.evaluate.flip,
-                amp=config.run.amp,
-            ),
-        )
+    indices: Sequence[int],
+    kinds: Sequence[Kind],
+    what: str,
+) -> Iterator[Result]:
+    results = predict_images(network, dataset, indices, config, device, kinds)
+    for result in track(results, what, len(indices)):
+        if isinstance(result, Failure):
+            raise UserError(f"{result.name}: {result.message}")
+        yield result
 
 
 def _choose(ious: Mapping[int, float | None], rows: int) -> dict[int, tuple[str, ...]]:
@@ -157,44 +150,33 @@ def _choose(ious: Mapping[int, float | None], rows: int) -> dict[int, tuple[str,
 
 
 def _entry(
-    network: Network,
-    config: Config,
-    sample: Sample,
-    result: Inference,
-    iou: float | None,
-    choices: tuple[str, ...],
+    result: Result, network: Network, iou: float | None, choices: tuple[str, ...], attention: list[np.ndarray]
 ) -> Entry:
-    image = sample.image
-    threshold = config.evaluate.threshold
-    probabilities = result.seg_logits[0].softmax(0).float().cpu().numpy()
+    """Reduce a result to what is shown: labels and truth are every n-th pixel."""
+    sample, maps = result.sample, result.maps
+    height, width = sample.image.shape[:2]
+    step = -(-max(height, width) // SIDE)
+    pseudo, seg, crf = (maps[kind].labels[::step, ::step].copy() for kind in ("pseudo", "seg", "seg+crf"))
     return Entry(
         name=sample.name,
         choices=choices,
         iou=iou,
         classes=tuple(name for name, label in zip(network.classes, sample.labels, strict=True) if label > 0),
-        image=image,
-        truth=_truth(sample),
-        cam=result.cams.values[0].amax(0).float().cpu().numpy(),
-        pseudo=merged_labels(result.cams, high=threshold, low=threshold)[0].cpu().numpy().astype(np.uint8),
-        seg=probabilities.argmax(0).astype(np.uint8),
-        crf=dense_crf(image, probabilities).argmax(0).astype(np.uint8),
-        attention=_attention(network, sample.pixels),
+        image=read_scaled(sample.image, slice(0, height), slice(0, width), (seg.shape[0], seg.shape[1])),
+        truth=None if sample.truth is None else sample.truth[::step, ::step].copy(),
+        cam=result.cam,
+        pseudo=pseudo,
+        seg=seg,
+        crf=crf,
+        attention=attention,
     )
 
 
-def _attention(network: Network, pixels: np.ndarray) -> list[np.ndarray]:
+def _attention(network: Network, images: Tensor) -> list[np.ndarray]:
+    """Attention of the class token to one image (1, 3, H, W), at its size rounded to whole patches."""
     if network.encoder.aggregation != "mca":
         return []
     patch = network.encoder.patch_size
-    size = tuple(max(1, round(side / patch)) * patch for side in pixels.shape[:2])
-    weights = class_attention(network, resize_images(_normalised(network, pixels), (size[0], size[1])))[0]
-    means = weights.mean(1).cpu()
+    size = (max(1, round(images.shape[-2] / patch)) * patch, max(1, round(images.shape[-1] / patch)) * patch)
+    means = class_attention(network, resize_images(images, size))[0].mean(1).cpu()
     return [((block - block.min()) / (block.max() - block.min()).clamp(min=1e-12)).numpy() for block in means]
-
-
-def _normalised(network: Network, pixels: np.ndarray) -> Tensor:
-    return network.normalise(torch.from_numpy(np.array(pixels)).permute(2, 0, 1))[None]
-
-
-def _truth(sample: Sample) -> np.ndarray | None:
-    return sample.truth

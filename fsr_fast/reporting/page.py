@@ -18,7 +18,7 @@ from plotly.offline import get_plotlyjs
 from fsr_fast.dataloading.images import read_image
 from fsr_fast.dataloading.palette import voc_palette
 from fsr_fast.reporting.charts import confusion, curves, entropy
-from fsr_fast.reporting.figures import SIDE, TEMPLATES, colourise, data_uri, heatmap, outline
+from fsr_fast.reporting.figures import TEMPLATES, colourise, data_uri, heatmap, outline
 from fsr_fast.reporting.gallery import CHOICES, Entry, Gallery
 from fsr_fast.reporting.record import RunRecord
 
@@ -87,10 +87,8 @@ def _generator(runs: Sequence[RunRecord]) -> str:
 
 
 def mask_uri(mask: np.ndarray) -> str:
-    """Return labels as a `data:` address, in VOC's colours with white borders, no side longer than `SIDE` pixels."""
-    step = max(1, -(-max(mask.shape) // SIDE))  # whole labels: every n-th pixel
-    small = mask[::step, ::step]
-    return data_uri(Image.fromarray(outline(colourise(small), small)), None, lossless=True)
+    """Return labels as a `data:` address, in VOC's colours with white borders."""
+    return data_uri(Image.fromarray(outline(colourise(mask), mask)), None, lossless=True)
 
 
 def _shown(entry: Entry, names: Sequence[str]) -> dict[str, Any]:

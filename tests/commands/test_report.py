@@ -6,10 +6,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from fsr_fast.commands.report import main
+from fsr_fast.dataloading.datasets import build_datasets
 from fsr_fast.errors import UserError
+from fsr_fast.evaluation import passes
+from fsr_fast.models.build import open_trained
+from fsr_fast.options import Given
+from fsr_fast.reporting import gallery
 from fsr_fast.train import main as train
 from tests import helpers
 from tests.browser import open_page
@@ -135,6 +141,51 @@ def test_the_gallery_goes_from_best_to_worst_and_knows_its_choices(report):
 def test_a_limit_is_said(folder, tmp_path):
     main([str(folder / "first"), "--limit", "3", "--rows", "1", "--output", str(tmp_path / "page.html")])
     assert f"From 3 of {PICTURES} pictures" in Page(tmp_path / "page.html").source
+
+
+@pytest.fixture(scope="module")
+def tall(tmp_path_factory) -> Path:
+    """Root of a data set whose one validation picture is larger than a network takes whole."""
+    root = helpers.write_dataset(tmp_path_factory.mktemp("tall") / "data", val=1)
+    (name,) = (root / "ImageSets/Segmentation/val.txt").read_text().split()
+    for path in (root / "JPEGImages" / f"{name}.jpg", root / "SegmentationClass" / f"{name}.png"):
+        with Image.open(path) as small:
+            small.resize((40, 1280), Image.Resampling.NEAREST).save(path)
+    return root
+
+
+@pytest.mark.parametrize(("options", "longest"), [((), 512), (("--side", "128"), 128), (("--tile", "64"), 64)])
+def test_large_pictures_pass_as_in_predict(folder, tall, tmp_path, monkeypatch, options, longest):
+    passed, looked_at = [], []
+    run_trunk, attention = passes.run_trunk, gallery.class_attention
+
+    def run(network, views):
+        passed.extend(max(view.shape[-2:]) for view in views)
+        return run_trunk(network, views)
+
+    def look(network, images):
+        looked_at.append(max(images.shape[-2:]))
+        return attention(network, images)
+
+    monkeypatch.setattr(passes, "run_trunk", run)
+    monkeypatch.setattr(gallery, "class_attention", look)
+    output = tmp_path / "page.html"
+    main([str(folder / "first"), "--root", str(tall), "--cam.scales", "1.0", *options, "--output", str(output)])
+    assert max(passed) == longest
+    assert looked_at == [512]
+    captions = Page(output).text("figcaption")
+    assert {"image", "truth", "pseudo", "seg", "CRF"} <= set(captions)
+
+
+def test_entries_of_large_pictures_are_small(folder, tall):
+    trained = open_trained(folder / "first", {"data.root": Given("--root", str(tall))}, None, with_data=True)
+    _, validation = build_datasets(trained.config.data, trained.network.reading)
+    (entry,) = gallery.look(
+        trained.network, validation, trained.config, torch.device("cpu"), limit=None, rows=1
+    ).entries
+    assert entry.image.shape == (320, 10, 3)
+    assert {one.shape for one in (entry.truth, entry.pseudo, entry.seg, entry.crf)} == {(320, 10)}
+    np.testing.assert_array_equal(entry.truth, validation.mask(0)[::4, ::4])
 
 
 def test_it_is_accessible(report, comparison):

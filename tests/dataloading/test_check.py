@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image
 
 from fsr_fast.commands.data import main
@@ -342,6 +343,40 @@ def test_the_balance_of_the_classes_is_shown_and_warned_of(mydata: Path, capsys:
 def test_an_empty_label_whose_mask_shows_a_class_is_found(mydata: Path) -> None:
     (mydata / "train.csv").write_text(people.table().replace("a.jpg,cat", "a.jpg,"))
     assert found(check(mydata, *LEAK)[1]) == {("mask-not-in-label", "train", "a.jpg")}
+
+
+def test_pictures_that_one_network_does_not_take_with_the_others_are_found(
+    mydata: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tifffile.imwrite(mydata / "images/c.jpg", np.arange(240, dtype=np.uint8).reshape(6, 8, 5), planarconfig="contig")
+    code, report = check(mydata, *LEAK)
+    assert (code, found(report)) == (1, {("channels", "train", "c.jpg")})
+    assert report["findings"][0]["message"].startswith("5 channels, but most pictures are for model.in_chans 3; save")
+    listed = "3 channels in 4 pictures (first: a.jpg), 5 channels in 1 picture (first: c.jpg)"
+    assert f"warning: a network takes pictures of one kind (model.in_chans), but here are {listed}" in (
+        capsys.readouterr().out
+    )
+    check(mydata, *LEAK, "--fix", mydata / "clean")
+    assert "c.jpg" not in (mydata / "clean/train.csv").read_text()
+
+
+def test_grey_pictures_among_colours_are_a_remark(mydata: Path) -> None:
+    Image.fromarray(np.arange(48, dtype=np.uint8).reshape(6, 8)).save(mydata / "images/c.jpg")
+    code, report = check(mydata, *LEAK)
+    assert (code, report["findings"]) == (0, [])
+    (remark,) = (note for note in report["read_as"] if "in_chans" in note)
+    assert "1 channel in 1 picture (first: c.jpg), 3 channels in 4 pictures (first: a.jpg)" in remark
+
+
+def test_the_command_that_comes_next_has_the_channels_of_the_pictures(
+    mydata: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    draws = np.random.default_rng(0)
+    for path in (mydata / "images").rglob("*.jpg"):
+        tifffile.imwrite(path, draws.integers(0, 256, (6, 8, 5), dtype=np.uint8), planarconfig="contig")
+    _, report = check(mydata, *LEAK)
+    assert report["findings"] == []
+    assert f"--data.root {mydata} --model.in_chans 5, or on a CPU" in capsys.readouterr().out
 
 
 def test_a_name_that_fits_two_pictures_is_found(mydata: Path) -> None:
