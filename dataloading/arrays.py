@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fsr_fast.dataloading import images, tiff
-from fsr_fast.dataloading.images import MAX_PIXELS, Source, explained, open_picture
+from fsr_fast.dataloading.images import MAX_PIXELS, DamagedFileError, Source, explained, open_picture
 
 NUMPY, DICOM = b"\x93NUMPY", b"DICM"
 DICOM_PLACE = 128  # bytes in front of its mark
@@ -61,7 +61,7 @@ def open_array(source: Source, name: str = "", *, max_pixels: int = MAX_PIXELS) 
         if start.startswith(NUMPY):
             return _open_numpy(source, max_pixels)
         if is_dicom(start):
-            return _open_dicom(source, max_pixels)
+            return _open_dicom(source, where, max_pixels)
         if start.startswith(tiff.MAGIC):
             try:
                 return _open_tiff(source, where, max_pixels)
@@ -138,7 +138,7 @@ class _Explained:
             return self._pixels[key]
 
 
-def _open_dicom(source: Source, max_pixels: int) -> Pixels:
+def _open_dicom(source: Source, where: str, max_pixels: int) -> Pixels:
     """Decode a DICOM picture of one frame; its values are those of the modality, e.g. Hounsfield units."""
     try:
         import pydicom
@@ -148,7 +148,11 @@ def _open_dicom(source: Source, max_pixels: int) -> Pixels:
     data = pydicom.dcmread(io.BytesIO(source) if isinstance(source, bytes) else source)
     _check_size(int(data.Rows), int(data.Columns), max_pixels)
     if int(data.get("NumberOfFrames", 1) or 1) > 1:
-        raise ValueError(f"a DICOM file of {data.NumberOfFrames} frames; expected one picture per file")
+        raise DamagedFileError(
+            f"{where}: a DICOM file of {data.NumberOfFrames} frames; expected one picture per file: write each frame "
+            "as a picture with labels of its own, or all as the channels of one .npy file (docs/scientific.md shows "
+            "how), or take its id off the list"
+        )
     if data.PhotometricInterpretation == "PALETTE COLOR":
         raise ValueError("a DICOM picture with a palette; save it as PNG")
     array = data.pixel_array

@@ -52,8 +52,8 @@ class ListReport:
     """How many pictures show no class."""
     digests: dict[bytes, str] = field(default_factory=dict)
     """Name by the digest of the pixels."""
-    channels: dict[str, int] = field(default_factory=dict)
-    """Number of channels of each picture that can be read."""
+    channels: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Of each picture that can be read, its number of channels, and that of the network that takes it."""
 
 
 @dataclass
@@ -95,7 +95,7 @@ class _Examined(NamedTuple):
 
 class _Image(NamedTuple):
     digest: bytes
-    channels: int
+    channels: tuple[int, int]
 
 
 Track = Callable[[Iterable[_Examined], str, int], Iterable[_Examined]]
@@ -182,11 +182,11 @@ def _examine(split: Split, name: str, *, training: bool, negatives: bool, max_pi
         check_name(name)
     except OutsideError as error:
         return _Examined(name, [("outside", f"{split.origin}: {error}")], None, False, None)
-    image, labels, channels = None, None, 0
+    stored, labels = None, None
     try:
         path = split.files.image_path(name)
         try:
-            image, channels = read_stored(path, max_pixels=max_pixels)
+            stored = read_stored(path, max_pixels=max_pixels)
         except DamagedFileError as error:
             faults.append(("damaged-image", str(error)))
     except OutsideError as error:
@@ -209,8 +209,8 @@ def _examine(split: Split, name: str, *, training: bool, negatives: bool, max_pi
     except DamagedFileError as error:
         faults.append(("damaged-mask", str(error)))
     else:
-        faults += _compare(split, name, image, labels, mask, training=training)
-    known = None if image is None else _Image(_digest(image), channels)
+        faults += _compare(split, name, stored and stored.values, labels, mask, training=training)
+    known = stored and _Image(_digest(stored.values), (stored.channels, stored.network))
     return _Examined(name, faults, labels, mask is not None, known)
 
 

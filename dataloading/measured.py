@@ -105,7 +105,7 @@ def _find_window(pictures: Sources, data: DataConfig, reading: Reading) -> Windo
             if not is_deep(source, name, reading.max_pixels):
                 continue
             stored = open_array(source, name, max_pixels=reading.max_pixels)
-            chosen = choose_channels(stored.shape[2], reading.channels)
+            chosen = choose_channels(stored, reading.channels)
             if stored.dtype == np.uint8 or chosen is None:
                 continue
             part = _sample(stored)[:, chosen]

@@ -10,7 +10,7 @@ import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -128,21 +128,31 @@ COLOURS = Reading()
 """Three colours of 8 bits."""
 
 
-def read_stored(source: Source, name: str = "", max_pixels: int = MAX_PIXELS) -> tuple[NDArray[Any], int]:
-    """Read a picture for a check: (H, W, 3) uint8 in colours where it has 8 bits, else the values that it stores.
+class Stored(NamedTuple):
+    """A picture as a check sees it."""
 
-    Returns:
-        The picture, and the number of channels that it stores; a palette has three.
+    values: NDArray[Any]
+    """(H, W, 3) uint8 in colours where it has 8 bits, else the values that it stores, (H, W, C)."""
+    channels: int
+    """That it stores; a palette has three."""
+    network: int
+    """Channels of the network (`model.in_chans`) that takes it: three, if they can be read as colours."""
+
+
+def read_stored(source: Source, name: str = "", max_pixels: int = MAX_PIXELS) -> Stored:
+    """Read a picture for a check.
 
     Raises:
         DamagedFileError: missing, damaged, too large, or not finite.
     """
     if not is_deep(source, name, max_pixels):
         mode = image_header(source, name, max_pixels).mode
-        return np.asarray(read_image(source, name, max_pixels)), {"1": 1, "L": 1, "LA": 2, "RGBA": 4}.get(mode, 3)
-    values = open_array(source, name, max_pixels=max_pixels)[:, :]
+        channels = {"1": 1, "L": 1, "LA": 2, "RGBA": 4}.get(mode, 3)
+        return Stored(np.asarray(read_image(source, name, max_pixels)), channels, 3)
+    opened = open_array(source, name, max_pixels=max_pixels)
+    values, found = opened[:, :], opened.shape[2]
     check_finite(values, name or str(source))
-    return values, values.shape[2]
+    return Stored(values, found, found if choose_channels(opened, 3) is None else 3)
 
 
 def is_deep(source: Source, name: str, max_pixels: int) -> bool:
@@ -165,12 +175,12 @@ class _Windowed:
     def __init__(self, stored: Pixels, reading: Reading, where: str) -> None:
         self._stored, self._reading, self._where = stored, reading, where
         found, wanted = stored.shape[2], reading.channels
-        self._chosen = choose_channels(found, wanted)
+        self._chosen = choose_channels(stored, wanted)
         if self._chosen is None:
             hint = "; they seem to lie first: store them last" if stored.shape[0] == wanted else ""
             raise DamagedFileError(
-                f"{where}: {found} channels, but the network takes {wanted} (model.in_chans){hint}; give pictures of "
-                "one kind, or take its id off the list"
+                f"{where}: {found} channels, but the network takes {wanted} (model.in_chans){hint}; if all have as "
+                f"many, give --model.in_chans {found} to the training; else make all alike, or take its id off the list"
             )
         if stored.dtype.kind == "f" and reading.window is None:
             raise DamagedFileError(
@@ -198,14 +208,15 @@ class _Windowed:
         return bytes_
 
 
-def choose_channels(found: int, wanted: int) -> list[int] | slice | None:
+def choose_channels(stored: Pixels, wanted: int) -> list[int] | slice | None:
     """Return the channels to take of a picture; None: it has others.
 
-    A network of three colours takes grey pictures, too, and leaves transparency out.
+    A network of three colours takes grey pictures, too, and leaves transparency out; pages of a TIFF are none.
     """
+    found = stored.shape[2]
     if found == wanted:
         return slice(None)
-    if wanted != 3:
+    if wanted != 3 or getattr(stored, "pages", 1) > 1:
         return None
     return {1: [0, 0, 0], 2: [0, 0, 0], 4: [0, 1, 2]}.get(found)
 

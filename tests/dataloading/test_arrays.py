@@ -3,6 +3,7 @@
 import io
 import os
 import pickle
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -234,8 +235,25 @@ def test_what_is_damaged_or_no_picture_is_refused(tmp_path: Path, as_bytes: bool
 
 def test_a_film_is_refused(tmp_path: Path) -> None:
     path = dicom(tmp_path / "film.dcm", np.zeros((3, 6, 5), np.uint16), NumberOfFrames=3)
-    with pytest.raises(DamagedFileError, match="a DICOM file of 3 frames; expected one picture per file"):
+    with pytest.raises(DamagedFileError, match="a DICOM file of 3 frames; expected one picture per file: write each"):
         open_array(path)
+
+
+def test_the_documented_way_writes_the_frames_of_a_film_as_pictures_or_channels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frames = RANDOM.integers(0, 4096, (3, 6, 5), dtype=np.uint16)
+    path = dicom(tmp_path / "film.dcm", frames, NumberOfFrames=3, RescaleSlope=2, RescaleIntercept=-1024)
+    page = (Path(__file__).parents[2] / "docs/scientific.md").read_text()
+    (program,) = re.findall(r"```python title=\"frames.py\"\n(.*?)```", page, re.DOTALL)
+    for options in ([], ["--channels"]):
+        monkeypatch.setattr(sys, "argv", ["frames.py", str(path), *options])
+        exec(program, {})
+    expected = 2 * frames.astype(int) - 1024
+    for number in range(3):
+        frame = open_array(tmp_path / f"film_{number + 1:03}.npy")[:, :]
+        np.testing.assert_array_equal(frame[..., 0], expected[number])
+    np.testing.assert_array_equal(open_array(tmp_path / "film.npy")[:, :], np.moveaxis(expected, 0, -1))
 
 
 def test_dicom_without_its_package_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

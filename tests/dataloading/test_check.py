@@ -368,6 +368,12 @@ def test_grey_pictures_among_colours_are_a_remark(mydata: Path) -> None:
     assert "1 channel in 1 picture (first: c.jpg), 3 channels in 4 pictures (first: a.jpg)" in remark
 
 
+def test_channels_that_are_left_out_as_transparency_are_a_remark(mydata: Path) -> None:
+    Image.new("RGBA", (8, 6), (1, 2, 3, 4)).save(mydata / "images/c.jpg", format="png")
+    (remark,) = (note for note in check(mydata, *LEAK)[1]["read_as"] if "in_chans" in note)
+    assert "4 channels in 1 picture (first: c.jpg); the last of 2 or 4 channels is taken for transparency" in remark
+
+
 def test_the_command_that_comes_next_has_the_channels_of_the_pictures(
     mydata: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

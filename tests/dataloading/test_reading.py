@@ -160,6 +160,16 @@ def test_another_number_of_channels_is_one_clear_error(tmp_path: Path, found: in
         Reading(channels=wanted).pixels(path)
 
 
+@pytest.mark.parametrize("pages", [2, 4])
+def test_no_page_of_a_tiff_is_left_out_as_transparency(tmp_path: Path, pages: int) -> None:
+    values = RANDOM.integers(0, 256, (9, 11, pages), dtype=np.uint8)
+    path = tmp_path / "dyes.tif"
+    tifffile.imwrite(path, values.transpose(2, 0, 1), photometric="minisblack")
+    with pytest.raises(DamagedFileError, match=rf"if all have as many, give --model\.in_chans {pages} to the training"):
+        Reading().pixels(path)
+    np.testing.assert_array_equal(Reading(channels=pages).pixels(path), values)
+
+
 def test_channels_that_lie_first_are_noticed(tmp_path: Path) -> None:
     path = save(tmp_path / "picture.npy", np.zeros((5, 9, 11), np.uint8))
     with pytest.raises(DamagedFileError, match="they seem to lie first: store them last"):
