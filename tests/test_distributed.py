@@ -11,7 +11,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 
 from fsr_fast import trainer as trainer_module
 from fsr_fast.commands.evaluate import main as evaluate
@@ -26,6 +25,7 @@ from fsr_fast.runtime.distributed import Process, distribute, sum_over_ranks, wo
 from fsr_fast.runtime.guard import NonFiniteGuard
 from fsr_fast.trainer import Trainer
 from tests import helpers
+from tests.runtime import children
 
 ROOT = Path(__file__).parent.parent
 BATCH, LATE = 4, 3
@@ -131,7 +131,7 @@ def work(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def shares(tmp_path_factory) -> list[dict[str, dict[str, torch.Tensor]]]:
     folder = tmp_path_factory.mktemp("shares")
-    multiprocessing.spawn(work, (str(folder),), nprocs=2)
+    assert children.exit_codes([children.start(work, rank, str(folder)) for rank in (0, 1)]) == [0, 0]
     return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 
 

@@ -1,5 +1,4 @@
 import json
-import multiprocessing
 import pickle
 import tracemalloc
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from fsr_fast.dataloading.images import DamagedFileError
 from fsr_fast.dataloading.shard_reader import ShardDataset, ShardOrder
 from fsr_fast.errors import UserError
 from fsr_fast.evaluation.samples import Failure, Sample, read_samples
+from tests.runtime import children
 
 NORM: dict[str, Any] = {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.25, 0.3)}
 COUNT = 22
@@ -109,7 +109,7 @@ def read_share(root: str, rank: int) -> list[int]:
 
 @pytest.mark.ddp
 def test_two_processes_see_every_sample_once_an_epoch(packed: Path) -> None:
-    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(2, children.CONTEXT) as pool:
         shares = list(pool.map(read_share, [f"file://{packed}"] * 2, (0, 1)))
     half = COUNT // 2
     epochs = [[number for share in shares for number in share[part]] for part in (slice(half), slice(half, None))]

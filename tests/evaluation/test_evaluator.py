@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 from PIL import Image
 
 from fsr_fast.commands.evaluate import main as evaluate_command
@@ -29,6 +28,7 @@ from fsr_fast.models.work import TrunkPass, TrunkShape
 from fsr_fast.runtime.checkpoint import write_checkpoint
 from fsr_fast.runtime.distributed import Process
 from tests import helpers
+from tests.runtime import children
 
 CPU = torch.device("cpu")
 ALONE = Process(0, 1, CPU)
@@ -79,7 +79,7 @@ def work(rank: int, folder: str) -> None:
 @pytest.mark.ddp
 def test_two_processes_count_what_one_counts(tmp_path):
     synthetic.generate(tmp_path / "data", train=1, val=5, processes=1)
-    multiprocessing.spawn(work, (str(tmp_path),), nprocs=2)
+    assert children.exit_codes([children.start(work, rank, str(tmp_path)) for rank in (0, 1)]) == [0, 0]
     alone = synthetic_evaluation(tmp_path / "data", ALONE)
     for rank in (0, 1):
         counts, results, images = torch.load(tmp_path / f"{rank}.pt")
