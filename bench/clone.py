@@ -1,4 +1,4 @@
-"""What is compared of a clone of the official code, imported and made to run on a CPU."""
+"""The parts of a clone of the official code that are compared, imported and made to run on a CPU."""
 
 import contextlib
 import importlib
@@ -20,10 +20,10 @@ UNUSED = ("imageio", "sklearn", "sklearn.metrics", "texttable", "matplotlib.pypl
 
 @contextlib.contextmanager
 def float64() -> Iterator[None]:
-    """Compute in float64 throughout, where a difference of 1e-9 tells a rounding error from a mistake.
+    """Compute in float64 throughout, where a tolerance of 1e-9 separates rounding errors from mistakes.
 
-    The fast path widens half precision by `.float()`, which would narrow float64, and divides whole numbers, which
-    gives the default dtype.
+    The fast path widens half precision by `.float()`, which would narrow float64, and divides integers, which produces
+    the default dtype.
     """
     widen = Tensor.float
     before = torch.get_default_dtype()
@@ -40,10 +40,10 @@ def official_code(path: Path) -> Iterator[tuple[SimpleNamespace, bool]]:
     """Import what is compared from a clone.
 
     Yields:
-        Its modules, and whether its extension for the energy is there.
+        Its modules, and whether its extension for the energy is built.
 
     Raises:
-        UserError: the folder is no clone of the official code.
+        UserError: the folder is not a clone of the official code.
     """
     if not (path / "train_voc.py").is_file() or not (path / "models/vit.py").is_file():
         raise UserError(f"--path: {path} has no train_voc.py and models/vit.py; give a clone of the official code")
@@ -81,7 +81,7 @@ def official_code(path: Path) -> Iterator[tuple[SimpleNamespace, bool]]:
 
 
 def exact_filter() -> ModuleType:
-    """Return a stand-in for the extension, which filters by exact Gaussians in place of a lattice."""
+    """Return a stand-in for the extension that filters by exact Gaussians instead of a lattice."""
     module: Any = ModuleType("bilateralfilter")
 
     def filter_batch(images: Any, maps: Any, out: Any, N: int, K: int, H: int, W: int, rgb: float, xy: float) -> None:

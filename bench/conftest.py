@@ -1,4 +1,4 @@
-"""Fixtures of the benches: the GPU where there is one, else the CPU at a small size."""
+"""Fixtures of the benches: the GPU if there is one, else the CPU at a small size."""
 
 import pytest
 import torch
@@ -6,5 +6,5 @@ import torch
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
-    """Where to measure."""
+    """Return the device to measure on."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

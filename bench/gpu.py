@@ -2,7 +2,7 @@
 
 A part that has passed at this commit is not run again, so that the command can be repeated after an interruption or
 with a few minutes at a time (``--minutes 8``). What ran is listed in ``bench/results/<gpu>/parts``; the log of each
-part lies beside it while the commit stays the same.
+part is beside it while the commit stays the same.
 """
 
 import argparse
@@ -32,14 +32,14 @@ FIRST = ("attention_backends", "paper-vit_base")
 SPLIT = {
     "test_step": (*FIRST, "official", "vit_small", "vit_tiny", "the_batch", "the_processes"),
 }
-"""Benches that would take longer: what the names of the tests of each part hold."""
+"""Benches that would take longer, divided into parts: substrings of their tests' names."""
 NEXT = ("test_data", "test_crf", "test_evaluation")
 """Benches that come before those of single kernels."""
 Parts = dict[str, list[str]]
 
 
 def list_parts() -> Parts:
-    """Name every part and its command, those that tell the most first.
+    """Return every part and its command, the most informative first.
 
     The kernels' checks, the step with each attention backend and the waterfall; ours beside the reference; the official
     preset, the data path, the CRF; the demonstration by both engines; then everything else.
@@ -108,8 +108,8 @@ def run_parts(
     Args:
         parts: commands by name.
         folder: for logs and parts.json, which is written after every part.
-        commit: that is checked; the record of another one is dropped.
-        minutes: no part is begun after that; none: all are run.
+        commit: to be checked; the record of another one is dropped.
+        minutes: no part is begun after that; None: all are run.
         clock: seconds; replaced in tests.
 
     Returns:
@@ -144,7 +144,7 @@ def _run(command: list[str], log: Path, clock: Callable[[], float]) -> dict[str,
             file.write(f"\nstopped after {LONGEST} s\n")
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or [""]
     found = re.search(r"(\d+) passed", lines[-1])
-    # pytest's exit code 5: no test of this file wants a GPU
+    # pytest's exit code 5: no test in this file needs a GPU
     passed = code == 0 or (code == 5 and "deselected" in lines[-1])
     return {
         "passed": passed,
@@ -157,8 +157,8 @@ def _run(command: list[str], log: Path, clock: Callable[[], float]) -> dict[str,
 def main(arguments: list[str]) -> None:
     """Run all parts, then draw and tabulate what they recorded."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
-    parser.add_argument("--minutes", type=float, help="begin no part after that many; the next call goes on")
-    parser.add_argument("--rehearse", action="store_true", help="only see that each part starts; needs no GPU")
+    parser.add_argument("--minutes", type=float, help="begin no part after this many; the next call continues")
+    parser.add_argument("--rehearse", action="store_true", help="only check that each part starts; needs no GPU")
     options = parser.parse_args(arguments)
     if options.rehearse:
         with tempfile.TemporaryDirectory() as folder:

@@ -15,7 +15,7 @@ A bench file holds the inputs, the two functions and the floor (bytes and FLOPs 
 On a GPU: medians with 20th and 80th percentiles of CUDA events, cold L2, rotating random inputs, A and B alternating
 in one process, and the share of the roofline, whose ceilings (copy, matrix product) are measured in the same process.
 On a CPU: the torch path at a small size beside eager, as a ratio only; ``torch.compile`` is left out, since compiling
-takes longer than it tells. ``FSR_RECORD=1`` writes ``bench/results/<device>/<bench>.json``.
+takes longer than it is worth. ``FSR_RECORD=1`` writes ``bench/results/<device>/<bench>.json``.
 """
 
 import functools
@@ -44,7 +44,7 @@ Inputs = Callable[[torch.Generator], tuple[Any, ...]]
 
 @dataclass(frozen=True)
 class Floor:
-    """Least work of one call: bytes moved to and from memory, and floating-point operations.
+    """Minimum work of one call: bytes moved to and from memory, and floating-point operations.
 
     Backward figures are those of the backward pass alone; leave them 0 for an operation without gradient.
     """
@@ -81,14 +81,14 @@ def compare(
     """Time ours against eager PyTorch (and its compiled form on a GPU) and report beside the roofline.
 
     Args:
-        benchmark: the pytest-benchmark fixture; its table holds ours, all else is in ``extra_info``.
+        benchmark: the pytest-benchmark fixture; its table holds ours, the rest is in ``extra_info``.
         device: where the inputs live.
         case: name of the case, the bench's name first: ``"affinity_loss bf16"``.
         ours: the public operation with all options bound.
         eager: the same maths in plain PyTorch, same arguments.
-        inputs: gives one set of fresh arguments from a seeded CPU generator; leaves that require a gradient are
+        inputs: returns one set of fresh arguments from a seeded CPU generator; leaves that require a gradient are
             differentiated, and without any only the forward pass is timed.
-        floor: the least work.
+        floor: the minimum work.
         dtype: of the matrix products, for the ceiling.
     """
     sets = [inputs(torch.Generator().manual_seed(seed)) for seed in range(ROTATION if device.type == "cuda" else 1)]
@@ -96,7 +96,7 @@ def compare(
     phases = ["forward", "forward + backward"] if trainable else ["forward"]
     functions = {"eager": eager, "ours": ours}
     if device.type == "cuda":
-        torch.compiler.reset()  # all cases compile one function, which may be compiled but a few times
+        torch.compiler.reset()  # all cases compile one function, which Dynamo recompiles only a few times
         functions = {"eager": eager, "compiled": torch.compile(eager, dynamic=False), "ours": ours}
         ceilings = _ceilings(dtype)
         rows = [row for phase in phases for row in _time_on_gpu(functions, sets, phase, floor, ceilings)]
@@ -110,7 +110,7 @@ def compare(
 
 
 def _call(function: Callable[..., Any], sets: Sequence[tuple[Any, ...]], phase: str) -> Callable[[], None]:
-    """A function that runs one phase on the next set of inputs."""
+    """Return a function that runs one phase on the next set of inputs."""
     turn = itertools.cycle(sets)
 
     def forward() -> None:
@@ -134,7 +134,7 @@ def _time_on_gpu(
     floor: Floor,
     ceilings: dict[str, float],
 ) -> list[dict[str, Any]]:
-    """Median of the rounds' medians for each implementation, taken in turn; peak memory of one call."""
+    """Return the median of the rounds' medians per implementation, taken in turn, and one call's peak memory."""
     from triton.testing import do_bench
 
     calls = {name: _call(function, sets, phase) for name, function in functions.items()}
@@ -162,7 +162,7 @@ def _time_on_gpu(
 def _time_on_cpu(
     functions: dict[str, Callable[..., Any]], sets: Sequence[tuple[Any, ...]], phase: str
 ) -> list[dict[str, Any]]:
-    """Median wall time of a few alternating calls."""
+    """Return the median wall time of a few alternating calls."""
     calls = {name: _call(function, sets, phase) for name, function in functions.items()}
     times: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(ROUNDS + 1):
@@ -178,7 +178,7 @@ def _time_on_cpu(
 
 
 def _peak_bytes(call: Callable[[], None]) -> int:
-    """Memory that one call adds to what its inputs hold."""
+    """Return the memory of one call beyond its inputs."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -188,7 +188,7 @@ def _peak_bytes(call: Callable[[], None]) -> int:
 
 
 def _waiting(call: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """The same call, returning only when the GPU has done what was launched."""
+    """Wrap a call so that it returns only once the GPU has finished."""
 
     def call_and_wait() -> None:
         call()
@@ -200,7 +200,7 @@ def _waiting(call: Callable[[], None], device: torch.device) -> Callable[[], Non
 
 @functools.cache
 def _ceilings(dtype: torch.dtype) -> dict[str, float]:
-    """What this GPU reaches: bytes per second in a copy of 1 GiB, FLOPs per second in an 8192³ matrix product."""
+    """Measure this GPU: bytes per second in a copy of 1 GiB, FLOPs per second in an 8192³ matrix product."""
     from triton.testing import do_bench
 
     source = torch.randn(1 << 28, device="cuda")
@@ -215,7 +215,7 @@ def _ceilings(dtype: torch.dtype) -> dict[str, float]:
 
 
 def _line(case: str, row: dict[str, Any]) -> str:
-    """One row as text."""
+    """Format one row."""
     text = f"{case:36} {row['phase']:18} {row['implementation']:9} {row['median_ms']:9.4f} ms"
     if "roofline_percent" in row:
         text += f" ({row['p20_ms']:.4f}-{row['p80_ms']:.4f}), {row['roofline_percent']:5.1f} % of the roofline, "
@@ -224,22 +224,22 @@ def _line(case: str, row: dict[str, Any]) -> str:
 
 
 def present_commit(folder: Path = RESULTS.parent) -> str:
-    """Return the commit that is checked out in a folder; empty where it is not under git."""
+    """Return the commit that is checked out in a folder; empty if it is not under git."""
     command = ["git", "rev-parse", "HEAD"]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def device_name(device: torch.device) -> str:
-    """Name the device as its folder in ``bench/results`` is named."""
+    """Return the name of the device's folder in ``bench/results``."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu-{platform.machine()}"
     return name.replace(" ", "-")
 
 
 def record(case: str, device: torch.device, content: dict[str, Any]) -> None:
-    """Add or replace a case in the JSON of its bench and device, where ``FSR_RECORD=1`` asks for it.
+    """Add or replace a case in the JSON of its bench and device, if ``FSR_RECORD=1`` is set.
 
     Args:
-        case: the bench's name, which is the file's, then what tells the case from others.
+        case: the bench's name, which is the file's, then what distinguishes the case.
         device: that was measured.
         content: the measurement; device, versions and commit are added.
     """

@@ -1,9 +1,9 @@
 """The official code beside ours, from your own clone: `python -m bench.official --path CLONE`.
 
-Network, operations and training loop of the clone run in this process, as they stand, on a CPU and in float64. Nothing
-of them is kept. What they ask for and do not use here (a GPU, data sets, downloads, libraries for pictures and tables)
-is stood in for. The energy's lattice is compared where the clone's extension for it is built; the loop sums exact
-Gaussians on both sides.
+Network, operations and training loop of the clone run in this process, as they are, on a CPU and in float64. Nothing
+of them is kept. What they import but do not use here (a GPU, data sets, downloads, libraries for pictures and tables)
+is replaced by stand-ins. The energy's lattice is compared if the clone's extension for it is built; the loop sums
+exact Gaussians on both sides.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--path", type=Path, required=True, help="clone of the official code")
     parser.add_argument("--pictures", type=Path, nargs=2 * BATCH, help=f"{2 * BATCH} pictures; else coloured noise")
     parser.add_argument("--iterations", type=int, default=12, help="of the training loop (12)")
-    parser.add_argument("--json", type=Path, help="file that takes the differences, too")
+    parser.add_argument("--json", type=Path, help="also write the differences to this file")
     options = parser.parse_args(arguments)
     if options.iterations < 1:
         raise UserError(f"--iterations: {options.iterations}; expected 1 or more")
@@ -76,7 +76,7 @@ def compare(code: SimpleNamespace, views: tuple[Tensor, Tensor], iterations: int
 
 
 def to_ours(network: Any) -> Network:
-    """Read an official network as one reads its checkpoint."""
+    """Convert an official network as if from its checkpoint."""
     with tempfile.TemporaryDirectory() as folder:
         torch.save(network.state_dict(), Path(folder) / "student.pth")
         return load_network(Path(folder) / "student.pth").double()
@@ -109,7 +109,7 @@ def draw_views(pictures: list[Path] | None) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def compare_networks(theirs: Any, ours: Network, images: Tensor) -> dict[str, float]:
-    """Compare everything that one pass gives."""
+    """Compare all outputs of one pass."""
     found, expected = ours(images), theirs(images)
     head = F.normalize(ours.projector.head, dim=-1)
     tokens = torch.cat([found.class_token[:, None], found.patch_features.flatten(2).transpose(1, 2)], dim=1)

@@ -26,7 +26,7 @@ LOSSES = ("classification", "affinity", "segmentation", "class_token", "uncertai
 """In the order in which the official loop averages them over its processes, after its update."""
 
 Record = dict[str, Any]
-"""What one iteration of the official loop made, by name."""
+"""Results of one iteration of the official loop, by name."""
 
 
 def compare_loops(
@@ -69,7 +69,7 @@ def draw_uniform(iterations: int) -> Tensor:
 def train_theirs(
     code: SimpleNamespace, student: Any, teacher: Any, views: tuple[Tensor, Tensor], iterations: int
 ) -> list[Record]:
-    """Run the official `train` on the same views in every iteration; return what each of them made."""
+    """Run the official `train` on the same views in every iteration; return the results of each."""
     train = code.train
     records: list[Record] = []
     args = train.parser.parse_args([])
@@ -107,7 +107,7 @@ def train_theirs(
 
 
 def _recorders(train: Any, student: Any, teacher: Any, records: list[Record], uniform: Tensor) -> dict[str, Any]:
-    """Return the functions of the official loop that show what it does, each wrapped to note it."""
+    """Return functions of the official loop, wrapped to record their results."""
     refine, energy, reduce, draws = (
         train.refine_cams_with_bkg_v2,
         train.get_energy_loss,

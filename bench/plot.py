@@ -39,7 +39,7 @@ def draw_waterfall(cases: Cases, path: Path) -> None:
     """
     chosen = {case: content for case, content in cases.items() if case.startswith("step waterfall paper")}
     on_gpu = not next(iter(chosen.values()))["device"].startswith("cpu-")
-    fields = [("images_per_second", "images a second")] + [("peak_gib", "peak memory, GiB")] * on_gpu
+    fields = [("images_per_second", "images per second")] + [("peak_gib", "peak memory, GiB")] * on_gpu
     figure = Figure(figsize=(8, 1.2 + 1.5 * len(chosen)), layout="constrained")
     grid = figure.subplots(len(chosen), len(fields), squeeze=False)
     for row, (case, content) in zip(grid, chosen.items(), strict=True):
@@ -60,7 +60,7 @@ def draw_waterfall(cases: Cases, path: Path) -> None:
 
 
 def draw_rows(cases: Cases, number: int, path: Path) -> None:
-    """Draw the rows of a table of the paper: a dot per seed, a line at the mean.
+    """Draw the rows of one of the paper's tables: a dot per seed, a line at the mean.
 
     Args:
         cases: of the bench `tables` on one device.
@@ -105,7 +105,7 @@ def draw_engines(engines: dict[str, list[Cases]], path: Path) -> None:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    """Write an SVG file that is the same for the same figure."""
+    """Write an SVG file, reproducibly."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with mpl.rc_context({"svg.hashsalt": path.stem, "svg.fonttype": "none"}):
         figure.savefig(path, metadata={"Date": None})
@@ -162,7 +162,7 @@ def tabulate_kernels(results: Path) -> str:
 def tabulate_data(records: list[Cases]) -> str:
     """Return the table of the data pipelines."""
     lines = [
-        "| device | views | images | pipeline | images/s | CPU time an image | host memory |",
+        "| device | views | images | pipeline | images/s | CPU time per image | host memory |",
         "|---|---|---|---|---|---|---|",
     ]
     for cases in records:
@@ -220,7 +220,7 @@ def tabulate_seeds(records: list[Cases]) -> str:
 
 
 def tabulate_rows(records: list[Cases], number: int) -> str:
-    """Return the rows of a table of the paper, trained on the embedded data set."""
+    """Return the rows of one of the paper's tables, trained on the embedded data set."""
     lines = [f"| row | {' | '.join(KINDS)} |", f"|---|{'---|' * len(KINDS)}"]
     for cases in records:
         for content in (content for content in cases.values() if content["table"] == number):
@@ -291,7 +291,7 @@ def tabulate_waiting(records: list[Cases]) -> str:
 
 
 def tabulate_sizes(records: list[Cases]) -> str:
-    """Return the table of what an installation takes on disk."""
+    """Return the table of installation sizes on disk."""
     lines = ["| installation | on disk |", "|---|---|"]
     for cases in records:
         lines += [f"| {content['installation']} | {content['bytes'] / 1e9:.1f} GB |" for content in cases.values()]
@@ -324,7 +324,7 @@ def fill(text: str, tables: dict[str, str]) -> str:
 
 
 def main() -> None:
-    """Draw and tabulate all that is recorded."""
+    """Draw and tabulate everything that is recorded."""
     tables = tabulate(RESULTS)
     for document in DOCUMENTS:
         text = document.read_text(encoding="utf-8")

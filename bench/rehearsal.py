@@ -2,8 +2,8 @@
 
 Makes a data set with the counts of the real one and runs what depends on the count: start-up, an epoch of the loader
 from files and from shards by both pipelines, ``data check``, ``data pack``, and evaluation, pseudo labels and report of
-a network of one block. Each part is a process of its own, whose seconds, memory and open files are those of its whole
-family. ``--divide 10`` takes a tenth of the counts: what grows with the count shows in the comparison.
+a network of one block. Each part is a process of its own; its seconds, memory and open files include all its child
+processes. ``--divide 10`` uses a tenth of the counts: the comparison shows what grows with the count.
 ``FSR_RECORD=1`` writes ``bench/results/<device>/rehearsal.json``.
 """
 
@@ -30,7 +30,7 @@ from fsr_fast.dataloading.datasets import build_datasets
 from fsr_fast.errors import UserError
 
 PERIOD = 0.2
-"""Seconds between two looks at a part's processes."""
+"""Seconds between two samples of a part's processes."""
 BATCH, WORKERS = 8, 2
 NETWORK = {
     "model.backbone": "vit_tiny_patch16_224",
@@ -52,17 +52,17 @@ NETWORK = {
     "optim.batch_size": "2",
     "run.device": "cpu",
 }
-"""A network whose cost is small beside that of reading, resizing and counting."""
+"""A network whose cost is small compared with reading, resizing and counting."""
 
 
 def list_parts(layout: str, root: Path, work: Path, limit: int | None) -> dict[str, list[str]]:
-    """Name every part and its command, in the order in which they are run.
+    """Return every part and its command, in the order in which they are run.
 
     Args:
         layout: `voc` or `coco`.
         root: folder of the data set.
         work: folder for shards, the run and labels.
-        limit: images that evaluation and pseudo labels take; None: all.
+        limit: number of images for evaluation and pseudo labels; None: all.
     """
     module, verb = [sys.executable, "-m", "bench.rehearsal"], [sys.executable, "-m", "fsr_fast"]
     loader = [*module, "--layout", layout, "--load"]
@@ -102,10 +102,10 @@ def open_data(layout: str, source: str, folder: Path) -> DataConfig:
 
 
 def load_epoch(layout: str, source: str, folder: Path, pipeline: str, size: int) -> int:
-    """Open a data set, and take one epoch from a pipeline unless it is `none`.
+    """Open a data set, and load one epoch with a pipeline unless it is `none`.
 
     Returns:
-        Number of the training images.
+        Number of training images.
     """
     data = open_data(layout, source, folder).model_copy(update={"pipeline": pipeline, "image_size": size})
     train, _ = build_datasets(data)
@@ -122,15 +122,15 @@ def load_epoch(layout: str, source: str, folder: Path, pipeline: str, size: int)
 
 
 def run_part(command: Sequence[str], log: Path) -> dict[str, Any]:
-    """Run a command and watch its family of processes.
+    """Run a command and watch it with all its child processes.
 
     Args:
         command: to run.
-        log: takes what it prints.
+        log: file for its output.
 
     Returns:
-        `seconds` on the clock; `cpu_seconds` of the family, which other work on the machine changes less; `memory_mib`,
-        the largest proportional memory of the family; `open_files`, the most at once.
+        `seconds` of wall time; `cpu_seconds` of all processes, which other work on the machine affects less;
+        `memory_mib`, the peak of their summed proportional set sizes; `open_files`, the most at once.
 
     Raises:
         UserError: it failed.
@@ -153,7 +153,7 @@ def run_part(command: Sequence[str], log: Path) -> dict[str, Any]:
 
 
 def _cpu_seconds() -> float:
-    """CPU time of all children that have ended, with their own."""
+    """Return the CPU time of all children that have ended, and of theirs."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
 
@@ -175,7 +175,7 @@ def _watch(process: psutil.Process, peak: dict[str, Any], done: threading.Event)
 
 
 def rehearse(name: str, layout: Layout, root: Path, work: Path, chosen: Sequence[str], limit: int | None) -> None:
-    """Run parts, print and record what each one took."""
+    """Run parts, print and record the cost of each."""
     device = torch.device("cpu")
     parts = list_parts(name, root, work, limit)
     for part in chosen or parts:
@@ -195,15 +195,15 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--divide", type=int, default=1, help="all counts are divided by this")
     parser.add_argument("--folder", type=Path, help="of the data set (default: data/rehearsal/LAYOUT_DIVISOR)")
     parser.add_argument("--parts", nargs="+", default=[], help="run only these parts")
-    parser.add_argument("--limit", type=int, help="evaluation and pseudo labels take only so many images")
+    parser.add_argument("--limit", type=int, help="number of images for evaluation and pseudo labels")
     parser.add_argument("--size", type=int, default=448, help="side of the views, in pixels")
-    parser.add_argument("--load", choices=("none", "torch", "dali"), help="be a part: open, take an epoch")
+    parser.add_argument("--load", choices=("none", "torch", "dali"), help="act as a part: open the set, load an epoch")
     parser.add_argument("--source", choices=("files", "shards"), default="files", help="of --load")
     return parser
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Rehearse, or be one of the rehearsal's parts."""
+    """Rehearse, or act as one of the rehearsal's parts."""
     options = build_parser().parse_args(arguments)
     if options.load:
         count = load_epoch(options.layout, options.source, options.folder, options.load, options.size)

@@ -17,7 +17,7 @@ from fsr_fast.dataloading.class_names import COCO_CLASSES, VOC_CLASSES
 from fsr_fast.dataloading.creatures import draw_scene
 
 LINKED = 100
-"""Names of one stored picture."""
+"""Number of names per stored picture."""
 
 
 class Part(NamedTuple):
@@ -27,13 +27,13 @@ class Part(NamedTuple):
     images: int
     """Images of the list."""
     unlisted: int = 0
-    """Images of the annotations without an object, which no list holds."""
+    """Images in the annotations without an object, which are on no list."""
     objects: int = 0
     """Objects of the annotations."""
 
 
 class Layout(NamedTuple):
-    """What is rehearsed."""
+    """A data set to rehearse."""
 
     size: tuple[int, int]
     """Width and height of the pictures, in pixels."""
@@ -144,12 +144,12 @@ def _joined(entries: Iterator[str]) -> Iterator[str]:
 
 
 def _first(layout: Layout, part: Part) -> int:
-    """Number of a part's first scene: validation shows others than training."""
+    """Return the number of a part's first scene, since validation shows different scenes from training."""
     return 0 if part == layout.parts[0] else 10_000
 
 
 def _draw(number: int, layout: Layout) -> tuple[Image.Image, Image.Image]:
-    """Draw a picture and its mask; the creatures take turns to stand for the classes."""
+    """Draw a picture and its mask; the creatures take turns representing the classes."""
     size, classes = layout.size, len(layout.classes)
     scene = draw_scene(0, number)
     pixels = np.asarray(Image.fromarray(scene.image).resize(size, Image.Resampling.BICUBIC), np.float32)

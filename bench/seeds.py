@@ -1,7 +1,8 @@
 """Train the demonstration from several seeds: ``python -m bench.seeds``, which is ``make seeds``.
 
-Each seed has a run folder of its own below ``--output``. A finished run is read, not repeated; an interrupted one goes
-on. ``FSR_RECORD=1`` writes ``bench/results/<device>/seeds.json``, from which ``python -m bench.plot`` makes the table.
+Each seed has a run folder of its own below ``--output``. A finished run is read, not repeated; an interrupted one is
+resumed. ``FSR_RECORD=1`` writes ``bench/results/<device>/seeds.json``, from which ``python -m bench.plot`` makes the
+table.
 """
 
 import argparse
@@ -21,7 +22,7 @@ KINDS = ("pseudo", "seg")
 
 
 def run_seed(seed: int, output: Path, options: Sequence[str] = ()) -> dict[str, Any]:
-    """Train the demonstration from one seed, unless that is done.
+    """Train the demonstration from one seed, unless that has been done.
 
     Args:
         seed: of the run.
@@ -30,7 +31,7 @@ def run_seed(seed: int, output: Path, options: Sequence[str] = ()) -> dict[str, 
 
     Returns:
         By kind (`pseudo`, `seg`): `mean`, and `classes` with the IoU of the background and of each class, in percent;
-        `images_per_second`; `commit` that trained it; `curve`, the mIoUs of the evaluations on the way, each with
+        `images_per_second`; `commit` that trained it; `curve`, the mIoUs of the intermediate evaluations, each with
         `iteration` and `wall_seconds`.
     """
     folder = output / f"seed_{seed}"
@@ -57,7 +58,7 @@ def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.seeds", description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--output", type=Path, default=Path("runs/seeds"), help="folder of the runs")
-    parser.add_argument("--name", default="seeds", help="of the JSON file, where other options are measured")
+    parser.add_argument("--name", default="seeds", help="name of the JSON file, if other options are measured")
     options, recipe = parser.parse_known_args(arguments)
     for seed in options.seeds:
         scores = run_seed(seed, options.output, recipe)

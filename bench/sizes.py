@@ -1,4 +1,4 @@
-"""Measure what an installation takes on disk: ``python -m bench.sizes``.
+"""Measure the size of an installation on disk: ``python -m bench.sizes``.
 
 ``FSR_RECORD=1`` writes ``bench/results/<device>/sizes.json``, from which ``python -m bench.plot`` makes the table.
 """
@@ -22,7 +22,7 @@ INSTALLATIONS = {
 
 
 def size_of(folder: Path) -> int:
-    """Return the bytes of all files below a folder; links count nothing."""
+    """Return the bytes of all files below a folder, without links."""
     return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
 
 

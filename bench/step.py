@@ -1,7 +1,7 @@
 """Time whole training steps: ``python -m bench.step --preset paper --batch 2 --size 448 --engine fast``.
 
-A step here is all that a training iteration computes: losses, gradients, AdamW, the teacher's average. Views are random
-numbers, weights are random; neither changes the work.
+A step is everything that a training iteration computes: losses, gradients, AdamW, the teacher's average. Views and
+weights are random, which does not change the work.
 """
 
 import argparse
@@ -39,13 +39,13 @@ PRESENT = 3  # classes of an image, at most
 
 @dataclass(frozen=True)
 class Technique:
-    """How the step is computed; what it computes is always the same."""
+    """How the step is computed; the result is always the same."""
 
     engine: str = "fast"
     """On a GPU the reference's dense energy is ours: its own loop over the pixels would take minutes."""
     amp: str = "off"
     attention: str = "sdpa"
-    """Of the fast step; the reference writes the N by N matrix out unless this is `fused`."""
+    """Of the fast step; the reference materialises the N by N matrix unless this is `fused`."""
     compile: bool = False
     kernels: str = ""
     """FSR_KERNELS."""
@@ -78,9 +78,9 @@ def measure(
         setting: what is computed.
         technique: how.
         device: where.
-        iterations: that are timed.
-        warm_up: that are not.
-        process: this one among those that share the gradients; none: it is alone.
+        iterations: number of timed iterations.
+        warm_up: number of untimed ones.
+        process: this one among those that share the gradients; None: it is alone.
 
     Returns:
         `seconds` (median), `images_per_second`, `peak_gib` (of the device; on a CPU of the process since its start),
@@ -162,11 +162,11 @@ def _technique(technique: Technique, device: torch.device) -> Iterator[None]:
     with mock.patch.dict(os.environ, {"FSR_KERNELS": technique.kernels}), contextlib.ExitStack() as stack:
         keep_freed_memory(technique.engine == "fast" and technique.keep_memory)
         stack.callback(keep_freed_memory, False)
-        torch.compiler.reset()  # all techniques compile one function, which may be compiled but a few times
+        torch.compiler.reset()  # all techniques compile one function, which Dynamo recompiles only a few times
         if technique.engine == "reference" and technique.attention == "fused":
             stack.enter_context(mock.patch.object(reference.encoder, "self_attention", _fused_attention))
         if technique.engine == "reference" and device.type == "cuda":
-            # pixel by pixel, as the reference has it, a step of the official preset would launch millions of kernels
+            # pixel by pixel, as in the reference, a step of the official preset would launch millions of kernels
             stack.enter_context(mock.patch.object(reference.losses, "dense_energy", _fast_energy))
         yield
 
@@ -185,17 +185,17 @@ def _fast_energy(probabilities: Tensor, images: Tensor, labels: Tensor) -> Tenso
 
 
 def main() -> None:
-    """Time the setting that the command line names."""
+    """Time the setting given on the command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.step", description=__doc__)
     parser.add_argument("--preset", choices=PRESETS, default="paper")
     parser.add_argument("--engine", choices=("fast", "reference"), default="fast")
     parser.add_argument("--backbone", default="vit_base_patch16_224")
-    parser.add_argument("--batch", type=int, default=2, help="images a step")
+    parser.add_argument("--batch", type=int, default=2, help="images per step")
     parser.add_argument("--size", type=int, default=448, help="side of the views in pixels")
     parser.add_argument("--amp", choices=("off", "bf16"), default="off")
     parser.add_argument("--attention", choices=("sdpa", "xformers", "varlen"), default="sdpa")
     parser.add_argument("--compile", action="store_true", help="compile the transformer's blocks")
-    parser.add_argument("--iterations", type=int, default=2, help="that are timed, after one that is not")
+    parser.add_argument("--iterations", type=int, default=2, help="number of timed iterations, after an untimed one")
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,6 +1,6 @@
 """Train the rows of one of the paper's tables on the embedded data set: ``python -m bench.tables --table 4``.
 
-What `fsr-fast ablate` does with the demonstration's recipe, recorded: ``FSR_RECORD=1`` writes
+Runs `fsr-fast ablate` with the demonstration's recipe and records it: ``FSR_RECORD=1`` writes
 ``bench/results/<device>/tables.json``, from which ``python -m bench.plot`` makes table and picture. Finished runs are
 read, not repeated.
 """
@@ -19,7 +19,7 @@ from fsr_fast.commands.paper_tables import TABLES
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Train what is not finished, and record every row of which a seed is."""
+    """Train what is not finished, and record every row with a finished seed."""
     parser = argparse.ArgumentParser(prog="python -m bench.tables", description=__doc__)
     parser.add_argument("--table", type=int, choices=sorted(TABLES), required=True)
     parser.add_argument("--rows", nargs="+", help="some rows of the table; by default all")

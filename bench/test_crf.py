@@ -83,7 +83,7 @@ def test_dense_crf(benchmark: Any, device: torch.device, classes: int) -> None:
 
 
 def beliefs_of(mask: np.ndarray, generator: torch.Generator) -> Tensor:
-    """What a decoder might say: the true mask, displaced, on a grid of patches, with noise; (1, 21, H, W)."""
+    """Imitate a decoder's output: the true mask, displaced, on a grid of patches, with noise; (1, 21, H, W)."""
     known = torch.from_numpy(np.where(mask == 255, 0, mask)).long()
     classes = F.one_hot(known, 21).permute(2, 0, 1)[None].float()
     shift = torch.randint(-6, 7, (2,), generator=generator).tolist()
@@ -98,7 +98,7 @@ def beliefs_of(mask: np.ndarray, generator: torch.Generator) -> Tensor:
 
 @pytest.mark.skipif("FSR_VOC_ANIMALS" not in os.environ, reason="FSR_VOC_ANIMALS names no folder of photographs")
 def test_agreement_on_photographs(benchmark: Any, device: torch.device) -> None:
-    """Both back ends on photographs: equal pixels, mean IoU, seconds per image. A CPU takes them at half size."""
+    """Both back ends on photographs: equal pixels, mean IoU, seconds per image. On a CPU, at half size."""
     root = Path(os.environ["FSR_VOC_ANIMALS"])
     names = (root / "ImageSets/Segmentation/val.txt").read_text().split()
     names = size(device, gpu=names, cpu=names[1:40:13])
@@ -120,7 +120,7 @@ def test_agreement_on_photographs(benchmark: Any, device: torch.device) -> None:
     benchmark.pedantic(lambda: None, rounds=1)
     means = ", ".join(f"{kind} {matrix.mean_iou():.2f}" for kind, matrix in matrices.items())
     print(f"\n{len(names)} photographs: {100 * equal / pixels:.2f} % of the pixels equal; mIoU {means}")
-    print(f"seconds an image: pydensecrf {seconds['pydensecrf']:.3f}, exact {seconds['exact']:.3f} on {device}")
+    print(f"seconds per image: pydensecrf {seconds['pydensecrf']:.3f}, exact {seconds['exact']:.3f} on {device}")
 
 
 def read(root: Path, name: str, *, half: bool) -> tuple[np.ndarray, np.ndarray]:

@@ -1,8 +1,8 @@
-"""Images a second of the two pipelines: decoded, two augmented views of 448², normalised; with CPU and memory.
+"""Images per second of the two pipelines: decoded, two augmented views of 448², normalised; with CPU and memory.
 
 The photographs are those of FSR_VOC_ANIMALS (a folder in VOC layout), else the embedded data set. On a CPU DALI and
-torchvision share the cores; on a GPU DALI decodes and augments there. FSR_BENCH_WORKERS sets the loader processes a
-pipeline, which are also DALI's threads; by default one a core, no more than 16.
+torchvision share the cores; on a GPU DALI decodes and augments there. FSR_BENCH_WORKERS sets the loader processes per
+pipeline, which are also DALI's threads; by default one per core, at most 16.
 """
 
 import os

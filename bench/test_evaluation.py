@@ -1,10 +1,10 @@
 """Evaluation: the latency of a single image, and images per second beside a plain loop with pydensecrf.
 
-The plain loop is what one writes first: image by image, the passes of the CAMs, then those of the segmentation, each
-scale and each mirror image by itself, then pydensecrf on all classes in the same process. It runs the same network. A
-network with random weights holds every class to be possible everywhere, a trained one only a few: the decoder's last
-layer is set so. The folder of photographs is that of FSR_VOC_ANIMALS; without it the embedded data set is taken.
-What a large picture costs is measured up to FSR_MEGAPIXELS.
+The plain loop is the obvious first version: image by image, the passes of the CAMs, then those of the segmentation,
+each scale and each mirror image by itself, then pydensecrf on all classes in the same process. It runs the same
+network. A network with random weights finds every class likely everywhere, a trained one only a few: the decoder's
+last layer is set to imitate that. FSR_VOC_ANIMALS names the folder of photographs; without it the embedded data set is
+used. The cost of a large picture is measured up to FSR_MEGAPIXELS.
 """
 
 import json
@@ -141,13 +141,13 @@ def setting(device: torch.device, likely: int) -> tuple[Network, SegmentationDat
     config = build_config(recipe, "the bench")
     _, dataset = build_datasets(config.data)
     network, _ = network_of("vit_tiny", device, dataset.classes)
-    with torch.no_grad():  # what the layer reads is not negative
+    with torch.no_grad():  # the layer's input is not negative
         network.decoder.conv8.weight[likely:] = -network.decoder.conv8.weight[likely:].abs()
     return network, dataset, config
 
 
 def evaluate_share(rank: int, world_size: int, likely: int, folder: str) -> None:
-    """One of several processes on the CPU; the first writes down how long all of them took together."""
+    """Act as one of several processes on the CPU; the first records their total time."""
     torch.set_num_threads(1)
     os.environ["LOCAL_WORLD_SIZE"] = str(world_size)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world_size)
@@ -171,7 +171,7 @@ def test_images_per_second(benchmark: Any, device: torch.device, tmp_path: Path,
     seconds = {"plain loop": time.perf_counter() - began}
 
     def evaluate() -> None:
-        keep_freed_memory(device.type == "cpu")  # as a process of the command does
+        keep_freed_memory(device.type == "cpu")  # as the command's processes do
         began = time.perf_counter()
         assert evaluate_network(network, dataset, config, Process(0, 1, device)).images == IMAGES
         seconds["one process"] = time.perf_counter() - began
@@ -197,7 +197,7 @@ def cost_of(megapixels: float, tile: int | None) -> dict[str, float]:
 
 
 def test_cost_per_megapixel(benchmark: Any) -> None:
-    """Whole where that can be waited for, and in tiles of 128 pixels, from 0.25 to 100 megapixels."""
+    """Whole where that takes a reasonable time, and in tiles of 128 pixels, from 0.25 to 100 megapixels."""
     largest = float(os.environ.get("FSR_MEGAPIXELS", "4"))  # of the tiled ones; 100 takes the better part of an hour
     tiled = [size for size in (0.25, 1, 4, 10, 30, 100) if size <= largest]
     rows = [{"tile": None, **cost_of(size, None)} for size in (0.0625, 0.25, 1) if size <= largest]

@@ -1,4 +1,4 @@
-"""The class token's attention to the patches left: ViT-B/16 at 448², keys and values projected against absorbed."""
+"""The class token's attention to the unmasked patches: ViT-B/16 at 448², keys and values projected against absorbed."""
 
 import functools
 from typing import Any

@@ -63,7 +63,7 @@ def refinement_bytes(B: int, live: int, pixels: int) -> int:
 
 
 def refinement_flops(B: int, live: int, pixels: int) -> int:
-    """Mean, std and distance of 3 channels, softmax; one multiply-add a neighbour, map and iteration."""
+    """Mean, std and distance of 3 channels, softmax; one multiply-add per neighbour, map and iteration."""
     return B * pixels * NEIGHBOURS * (3 * 7 + 5 + 2 * live * ITERATIONS)
 
 

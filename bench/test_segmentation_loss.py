@@ -12,7 +12,7 @@ from fsr_fast.method.losses import segmentation_loss
 
 
 def written_out(logits: Tensor, labels: Tensor) -> Tensor:
-    """The loss as one writes it: resize, then cross-entropy once for either set."""
+    """The loss as one writes it: resize, then cross-entropy once for each set."""
     resized = F.interpolate(logits, size=labels.shape[1:], mode="bilinear", align_corners=False).float()
     labels = labels.long()
     background = F.cross_entropy(resized, labels.where(labels == 0, 255), ignore_index=255)

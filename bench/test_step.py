@@ -1,6 +1,6 @@
 """Whole steps: from the reference, one technique added at a time, to ours; and how the cost grows.
 
-On a CPU tiny images, so that the benches always finish; on a GPU those of the paper. The waterfall is drawn from what
+On a CPU tiny images, so that the benches always finish; on a GPU the paper's. The waterfall is drawn from what
 is recorded here: ``FSR_RECORD=1 pytest bench/test_step.py && python -m bench.plot``.
 """
 
@@ -53,7 +53,7 @@ def test_waterfall(benchmark, device, preset, backbone):
 
 
 def test_attention_backends(benchmark, device):
-    """One step with each way to compute self-attention; a CPU has sdpa alone."""
+    """One step with each way to compute self-attention; a CPU only has sdpa."""
     batch, side, rounds = size(device, gpu=(16, 448, 10), cpu=(2, 64, 1))
     half = "bf16" if has_fast_bf16(device) else "off"
     setting = Setting("paper", size(device, gpu=BACKBONES[2], cpu=BACKBONES[0]), batch, side)

@@ -1,13 +1,13 @@
-"""Large pictures in tiles: how far the labels differ from those of the whole picture, and what a picture costs.
+"""Large pictures in tiles: how far the labels differ from those of the whole picture, and the cost.
 
-``python -m bench.tiles quality --checkpoint RUN`` composes pictures from the demonstration's creatures, or takes the
+``python -m bench.tiles quality --checkpoint RUN`` composes pictures from the demonstration's creatures, or uses the
 photographs of ``--pictures FOLDER``, and segments each as a whole and in tiles of several sizes and overlaps. It counts
 the pixels whose label differs: of all, of those beside a seam, of those where the whole picture's own two likeliest
 classes are a tenth or more apart, and in the pseudo labels. Of creatures, it scores both against the masks.
 ``--show FOLDER`` writes pictures to look at. ``FSR_RECORD=1`` writes ``bench/results/<device>/tiles.json``.
 
 ``python -m bench.tiles cost --megapixels N`` segments one picture and prints seconds and peak memory as JSON; memory is
-that of a process, so each measurement is one. ``bench/test_evaluation.py`` runs it.
+the process's, so each measurement is a process. ``bench/test_evaluation.py`` runs it.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def mosaic(rows: int, columns: int, seed: int = 11) -> tuple[np.ndarray, np.ndar
 
 
 def pictures_of(folder: Path | None, limit: int) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
-    """Return the pictures, and their masks where these are known."""
+    """Return the pictures, and their masks if known."""
     if folder is None:
         yield from (mosaic(6, 8, seed) for seed in range(limit))
         return
@@ -64,7 +64,7 @@ def pictures_of(folder: Path | None, limit: int) -> Iterator[tuple[np.ndarray, n
 
 
 def seams(size: tuple[int, int], side: int, overlap: float, patch: int) -> np.ndarray:
-    """Where a tile ends within the picture, and the pixels beside."""
+    """Return where a tile ends within the picture, with the pixels beside it."""
     plan, found = plan_tiles(size, side, overlap, patch), np.zeros(size, bool)
     for spans, lines in ((plan.rows, found), (plan.columns, found.T)):
         for start in spans.starts:
@@ -151,7 +151,7 @@ def demonstration() -> tuple[Network, Config]:
 
 
 def measure_cost(megapixels: float, tile: int | None, overlap: float) -> dict[str, float]:
-    """Segment one picture of creatures, 4 to 3, its labels dropped as they come."""
+    """Segment one picture of creatures, in 4:3, discarding its labels."""
     network, config = demonstration()
     height = round((megapixels * 1e6 * 3 / 4) ** 0.5)
     width = round(megapixels * 1e6 / height)
@@ -171,7 +171,7 @@ def measure_cost(megapixels: float, tile: int | None, overlap: float) -> dict[st
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Measure what is asked for."""
+    """Run the requested measurement."""
     parser = argparse.ArgumentParser(prog="python -m bench.tiles", description=__doc__)
     parser.add_argument("what", choices=("quality", "cost"))
     parser.add_argument("--checkpoint", type=Path)
@@ -181,7 +181,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--overlaps", type=float, nargs="+", default=[0.0, 0.25, 0.5])
     parser.add_argument("--show", type=Path)
     parser.add_argument("--megapixels", type=float, default=1.0)
-    parser.add_argument("--tile", type=int, help="none: whole")
+    parser.add_argument("--tile", type=int, help="default: whole")
     parser.add_argument("--overlap", type=float, default=0.25)
     options = parser.parse_args(arguments)
     if options.what == "cost":

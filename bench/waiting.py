@@ -23,7 +23,7 @@ from fsr_fast.reporting.tracking import read_metrics
 VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "OMP_NUM_THREADS")
 SETTINGS = {
     "package": {},
-    "openmp": {"GOMP_SPINCOUNT": "300000"},  # what libgomp takes where nothing is set
+    "openmp": {"GOMP_SPINCOUNT": "300000"},  # libgomp's default
     "passive": {"OMP_WAIT_POLICY": "passive"},
 }
 ITERATIONS, LOG_EVERY = 150, 50

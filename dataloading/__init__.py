@@ -1,1 +1,1 @@
-"""Data sets, the embedded data set, and the pipelines that load them. Knows nothing of models."""
+"""Data sets, the embedded data set, and the pipelines that load them. Independent of the models."""

@@ -1,7 +1,7 @@
 """Pictures as arrays: of any depth and any number of channels, read by region where the format allows it.
 
-`images.py` decides what is opened at all. NumPy's files, TIFF and DICOM are opened here, told by their content; all
-else is Pillow's, and 16-bit PNG in colour, of which Pillow keeps eight bits, imagecodecs'.
+`images.py` decides which formats are opened. NumPy's files, TIFF and DICOM are opened here, recognised by their
+content; Pillow opens the rest, except 16-bit colour PNG, of which it keeps eight bits: imagecodecs opens that.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from fsr_fast.dataloading import images, tiff
 from fsr_fast.dataloading.images import MAX_PIXELS, DamagedFileError, Source, explained, open_picture
 
 NUMPY, DICOM = b"\x93NUMPY", b"DICM"
-DICOM_PLACE = 128  # bytes in front of its mark
+DICOM_PLACE = 128  # bytes before the DICOM mark
 DEEP_PNG = 16  # bits
 COLOUR_PNG = (2, 4, 6)  # colour types: RGB, grey with alpha, RGBA
 
 
 class Pixels(Protocol):
-    """The pixels of a picture, as they are stored: an array (H, W, C), or what reads one region after the other."""
+    """The stored pixels of a picture: an array (H, W, C), or a reader of one region after another."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -34,7 +34,7 @@ class Pixels(Protocol):
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """Of the regions."""
+        """Data type of the regions."""
 
     def __getitem__(self, key: tuple[slice, slice], /) -> NDArray[Any]:
         """Read the region `[y0:y1, x0:x1]`, (h, w, C)."""
@@ -44,16 +44,16 @@ class Pixels(Protocol):
 def open_array(source: Source, name: str = "", *, max_pixels: int = MAX_PIXELS) -> Pixels:
     """Open a picture, upright, with the values and channels that are stored.
 
-    TIFF that stands upright and `.npy` files are read by region; all others are decoded here, once.
+    Upright TIFF and `.npy` files are read by region; all others are decoded here, once.
 
     Args:
         source: file, or its content.
-        name: what messages call it; by default the path.
-        max_pixels: of the largest picture that is opened.
+        name: its name in messages; by default the path.
+        max_pixels: largest picture that is opened.
 
     Raises:
         DamagedFileError: missing, empty, damaged, of a format that is not read, or of more than `max_pixels` pixels.
-            Slicing a TIFF raises it, too.
+            Slicing a TIFF may raise it, too.
     """
     where = name or (str(source) if isinstance(source, Path) else "image")
     with explained(source, where, max_pixels):
@@ -71,7 +71,7 @@ def open_array(source: Source, name: str = "", *, max_pixels: int = MAX_PIXELS) 
 
 
 def start_of(source: Source) -> bytes:
-    """Return the first bytes of a file, which tell its format."""
+    """Return the first bytes of a file, by which its format is recognised."""
     if isinstance(source, bytes):
         return source[: DICOM_PLACE + len(DICOM)]
     with source.open("rb") as file:
@@ -79,7 +79,7 @@ def start_of(source: Source) -> bytes:
 
 
 def is_dicom(start: bytes) -> bool:
-    """Return whether a file that starts so is DICOM."""
+    """Return whether these first bytes are DICOM's."""
     return start[DICOM_PLACE : DICOM_PLACE + len(DICOM)] == DICOM
 
 
@@ -101,7 +101,7 @@ def _open_numpy(source: Source, max_pixels: int) -> Pixels:
             raise ValueError("an array of objects")
         flat = np.frombuffer(source, dtype, offset=file.tell())
         if flat.size != np.prod(shape, dtype=object):
-            raise ValueError(f"{flat.size} values, where its head says {shape}")
+            raise ValueError(f"{flat.size} values, but its header says {shape}")
         array: Any = flat.reshape(shape, order="F" if fortran else "C")
     else:
         array = np.load(source, mmap_mode="r", allow_pickle=False)
@@ -126,7 +126,7 @@ def _open_tiff(source: Source, where: str, max_pixels: int) -> Pixels:
 
 
 class _Explained:
-    """A TIFF whose damages are told where they are met."""
+    """A TIFF that raises `DamagedFileError` where it is damaged."""
 
     def __init__(self, pixels: tiff.Tiff, source: Source, where: str, max_pixels: int) -> None:
         self.shape, self.dtype, self.pages = pixels.shape, pixels.dtype, pixels.pages
@@ -169,15 +169,13 @@ def _open_dicom(source: Source, where: str, max_pixels: int) -> Pixels:
 
 
 def _decode(source: Source, where: str, max_pixels: int) -> NDArray[Any]:
-    """Decode by Pillow: (H, W, C) of 8 bits; of 16, 32 or floating point where there is one channel."""
+    """Decode by Pillow: (H, W, C) of 8 bits; of 16 or 32 bits or floating point with one channel."""
     with open_picture(source, where, max_pixels=max_pixels) as image:
         turn = images.orientation(image)
         if image.format == "PNG" and (deep := _deep_png(source)) is not None:
             return turn_upright(deep, turn)
         if image.format == "TIFF" and max(image.tag_v2.get(258, (1,))) > 8 and len(image.getbands()) > 1:  # type: ignore[attr-defined]
-            raise ValueError(
-                "a TIFF of more than 8 bits per channel in a colour space that is not read; save it as RGB"
-            )
+            raise ValueError("a TIFF of more than 8 bits per channel in an unsupported colour space; save it as RGB")
         if image.mode in ("P", "PA"):
             image = image.convert("RGBA").convert("RGB")
         elif image.mode not in ("L", "LA", "RGB", "RGBA", "F") and not image.mode.startswith("I"):
@@ -187,7 +185,7 @@ def _decode(source: Source, where: str, max_pixels: int) -> NDArray[Any]:
 
 
 def _deep_png(source: Source) -> NDArray[Any] | None:
-    """Decode a PNG of 16 bits in colour, (H, W, C) uint16; None: it is another PNG."""
+    """Decode a PNG of 16 bits in colour, (H, W, C) uint16; None: a different kind of PNG."""
     content = source if isinstance(source, bytes) else source.read_bytes()
     if content[24] != DEEP_PNG or content[25] not in COLOUR_PNG:
         return None
@@ -203,9 +201,9 @@ TURNS: dict[int, Callable[[NDArray[Any]], NDArray[Any]]] = {
     7: lambda array: array.swapaxes(0, 1)[::-1, ::-1],
     8: lambda array: array.swapaxes(0, 1)[::-1],
 }
-"""What undoes an EXIF orientation, of arrays (H, W, C)."""
+"""Functions that undo an EXIF orientation, for arrays (H, W, C)."""
 
 
 def turn_upright(array: NDArray[Any], orientation: int) -> NDArray[Any]:
-    """Turn an array (H, W, C) as its EXIF orientation says."""
+    """Turn an array (H, W, C) upright by its EXIF orientation."""
     return np.ascontiguousarray(TURNS[orientation](array)) if orientation in TURNS else array

@@ -72,7 +72,7 @@ def draw_view(draws: random.Random, augment: AugmentConfig, height: int, width: 
 
 
 def draw_view_at(seed: int, position: int, number: int, augment: AugmentConfig, height: int, width: int) -> View:
-    """Draw a view of the image at a position of the stream; the same on every pipeline.
+    """Draw a view of the image at a position of the stream; the same in every pipeline.
 
     Args:
         seed: of the run.
@@ -104,7 +104,7 @@ def apply_view(image: Image.Image, view: View, size: int, policy: Policy | None 
 
     Args:
         image: RGB.
-        view: what was drawn.
+        view: its draws.
         size: side of the view, in pixels.
         policy: learned policy, see `build_policy`.
 
@@ -128,14 +128,14 @@ def apply_view(image: Image.Image, view: View, size: int, policy: Policy | None 
 
 
 def apply_view_to_channels(pixels: NDArray[np.uint8], view: View, size: int) -> NDArray[np.uint8]:
-    """Make a view of a picture of other channels than three colours.
+    """Make a view of a picture with other than three colours.
 
-    Crop, flip, brightness, contrast, blur and solarisation are as for colours, the contrast about the mean of all
-    channels; saturation and hue have no meaning there and are left out.
+    Crop, flip, brightness, contrast, blur and solarisation are as for colours, with contrast about the mean of all
+    channels; saturation and hue are meaningless there and left out.
 
     Args:
         pixels: (H, W, C).
-        view: what was drawn.
+        view: its draws.
         size: side of the view, in pixels.
 
     Returns:
@@ -167,7 +167,7 @@ def build_policy(augment: AugmentConfig, size: int, mean: Sequence[float]) -> Po
     Args:
         augment: names the policy.
         size: side of the views, in pixels.
-        mean: of the normalisation; fills what a policy moves into the picture.
+        mean: of the normalisation; fills areas that a policy moves into the picture.
     """
     fill = tuple(round(255 * value) for value in mean)
     if augment.policy == "autoaugment":
@@ -197,7 +197,7 @@ def build_erasing(augment: AugmentConfig) -> Callable[[Tensor, int], None] | Non
 
 @contextmanager
 def isolated(seed: int) -> Iterator[None]:
-    """Seed the global generators of Python, NumPy and torch (CPU), and put them back afterwards."""
+    """Seed the global generators of Python, NumPy and torch (CPU), and restore them afterwards."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(seed)
     np.random.seed(seed)

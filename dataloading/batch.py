@@ -1,4 +1,4 @@
-"""What a loader gives, whichever library decodes and augments."""
+"""The interface of the loaders, whichever library decodes and augments."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from fsr_fast.dataloading.reading import Reading
 
 
 class EncodedImage(NamedTuple):
-    """An image as it is stored.
+    """An image as stored.
 
     Args:
         data: content of the file.
         labels: (C,) float32, 1 where the image shows the class, else 0.
-        name: what messages call it.
+        name: its name in messages.
     """
 
     data: bytes
@@ -78,7 +78,7 @@ class Items(Protocol[Item]):
 
 
 class ImageSet(TrainSource, Parts, Protocol):
-    """A list of images to train on or to evaluate: `SegmentationDataset` and `ShardDataset` are such."""
+    """A list of images to train on or to evaluate, such as `SegmentationDataset` and `ShardDataset`."""
 
     @property
     def ids(self) -> Items[str]:
@@ -94,7 +94,7 @@ class ImageSet(TrainSource, Parts, Protocol):
 
     @property
     def max_labels(self) -> int:
-        """Largest number of labels that an image has."""
+        """Largest number of labels of an image."""
 
     def pixels(self, index: int) -> NDArray[np.uint8]:
         """Read an image as the network takes it, (H, W, channels), upright.
@@ -105,11 +105,11 @@ class ImageSet(TrainSource, Parts, Protocol):
         ...
 
     def image(self, index: int) -> Image.Image:
-        """Read an image in colours, as people see it, upright; raises as `pixels`."""
+        """Read an image for display, in colours, upright; raises like `pixels`."""
         ...
 
     def source(self, index: int) -> tuple[Path | bytes, str]:
-        """Return the file of an image, or its content, and what messages call it.
+        """Return the file of an image, or its content, and its name in messages.
 
         Raises:
             DamagedFileError: it is missing or cannot be read.
@@ -117,11 +117,11 @@ class ImageSet(TrainSource, Parts, Protocol):
         ...
 
     def read_as(self, reading: Reading) -> Self:
-        """Return the same list, read otherwise."""
+        """Return the same list with a different reading."""
         ...
 
     def mask(self, index: int) -> NDArray[np.uint8] | None:
-        """Read a mask, (H, W): 0 background, 1…C the classes, 255 ignored; none where there is none.
+        """Read a mask, (H, W): 0 background, 1…C the classes, 255 ignored; None if there is none.
 
         Raises:
             DamagedFileError: it is damaged.
@@ -137,7 +137,7 @@ class Batch:
         views: V tensors (B, channels, H, W) float32, normalised; independently augmented views of the same images.
         labels: (B, C) float32, 1 where the image shows the class, else 0.
         indices: (B,) int64, numbers of the images in the data set.
-        bad: damaged images that were met so far and that others stand in for: number, and what is wrong.
+        bad: damaged images so far, each replaced by another: number, and what is wrong.
     """
 
     views: tuple[Tensor, ...]
@@ -158,14 +158,14 @@ class Batch:
 class TrainLoader(Protocol):
     """An endless stream of training batches.
 
-    The images come in the order of one permutation an epoch, epoch after epoch without a gap. Position p of that
+    The images come in the order of one permutation per epoch, epoch after epoch without a gap. Position p of that
     stream, counted over all ranks, goes to rank p % world_size. Order and augmentation at a position are functions of
     the seed and the position alone: neither the number of workers nor an interruption changes them. An image that
-    cannot be decoded is replaced by that of the next position.
+    cannot be decoded is replaced by the one at the next position.
     """
 
     def __iter__(self) -> Iterator[Batch]:
-        """Go on from the present position."""
+        """Continue from the present position."""
         ...
 
     def __next__(self) -> Batch:
@@ -177,11 +177,11 @@ class TrainLoader(Protocol):
         ...
 
     def state_dict(self) -> dict[str, int]:
-        """Return the position after the last batch given, in samples over all ranks."""
+        """Return the position after the last batch returned, in samples over all ranks."""
         ...
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on with the sample after those that were given when the state was taken.
+        """Continue with the sample after those returned when the state was taken.
 
         Raises:
             UserError: the state belongs to another training list or another seed.
@@ -189,5 +189,5 @@ class TrainLoader(Protocol):
         ...
 
     def close(self) -> None:
-        """Stop the workers. The next batch would start them anew."""
+        """Stop the workers. The next batch would restart them."""
         ...

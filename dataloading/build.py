@@ -41,7 +41,7 @@ def build_train_loader(
         dataset: training set.
         data: pipeline, size of the views, number of workers.
         augment: how views are drawn.
-        batch_size: images a batch of this rank, ≥ 1.
+        batch_size: images per batch of this rank, ≥ 1.
         rank: number of this process, 0 ≤ rank < world_size.
         world_size: number of processes.
         seed: of order and augmentation, ≥ 0; the same on all ranks.
@@ -51,7 +51,7 @@ def build_train_loader(
         bad_files: file that lists the damaged images, shared by all ranks.
 
     Raises:
-        UserError: `data.pipeline` is `dali` where DALI cannot do it.
+        UserError: `data.pipeline` is `dali`, but DALI cannot be used.
     """
     damaged = BadFiles(bad_files, len(dataset), data.max_bad_fraction)
     options: dict[str, Any] = {
@@ -82,15 +82,15 @@ def choose_pipeline(data: DataConfig, augment: AugmentConfig, device: torch.devi
     """Choose between `torch` and `dali`.
 
     Args:
-        data: what is wanted.
-        augment: DALI knows all but RandAugment.
+        data: the requested pipeline.
+        augment: DALI supports everything but RandAugment.
         device: of the training.
 
     Returns:
-        The pipeline, and why.
+        The pipeline, and the reason.
 
     Raises:
-        UserError: DALI is wanted and cannot do it.
+        UserError: DALI is requested but cannot be used.
     """
     if data.pipeline == "torch":
         return "torch", "as configured"
@@ -109,7 +109,7 @@ def choose_pipeline(data: DataConfig, augment: AugmentConfig, device: torch.devi
 
 
 def _try_dali(device: torch.device) -> str | None:
-    """Decode a picture; say why that fails, if it does (a driver older than this DALI, for one)."""
+    """Decode a picture; return why that fails, if it does (for example a driver older than this DALI)."""
     target = io.BytesIO()
     Image.new("RGB", (16, 16)).save(target, "JPEG")
     try:

@@ -1,4 +1,4 @@
-"""Look through a data set for everything that would stop or mislead a training. The data are never touched."""
+"""Check a data set for everything that would stop or mislead a training. The data are never touched."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Finding(NamedTuple):
     list: str
     """`train` or `val`."""
     name: str
-    """Of the picture."""
+    """Name of the picture."""
     message: str
 
 
@@ -43,17 +43,17 @@ class ListReport:
 
     split: Split
     labelled: NDArray[np.int64]
-    """(C,), how many pictures show each class."""
+    """(C,), number of pictures that show each class."""
     names: list[str] = field(default_factory=list)
     """Each name once, in the order of the list."""
     masks: int = 0
-    """How many pictures have a mask that can be read."""
+    """Number of pictures with a readable mask."""
     negatives: int = 0
-    """How many pictures show no class."""
+    """Number of pictures that show no class."""
     digests: dict[bytes, str] = field(default_factory=dict)
-    """Name by the digest of the pixels."""
+    """Name, by the digest of the pixels."""
     channels: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """Of each picture that can be read, its number of channels, and that of the network that takes it."""
+    """For each readable picture, its number of channels, and that of the network that fits it."""
 
 
 @dataclass
@@ -79,7 +79,7 @@ class Report:
         return [*self.channels.warnings, *balance]
 
     def clean(self, part: str) -> list[str]:
-        """Return the names of a list, `train` or `val`, of which nothing bad is known, each once."""
+        """Return the names of a list, `train` or `val`, that have no finding, each once."""
         found = (finding for finding in self.findings if finding.kind != "listed-twice")
         bad = {finding.name for finding in found if finding.list == part}
         return [name for name in self.lists[part].names if name not in bad]
@@ -102,13 +102,13 @@ Track = Callable[[Iterable[_Examined], str, int], Iterable[_Examined]]
 
 
 def check_dataset(config: DataConfig, parts: Iterable[str], accepted: Iterable[str] = (), *, track: Track) -> Report:
-    """Check the lists of a data set, each picture, label and mask of them.
+    """Check the lists of a data set, with every picture, label and mask.
 
     Args:
         config: the section `data` of the configuration.
-        parts: of `train` and `val`, what to check.
+        parts: the lists to check, `train` or `val` or both.
         accepted: kinds of findings that are not reported.
-        track: shows progress: of the items, a description and their number.
+        track: shows progress; takes the items, a description and their number.
 
     Raises:
         UserError: a folder, list or annotation file that cannot be read at all.
@@ -141,11 +141,11 @@ def write_clean_lists(report: Report, folder: Path) -> list[Path]:
     """Write the lists without the pictures that have a finding. The data stay as they are.
 
     Args:
-        report: of `check_dataset`.
-        folder: for the lists; each has the name of its list: `.csv` for own pictures, else `.txt`.
+        report: from `check_dataset`.
+        folder: for the lists; each keeps its name, with `.csv` for own pictures, else `.txt`.
 
     Raises:
-        UserError: a file is there already, or nothing is left of a list.
+        UserError: a file exists already, or nothing is left of a list.
     """
     tables = report.config.dataset == "own"
     paths = {}
@@ -170,13 +170,13 @@ def write_clean_lists(report: Report, folder: Path) -> list[Path]:
 
 
 def _name_on_disk(report: Report, split: Split, name: str) -> str:
-    """Return the name of a picture with an ending as its file is called, in its capitals."""
+    """Return the name of a picture with its file's extension, spelt as on disk."""
     folder = Path(report.config.root or "") / "images"
     return split.files.image_path(name).relative_to(folder).as_posix() if has_ending(name) else name
 
 
 def _examine(split: Split, name: str, *, training: bool, negatives: bool, max_pixels: int) -> _Examined:
-    """Read everything that belongs to a name. Pictures that show no class are a fault unless they are expected."""
+    """Read everything that belongs to a name. Pictures that show no class are a finding unless they are expected."""
     faults: list[tuple[str, str]] = []
     try:
         check_name(name)
@@ -247,9 +247,7 @@ def _each_once(split: Split, part: str, findings: list[Finding]) -> Iterator[str
     seen: set[str] = set()
     for name in split.ids:
         if name in seen:
-            findings.append(
-                Finding("listed-twice", part, name, f"{split.origin}: {name!r} stands there twice; keep one")
-            )
+            findings.append(Finding("listed-twice", part, name, f"{split.origin}: {name!r} is listed twice; keep one"))
         else:
             seen.add(name)
             yield name

@@ -1,4 +1,4 @@
-"""Names of classes: what they may be, and those of the public data sets in the order of their mask values 1, 2, …."""
+"""Class names: which are allowed, and those of the public data sets in the order of their mask values 1, 2, …."""
 
 from collections.abc import Sequence
 
@@ -30,18 +30,18 @@ def check_class_names(names: Sequence[str], where: str) -> None:
 
     Args:
         names: of the foreground classes.
-        where: they come from, for messages.
+        where: their source, for messages.
 
     Raises:
-        UserError: none or too many, one that is empty, too long or not printable, or one twice.
+        UserError: no class or too many, a name that is empty, too long, not printable, or a duplicate.
     """
     if not 0 < len(names) <= MOST:
         raise UserError(f"{where}: {len(names)} classes; expected 1 to {MOST}")
     for name in names:
         if not name.strip() or not name.isprintable() or len(name.encode(errors="replace")) > LONGEST:
             raise UserError(
-                f"{where}: {name[:LONGEST]!r} is no name of a class; expected 1 to {LONGEST} bytes of printable text"
+                f"{where}: {name[:LONGEST]!r} is not a class name; expected 1 to {LONGEST} bytes of printable text"
             )
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
-        raise UserError(f"{where}: {twice!r} stands there twice; keep one")
+        raise UserError(f"{where}: {twice!r} is listed twice; keep one")

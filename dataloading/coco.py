@@ -1,11 +1,11 @@
-"""MS COCO's own annotations: `instances_*.json` gives the list, the image labels and the masks.
+"""MS COCO's own annotations: `instances_*.json` holds the list, the image labels and the masks.
 
     ROOT/annotations/instances_train2014.json, instances_val2014.json
     ROOT/train2014/*.jpg, ROOT/val2014/*.jpg      also below ROOT/images or ROOT/JPEGImages
 
-The list `train` is that of all images with an object: 82,081 of the official file, 40,137 for `val`; with
-`data.negatives` all other images of the file are trained on, too, as images that show no class. An image shows the
-classes of its objects, crowds included. Category ids have gaps (1 to 90); classes go by their names and take the mask
+The list `train` holds all images with an object: 82,081 of the official file, 40,137 for `val`; with
+`data.negatives` all other images of the file are also trained on, as images that show no class. An image shows the
+classes of its objects, crowds included. Category ids have gaps (1 to 90); classes are matched by name and have the mask
 values 1 to 80. In a mask, small objects cover large ones. Source: official code's lists; coco2voc for the order.
 """
 
@@ -32,16 +32,16 @@ FORM = "expected MS COCO's instances file with images, annotations and categorie
 
 
 class Instances:
-    """What an instances file says, in compact arrays.
+    """Content of an instances file, in compact arrays.
 
     Args:
         path: the JSON file.
         classes: names of the foreground classes, in the order of the mask values 1, 2, ….
         with_masks: keep the outlines, too.
-        max_pixels: of the largest mask that is drawn.
+        max_pixels: largest mask that is drawn.
 
     Raises:
-        UserError: the file is no instances file, or a category is not among the classes.
+        UserError: the file is not an instances file, or a category is not among the classes.
     """
 
     def __init__(self, path: Path, classes: Sequence[str], *, with_masks: bool, max_pixels: int = MAX_PIXELS) -> None:
@@ -54,7 +54,7 @@ class Instances:
             rows = {image[0]: row for row, image in enumerate(images)}
             objects = sorted(
                 objects, key=lambda item: (rows[item[0]], -item[2])
-            )  # large ones first: later ones cover them
+            )  # large ones first, so that later ones cover them
             self._image = np.array([rows[item[0]] for item in objects], np.int64)
             self._class = np.array([numbers[item[1]] for item in objects], np.int64)
             self._sizes = np.array([image[2:] for image in images], np.int64).reshape(-1, 2)
@@ -64,7 +64,7 @@ class Instances:
         self._outlines = [item[3] for item in objects] if with_masks else None
         self.notes = Notes()
         if len(self._rows) < len(images):
-            raise UserError(f"{path}: two images have one name; expected a name each")
+            raise UserError(f"{path}: two images have the same name; expected unique names")
 
     def listed(self, *, negatives: bool = False) -> list[str]:
         """Return the names of all images with an object, in the order of their names; or, with negatives, of all."""
@@ -108,7 +108,7 @@ class Instances:
                 if not isinstance(shape, dict) or isinstance(shape["counts"], list):
                     parts = outlines.frPyObjects(parts, height, width)
                 drawn[outlines.decode(outlines.merge(parts)).astype(bool)] = self._class[item] + 1
-            except Exception as error:  # numbers of other forms, and whatever pycocotools raises
+            except Exception as error:  # malformed numbers, and whatever pycocotools raises
                 raise DamagedFileError(
                     f"{where} cannot be drawn: {error}; correct it, or take the image off the list"
                 ) from None
@@ -130,9 +130,9 @@ class CocoFiles:
     """Images in folders, masks drawn from an instances file.
 
     Args:
-        images: gives the images.
-        instances: gives the names of the files, and the masks.
-        with_masks: there are masks.
+        images: finds the images.
+        instances: source of the file names and the masks.
+        with_masks: whether there are masks.
     """
 
     images: FolderFiles
@@ -179,10 +179,10 @@ def open_coco(
         list_name: `train` or `val`; or the path of a text file of that name, with some of its images.
         key: of the configuration, for messages.
         classes: names of the foreground classes.
-        with_masks: masks are wanted.
-        negatives: list the images without an object, too.
-        links: roots below which symbolic links may lead.
-        max_pixels: of the largest mask that is drawn.
+        with_masks: masks are needed.
+        negatives: also list the images without an object.
+        links: roots into which symbolic links may lead.
+        max_pixels: largest mask that is drawn.
 
     Raises:
         UserError: there is no such list, or the annotations cannot be read.
@@ -211,7 +211,7 @@ def open_coco(
 
 
 def _name_rows(files: Names) -> dict[str, int]:
-    """Name the images by their files without the endings, but where two files differ in the ending alone."""
+    """Name the images by their files without extensions, unless two files differ only in the extension."""
     bare = Counter(map(bare_name, files))
     return {bare_name(file) if bare[bare_name(file)] == 1 else file: row for row, file in enumerate(files)}
 
@@ -219,7 +219,7 @@ def _name_rows(files: Names) -> dict[str, int]:
 def _check_outline(outline: Any, height: int, width: int) -> Any:
     """Return an outline that pycocotools can draw: polygons with an area, or a run-length code; None: no area.
 
-    pycocotools trusts its input: coordinates far away, or runs beyond the picture, end in a crash.
+    pycocotools trusts its input: coordinates far outside, or runs beyond the picture, crash it.
 
     Raises:
         ValueError: it does not belong to a picture of this size, or has another form.
@@ -232,7 +232,7 @@ def _check_outline(outline: Any, height: int, width: int) -> Any:
             if polygon.ndim != 1 or polygon.size % 2:
                 raise ValueError("a polygon of another form than [x1, y1, x2, y2, …]")
             if not (np.isfinite(polygon).all() and (polygon >= -side).all() and (polygon <= 2 * side).all()):
-                raise ValueError(f"its points lie far outside of the picture of {width} x {height} pixels")
+                raise ValueError(f"its points lie far outside the picture of {width} x {height} pixels")
         return [polygon.tolist() for polygon in polygons] or None
     if list(outline["size"]) != [height, width]:
         raise ValueError(f"its size is {outline['size']}, but the picture has [{height}, {width}]")
@@ -244,7 +244,7 @@ def _check_outline(outline: Any, height: int, width: int) -> Any:
 
 
 def _run_lengths(code: bytes) -> list[int]:
-    """Read MS COCO's compressed run-length code: five bits a byte, the lengths from the third on as differences."""
+    """Read MS COCO's compressed run-length code: five bits per byte, the lengths from the third on as differences."""
     runs: list[int] = []
     value = shift = 0
     for byte in code:
@@ -277,7 +277,7 @@ def _parse(path: Path, with_masks: bool) -> tuple[list[Any], list[Any], list[Any
     try:
         content = json.loads(path.read_text(encoding="utf-8"), object_hook=compact)
     except (ValueError, OverflowError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON: {error}; fetch it anew") from None
+        raise UserError(f"{path}: not valid JSON: {error}; download it again") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: {FORM}")
     return content["images"], content["annotations"], content["categories"]

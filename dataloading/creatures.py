@@ -1,8 +1,8 @@
 """The pictures of the embedded data set: six invented creatures in clutter.
 
 Every creature is a head and a body. The head is small, saturated and unmistakable; the body is large and muted, of a
-form that two classes share, in a paler tone of the head's colour. No body has the hue of another kind's head: a
-classifier on each feature's maximum over the picture would see that head alone, and could not learn the body.
+shape that two classes share, in a paler tone of the head's colour. No body has the hue of another kind's head: a
+classifier on each feature's maximum over the picture would only see that head, and could not learn the body.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Family(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """A class: its head, and what tells its body from the other class of its family."""
+    """A class: its head, and what distinguishes its body from that of the other class in its family."""
 
     name: str
     family: int
@@ -102,7 +102,7 @@ KINDS = (
 
 
 def draw_scene(seed: int, index: int) -> Scene:
-    """Draw one picture, a function of its arguments alone.
+    """Draw one picture, a pure function of its arguments.
 
     Args:
         seed: seed of the data set.
@@ -133,7 +133,7 @@ def draw_scene(seed: int, index: int) -> Scene:
 
 
 def _arrange(random: np.random.Generator) -> tuple[Creature, ...]:
-    """Place one to three creatures so that each is seen well, and its head where it is not to be hidden."""
+    """Place one to three creatures so that each is clearly visible, and so is its head unless it is to be hidden."""
     step = 3
     x, y = X[::step, ::step], Y[::step, ::step]
     while True:
@@ -168,7 +168,7 @@ def _place(random: np.random.Generator, kind: int, hidden: str, count: int) -> C
     bend = random.uniform(-0.25, 0.25)
     angle = random.uniform(0, 2 * math.pi)
     x, y = random.uniform(0.15 * SIZE, 0.85 * SIZE), random.uniform(0.15 * SIZE, 0.85 * SIZE)
-    if hidden == "cut":  # the head points out of the picture and lies behind its edge
+    if hidden == "cut":  # the head points out of the picture and lies beyond its edge
         side = int(random.integers(4))
         angle = side * math.pi / 2 + random.uniform(-0.5, 0.5)
         reach = (HEAD_CENTRE - 0.6 * HEAD_RADIUS) * scale
@@ -198,7 +198,7 @@ def _outline(creature: Creature, x: Array, y: Array) -> tuple[Array, Array, Arra
 def _paint(
     random: np.random.Generator, image: Array, owner: NDArray[np.int64], number: int, creature: Creature
 ) -> NDArray[np.bool_]:
-    """Lay a creature over the picture; give the pixels of its head."""
+    """Draw a creature onto the picture; return the pixels of its head."""
     window = _window(creature.x, creature.y, 1.7 * creature.scale)
     kind = KINDS[creature.kind]
     body, head, u, v = _outline(creature, X[window], Y[window])
@@ -250,7 +250,7 @@ def _background(random: np.random.Generator) -> Array:
 def _obstacle(
     random: np.random.Generator, image: Array, owner: NDArray[np.int64], window: Window, alpha: Array
 ) -> None:
-    """Lay a thing that is no creature over the picture."""
+    """Draw something that is not a creature onto the picture."""
     _shadow(image, window, alpha)
     _blend(image, window, alpha, _grain(random, window))
     owner[window][alpha > 0.5] = -1
@@ -315,7 +315,7 @@ def _soft(inside: Array, width: float) -> Array:
 
 
 def _window(x: float, y: float, radius: float) -> Window:
-    """The part of the picture around a point, with room for a shadow."""
+    """Return the part of the picture around a point, with room for a shadow."""
     rows, columns = (
         slice(min(max(int(c - radius) - 4, 0), SIZE), min(max(int(c + radius) + 5, 0), SIZE)) for c in (y, x)
     )

@@ -1,9 +1,9 @@
 """The operators of NVIDIA DALI that decode an image once and make its views.
 
-Every operator does what its counterpart in `augment.py` does to a picture, and all that is random comes in as
-argument, drawn on the host. What remains different: the resampling and the blur are computed in floating point and
-rounded once, and the hue is not rounded to 256 steps; a learned policy moves pixels by linear interpolation, where
-Pillow takes a cubic one.
+Every operator does what its counterpart in `augment.py` does to a picture, and all random values come in as
+arguments, drawn on the host. Remaining differences: the resampling and the blur are computed in floating point and
+rounded once, and the hue is not rounded to 256 steps; a learned policy moves pixels by linear interpolation, Pillow
+by cubic.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ OPERATIONS = (  # of AutoAugment; a step that does nothing is 0, these are 1, 2,
     "Sharpness",
 )
 BEFORE, AFTER = range(3), range(3, 6)  # slots of the jitter, before and after the turn of the hue
-TRUNCATE = 0.4999  # Pillow cuts fractions off, where DALI rounds
+TRUNCATE = 0.4999  # Pillow truncates fractions, where DALI rounds
 Node = Any
 
 
 def parameter_names(view: int, *, policy: bool, colours: bool = True) -> list[str]:
-    """Names of the arguments of a view, in the order in which they are fed."""
+    """Return the names of a view's arguments, in the order in which they are fed."""
     jitter = [f"{part}{slot}" for slot in (*BEFORE, *AFTER) for part in ("kind", "amount")]
     chosen = [f"{part}{step}" for step in range(POLICY_STEPS) for part in ("operation", "magnitude")] if policy else []
     turns = ["turns"] if colours else []
@@ -61,16 +61,16 @@ def build_graph(
     """Build the pipeline; its outputs are the views.
 
     Args:
-        source: gives the inputs of a batch: encoded images, then the arguments of each view.
+        source: returns the inputs of a batch: encoded images, then the arguments of each view.
         views: number of views.
         size: side of the views, in pixels.
-        batch_size: images a batch.
+        batch_size: images per batch.
         threads: of the CPU.
-        device_id: number of the GPU; none: all happens on the CPU.
+        device_id: number of the GPU; None: everything runs on the CPU.
         mean: of the normalisation, three values in the range 0 to 1.
         std: of the normalisation, three values > 0.
         policy: whether AutoAugment is applied.
-        colours: images are files of three colours; else they come decoded, (H, W, C) uint8, of any other channels.
+        colours: images are files of three colours; else they come decoded, (H, W, C) uint8, with other channels.
     """
     parameters = [parameter_names(view, policy=policy, colours=colours) for view in range(views)]
     names = ["encoded", *(name for part in parameters for name in part)]
@@ -110,7 +110,7 @@ def build_decoder(data: bytes, device_id: int | None = None) -> Pipeline:
 
     Args:
         data: content of the file.
-        device_id: number of the GPU; none: the CPU.
+        device_id: number of the GPU; None: the CPU.
     """
 
     @pipeline_def(batch_size=1, num_threads=1, device_id=device_id, prefetch_queue_depth=1)
@@ -192,7 +192,7 @@ def _turn_hue(picture: Node, turns: Node) -> Node:
     hue = spread / dali_math.max(chroma, 1.0) + 2.0 * is_green + 4.0 * is_blue
     turned = []
     for channel in range(3):
-        # each channel is least around the hue opposite to its own, on two sixths to either side
+        # each channel is lowest around the hue opposite its own, by two sixths to either side
         away = dali_math.abs(hue + (6.0 * turns + (3.0 - 2.0 * channel)))
         away = dali_math.min(away, dali_math.abs(away - 6.0))
         turned.append(fn.cast(value - chroma * dali_math.clamp(2.0 - away, 0.0, 1.0), dtype=types.UINT8))

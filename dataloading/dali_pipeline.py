@@ -1,13 +1,13 @@
-"""The pipeline on NVIDIA DALI: decoding and augmentation by a GPU, or by the CPU where there is none.
+"""The pipeline on NVIDIA DALI: decoding and augmentation on a GPU, or on the CPU if there is none.
 
 Worker processes read the files and draw the views, with the same draws as the torch pipeline, from seed and position
-alone; DALI decodes each image once and makes the views from these draws. So the stream is the same on both pipelines,
-up to rounding, and goes on after a resume with the very next sample.
+alone; DALI decodes each image once and makes the views from these draws. So the stream is the same in both pipelines,
+up to rounding, and resumes with the very next sample.
 
-DALI takes files as they are when it decodes them as Pillow does: sound JPEG and PNG, 8 bits, colour or grey. All
-others (CMYK, palettes, 16 bits, TIFF, damaged ends, …), and pictures whose channels are no three colours, are decoded
-by the reading processes, as for the torch pipeline, and handed over without compression. Where DALI fails
-nevertheless, Pillow decides about each image under way, and the stream goes on from the last batch given.
+DALI gets files as they are if it decodes them as Pillow does: intact JPEG and PNG, 8 bits, colour or grey. All others
+(CMYK, palettes, 16 bits, TIFF, truncated files, …), and pictures with other than three colours, are decoded by the
+reader processes, as for the torch pipeline, and handed over uncompressed. If DALI fails nevertheless, Pillow decides
+about each image in flight, and the stream goes on from the last batch returned.
 """
 
 from __future__ import annotations
@@ -45,20 +45,20 @@ from fsr_fast.errors import UserError
 VIEWS = 2
 KINDS = {"brightness": 1, "contrast": 2, "saturation": 3}
 JPEG, PNG = b"\xff\xd8", b"\x89PNG"
-DECODED = b"P6"  # begins what the reading processes have decoded
+DECODED = b"P6"  # starts what the reader processes have decoded
 JPEG_END, PNG_END, PNG_EXIF, TAIL = b"\xff\xd9", b"IEND", b"eXIf", 64
 
 
 class DaliLoader(StreamLoader):
-    """Training batches by DALI.
+    """Training batches made by DALI.
 
     Args:
         dataset: training set.
-        data: size of the views; number of reading processes, and of DALI's threads.
-        augment: how views are drawn; RandAugment is unknown here.
+        data: size of the views; number of reader processes, and of DALI's threads.
+        augment: how views are drawn; RandAugment is not supported here.
         mean: of the normalisation, three values in the range 0 to 1.
         std: of the normalisation, three values > 0.
-        device: where the views are made, and lie.
+        device: where the views are made and stay.
         options: see `StreamLoader`.
     """
 
@@ -90,7 +90,7 @@ class DaliLoader(StreamLoader):
         self._device = device
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._bad: dict[int, str] = {}
-        self._strange: set[int] = set()  # images that Pillow decodes and DALI does not
+        self._strange: set[int] = set()  # images that Pillow decodes but DALI does not
 
     def _open(self, positions: Positions) -> Iterator[Batch | UserError]:
         given = 0
@@ -106,7 +106,9 @@ class DaliLoader(StreamLoader):
                 if "DataLoader worker" in str(error):  # a process died; no file is to blame
                     raise
                 if not self._judge(under_way):
-                    yield UserError(f"data.pipeline: DALI failed ({_reason(error)}); go on with --data.pipeline torch")
+                    yield UserError(
+                        f"data.pipeline: DALI failed ({_reason(error)}); continue with --data.pipeline torch"
+                    )
 
     def _run(self, positions: Positions, under_way: deque[_Encoded]) -> Iterator[Batch | UserError]:
         stream = Stream(self._dataset, self._seed, self._bad)
@@ -135,19 +137,19 @@ class DaliLoader(StreamLoader):
             with torch.cuda.stream(self._copies):
                 view = torch.empty(output.shape(), dtype=torch.float, device=self._device)
                 feed_ndarray(output, view, cuda_stream=self._copies)
-            self._copies.synchronize()  # the copy has only begun, and DALI takes its memory back
+            self._copies.synchronize()  # the copy has only begun, and DALI reuses its memory
             view.record_stream(torch.cuda.current_stream(self._device))
         return view
 
     def _judge(self, under_way: deque[_Encoded]) -> bool:
-        """Look for the images on which DALI failed; say whether there are any."""
+        """Find the images on which DALI failed; return whether there are any."""
         found = False
         for encoded in under_way:
             for index, data in zip(encoded.indices.tolist(), encoded.files(), strict=True):
                 if index in self._strange or data[: len(DECODED)].tobytes() == DECODED:
                     continue
                 if not self._graph["colours"]:
-                    continue  # decoded by the reading processes
+                    continue  # decoded by the reader processes
                 try:
                     self._dataset.reading.pixels(data.tobytes(), self._dataset.encoded(index).name)
                 except DamagedFileError as error:
@@ -167,8 +169,8 @@ class _Encoded:
     """Encoded images and the arguments of their views.
 
     Args:
-        shapes: of the decoded images, (H, W, C), where they are no three colours; None: files, which DALI decodes.
-        data: contents of the files, or pixels, one after the other.
+        shapes: of the decoded images, (H, W, C), with other than three colours; None: files, which DALI decodes.
+        data: contents of the files, or pixels, one after another.
         sizes: (B,) int64, number of bytes of each.
         numbers: arguments by name, each (B, …).
         labels: (B, C) float32.
@@ -244,7 +246,7 @@ class _Host(Dataset[Any]):
         return _File(head + pixels.tobytes(), width, height, labels)
 
     def _arguments(self, view: View) -> dict[str, NDArray[Any]]:
-        """Put the draws of a view as the graph wants them."""
+        """Convert the draws of a view to the graph's arguments."""
         numbers: dict[str, Any] = {
             "start": np.array([view.top, view.left], np.int32),
             "shape": np.array([view.height, view.width], np.int32),
@@ -280,7 +282,7 @@ class _File(NamedTuple):
 
 
 class _Recorder(v2.AutoAugment):
-    """Draws torchvision's AutoAugment as the torch pipeline does, and notes the operations in place of doing them."""
+    """Draws torchvision's AutoAugment as the torch pipeline does, and records operations instead of applying them."""
 
     def __init__(self, size: int) -> None:
         super().__init__(interpolation=InterpolationMode.BICUBIC)
@@ -299,7 +301,7 @@ class _Recorder(v2.AutoAugment):
 
 
 def _is_plain(data: bytes, kind: str, mode: str) -> bool:
-    """Whether DALI decodes a file as Pillow does: 8 bits per channel, colour or grey, and nothing cut off."""
+    """Return whether DALI decodes a file as Pillow does: 8 bits per channel, colour or grey, and not truncated."""
     if mode not in ("RGB", "L"):
         return False
     tail = data[-TAIL:]

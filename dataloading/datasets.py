@@ -1,6 +1,6 @@
-"""The training and the validation set, from whichever layout the data set has on disk.
+"""The training and the validation set, whatever layout the data set has on disk.
 
-`voc.py`, `coco.py` and `own.py` open the layouts; here the labels are read, the classes chosen and the files looked up.
+`voc.py`, `coco.py` and `own.py` open the layouts; here the labels are read, the classes chosen and the files found.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from fsr_fast.dataloading.voc import LISTS, open_voc
 from fsr_fast.errors import UserError, nearest
 from fsr_fast.plugins import DATASETS
 
-SAMPLED = 4  # validation masks that are looked at for what must be inferred
+SAMPLED = 4  # validation masks from which the meaning of values is inferred
 SYNTHETIC_ROOT = Path("data/synthetic")
 CLASSES = {"synthetic": synthetic.CLASSES, "voc": VOC_CLASSES, "coco": COCO_CLASSES}
 
@@ -47,11 +47,11 @@ class SegmentationDataset:
     """The images of one list.
 
     Args:
-        files: gives image and mask of a name.
+        files: finds image and mask of a name.
         ids: names of the n images.
         classes: names of the C foreground classes.
         labels: (n, C) float32, 1 where the image shows the class, else 0.
-        mask_values: (K + 1,) uint8, what the class values 0…K of the mask files become: 0, 1…C or 255.
+        mask_values: (K + 1,) uint8, new values of the class values 0…K of the mask files: 0, 1…C or 255.
         dropped: number of images of the list that were left out because they show none of the classes.
         reading: how images are read.
     """
@@ -69,7 +69,7 @@ class SegmentationDataset:
 
     @property
     def max_labels(self) -> int:
-        """Largest number of labels that an image has."""
+        """Largest number of labels of an image."""
         return int(self.labels.sum(1).max())
 
     def pixels(self, index: int) -> NDArray[np.uint8]:
@@ -81,11 +81,11 @@ class SegmentationDataset:
         return self.reading.pixels(self.image_path(index))
 
     def image(self, index: int) -> Image.Image:
-        """Read an image in colours, as people see it, upright; raises as `pixels`."""
+        """Read an image for display, in colours, upright; raises like `pixels`."""
         return self.reading.image(self.image_path(index))
 
     def source(self, index: int) -> tuple[Path, str]:
-        """Return the file of an image, and what messages call it.
+        """Return the file of an image, and its name in messages.
 
         Raises:
             DamagedFileError: it is missing.
@@ -94,7 +94,7 @@ class SegmentationDataset:
         return path, str(path)
 
     def read_as(self, reading: Reading) -> SegmentationDataset:
-        """Return the same list, read otherwise."""
+        """Return the same list with a different reading."""
         return replace(self, reading=reading)
 
     def encoded(self, index: int) -> EncodedImage:
@@ -118,7 +118,7 @@ class SegmentationDataset:
         return np.random.default_rng((seed, epoch)).permutation(len(self))
 
     def parts(self, *, contents: bool) -> Iterator[Part]:
-        """Return what the images are, in order, for a fingerprint."""
+        """Return the identity of each image, in order, for a fingerprint."""
         for index, name in enumerate(self.ids):
             path = self.image_path(index)
             try:
@@ -139,7 +139,7 @@ class SegmentationDataset:
         """Read a mask.
 
         Returns:
-            (H, W) uint8: 0 background, 1…C the classes, 255 ignored; none where the image has no mask.
+            (H, W) uint8: 0 background, 1…C the classes, 255 ignored; None if the image has no mask.
 
         Raises:
             DamagedFileError: the file is damaged, has another size than its image, or holds an unknown class value.
@@ -182,11 +182,11 @@ def build_datasets(config: DataConfig, reading: Reading | None = None) -> tuple[
 
     Args:
         config: the section `data` of the configuration.
-        reading: how images are read; None: as `config` says by itself, in three colours.
+        reading: how images are read; None: from `config` alone, in three colours.
 
     Returns:
-        The training set, without images that show none of the classes, and the validation set; that is empty where
-        there is no validation list.
+        The training set, without images that show none of the classes, and the validation set, which is empty without
+        a validation list.
 
     Raises:
         UserError: a missing folder, list, image, label or mask, or an unknown class name.
@@ -212,26 +212,26 @@ def _folder(config: DataConfig) -> Path:
 
 
 def open_split(config: DataConfig, *, training: bool, with_masks: bool) -> Split:
-    """Open a list as it stands on disk.
+    """Open a list as it is on disk.
 
     Args:
         config: the section `data` of the configuration.
         training: the training list, else the validation list.
-        with_masks: masks are wanted, where they cost memory.
+        with_masks: masks are needed, even if they cost memory.
 
     Raises:
         UserError: a missing folder or list, a file of labels or annotations that cannot be read, or shards.
     """
     if config.dataset == "shards":
         raise UserError(
-            "data.dataset: shards, which cannot be opened as files; give the data set that they were packed of"
+            "data.dataset: shards, which cannot be opened as files; give the data set that they were packed from"
         )
     root = _folder(config)
     list_name, key = (config.train_list, "data.train_list") if training else (config.val_list, "data.val_list")
     if list_name is None:
         raise UserError(f"{key}: none; name a list of images with masks")
     if not root.is_dir():
-        raise UserError(f"data.root: {root} is no folder; give the folder of the data set by --data.root FOLDER")
+        raise UserError(f"data.root: {root} is not a folder; give the folder of the data set by --data.root FOLDER")
     if config.dataset == "own":
         split = open_own(root, list_name, key, config)
     elif config.dataset not in BUILT_IN_DATASETS:
@@ -257,7 +257,7 @@ def open_split(config: DataConfig, *, training: bool, with_masks: bool) -> Split
 
 
 def _see_values(split: Split, config: DataConfig) -> Split:
-    """See whether masks of one class are drawn as 0 and 255."""
+    """Detect whether masks of one class are drawn as 0 and 255."""
     files = split.files
     if len(split.classes) > 1 or config.mask_values != "auto" or not isinstance(files, FolderFiles):
         return split
@@ -275,7 +275,7 @@ def _see_values(split: Split, config: DataConfig) -> Split:
 
 
 def _try(files: Files, name: str) -> NDArray[np.uint8] | None:
-    """Read a mask that may be missing or damaged: that is said where the mask itself is needed."""
+    """Read a mask that may be missing or damaged, which is reported where the mask is needed."""
     try:
         return files.mask(name)
     except DamagedFileError:
@@ -333,7 +333,7 @@ def _tell(config: DataConfig, empty: NDArray[np.bool_], dropped: int) -> None:
 
 
 def _choose(names: Sequence[str], subset: Sequence[str] | None) -> list[int]:
-    """Numbers of the classes to learn."""
+    """Return the numbers of the classes to learn."""
     for key, given in (("data.classes", names), ("data.subset", subset)):
         if given is not None:
             check_class_names(given, key)

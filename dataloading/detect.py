@@ -10,13 +10,13 @@ from fsr_fast.errors import UserError
 
 
 def detect_dataset(root: Path) -> str:
-    """Infer from the layout of a folder what `data.dataset` fits it.
+    """Infer the `data.dataset` of a folder from its layout.
 
     Raises:
-        UserError: the folder is missing, or has none of the layouts.
+        UserError: the folder is missing, or has no known layout.
     """
     if not root.is_dir():
-        raise UserError(f"{root} is no folder; give the folder of a data set")
+        raise UserError(f"{root} is not a folder; give the folder of a data set")
     if (root / synthetic.MARKER).is_file():
         return "synthetic"
     if has_instances(root) and not (root / LISTS).is_dir():
@@ -26,13 +26,13 @@ def detect_dataset(root: Path) -> str:
     if (root / "images").is_dir():
         return "own"
     raise UserError(
-        f"{root}: none of the layouts that are read; expected {IMAGES} (PASCAL VOC), annotations/instances_*.json "
+        f"{root}: not a known layout; expected {IMAGES} (PASCAL VOC), annotations/instances_*.json "
         "(MS COCO), or images with train.csv (own pictures)"
     )
 
 
 def default_lists(root: Path, dataset: str) -> dict[str, str]:
-    """Return the usual lists of a data set, as far as they exist: name by `train` and `val`."""
+    """Return those of a data set's usual lists that exist: name by `train` and `val`."""
     if dataset == "own":
         files = [path for ending in TABLE_ENDINGS for path in root.glob(f"*{ending}")]
     elif (root / LISTS).is_dir():

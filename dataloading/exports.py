@@ -1,13 +1,13 @@
-"""Image labels from what labelling tools and spreadsheets write: picture → names of the classes it shows.
+"""Image labels from exports of labelling tools and from spreadsheets: picture → names of the classes it shows.
 
     tasks.json          Label Studio: choices, and the labels of regions (JSON and JSON-MIN)
     annotations.xml     CVAT for images: tags, and the labels of shapes
     FOLDER/labelmap.txt CVAT's segmentation masks: SegmentationClass/*.png in the colours of labelmap.txt
-    x.json              MS COCO's form: images, annotations with a category, categories
+    x.json              MS COCO's format: images, annotations with a category, categories
     FOLDER/CLASS/*.jpg  folders named by class
-    x.csv, x.xlsx       a column of pictures, and either a column of labels or a column of 0 and 1 for each class
+    x.csv, x.xlsx       a column of pictures, and either a column of labels or one column of 0 and 1 per class
 
-`match_pictures` then finds the files that are meant: tools write addresses, upload names or paths of another machine.
+`match_pictures` then finds the files: tools write URLs, upload names or paths of another machine.
 """
 
 from __future__ import annotations
@@ -36,30 +36,30 @@ KNOWN = 'Label Studio\'s, MS COCO\'s, or [{"image": …, "labels": […]}, …]'
 
 
 class Export(NamedTuple):
-    """What an export says."""
+    """Labels of an export."""
 
     shown: dict[str, list[str]]
     """Classes of each picture, by the name that the tool wrote."""
     classes: list[str]
-    """All of them, in the order of the tool, else by name."""
+    """All classes, in the order of the tool, else by name."""
     silent: list[str]
-    """Pictures of which the tool says nothing: not labelled yet, or of background alone."""
+    """Pictures about which the tool says nothing: not labelled yet, or only background."""
 
 
 def read_export(
     source: Path, notes: Notes, *, encoding: str | None = None, separator: str | None = None, image: str | None = None
 ) -> Export:
-    """Read the labels of an export, told by its ending and content.
+    """Read the labels of an export, recognised by its extension and content.
 
     Args:
         source: file or folder.
-        notes: takes down what was inferred.
+        notes: records what was inferred.
         encoding: of a table, see `tables.read_table`.
         separator: likewise.
-        image: name of the table's column of pictures; None: told from the header.
+        image: name of the table's column of pictures; None: inferred from the header.
 
     Raises:
-        UserError: it cannot be read, is none of the forms, or can be read in two ways.
+        UserError: it cannot be read, has no known format, or is ambiguous.
     """
     if source.is_dir():
         return _read_folders(source)
@@ -71,12 +71,12 @@ def read_export(
 
 
 def match_pictures(names: Iterable[str], folder: Path, notes: Notes) -> dict[str, str]:
-    """Find the pictures that names, addresses or paths of another machine mean.
+    """Find the pictures behind names, URLs or paths of another machine.
 
     Args:
         names: as the tool wrote them.
-        folder: with the pictures, in folders if need be.
-        notes: takes down what was inferred.
+        folder: with the pictures, possibly in subfolders.
+        notes: records what was inferred.
 
     Returns:
         The path below the folder for each name.
@@ -107,13 +107,13 @@ def match_pictures(names: Iterable[str], folder: Path, notes: Notes) -> dict[str
     if missing:
         raise UserError(
             f"{len(missing)} of {len(missing) + len(found)} pictures are not in {folder}, the first is {missing[0]!r}; "
-            "put them there, in folders if you like"
+            "put them there, in subfolders if you like"
         )
     return found
 
 
 def _forms(name: str) -> Iterator[str]:
-    """Return the paths that a name may mean, the longest first."""
+    """Return the paths that a name may mean, longest first."""
     address = urlsplit(name.replace("\\", "/"))
     inner = parse_qs(address.query).get("d", [address.path])[0]  # Label Studio: /data/local-files/?d=folder/x.jpg
     for path in (name.replace("\\", "/"), unquote(inner)):
@@ -127,10 +127,10 @@ def read_labelmap(path: Path) -> tuple[list[str], dict[int | str, int]]:
     """Read CVAT's labelmap.txt: lines `name:red,green,blue:parts:actions`.
 
     Returns:
-        The classes in their order, and the meaning of each colour, as `mask_files.read_mask` takes it.
+        The classes in their order, and the meaning of each colour, for `mask_files.read_mask`.
 
     Raises:
-        UserError: a line has another form.
+        UserError: a line is malformed.
     """
     classes: list[str] = []
     meaning: dict[int | str, int] = {}
@@ -154,7 +154,7 @@ def _read_table(source: Path, notes: Notes, encoding: str | None, separator: str
     labels = [number for number, name in enumerate(header) if name in LABEL_COLUMNS and number != place]
     if len(labels) > 1:
         both = " or ".join(repr(table.header[number]) for number in labels)
-        raise UserError(f"{source}: the labels can stand in {both}; rename the column that does not hold them")
+        raise UserError(f"{source}: the labels may be in {both}; rename the column that does not hold them")
     shown: dict[str, list[str]] = {}
     rows = [(where, cells + [""] * (len(header) - len(cells))) for where, cells in table.rows]
     for where, cells in rows:
@@ -195,9 +195,7 @@ def _picture_column(source: Path, header: list[str], chosen: str | None) -> int:
     if not known:
         raise UserError(f"{source}: no column of pictures; name it by --image-column; the header is {header}")
     if len(known) > 1 and known[0] != "image":
-        raise UserError(
-            f"{source}: the pictures can stand in {' or '.join(known)}; choose by --image-column {known[0]}"
-        )
+        raise UserError(f"{source}: the pictures may be in {' or '.join(known)}; choose by --image-column {known[0]}")
     return [name.lower() for name in header].index(known[0])
 
 
@@ -212,7 +210,7 @@ def _read_folders(source: Path) -> Export:
         for path in pictures:
             shown[path.relative_to(source).as_posix()] = [] if nothing else [folder.name]
     if not classes:
-        raise UserError(f"{source}: no folder with pictures in it; expected one for each class, named by it")
+        raise UserError(f"{source}: no folder with pictures in it; expected one per class, named after it")
     return Export(shown, classes, [])
 
 
@@ -222,7 +220,7 @@ def _read_cvat(source: Path) -> Export:
     except FileNotFoundError:
         raise UserError(f"{source}: no such file") from None
     except (ElementTree.ParseError, ValueError, LookupError, RecursionError) as error:
-        raise UserError(f"{source}: not valid XML: {error}; export it anew") from None
+        raise UserError(f"{source}: not valid XML: {error}; export it again") from None
     images = root.findall("image")
     if root.tag != "annotations" or not images:
         raise UserError(f"{source}: expected CVAT's XML: <annotations> with an <image> for each picture")
@@ -238,7 +236,7 @@ def _read_json(source: Path, notes: Notes) -> Export:
     except OSError as error:
         raise UserError(f"{source}: cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{source}: not valid JSON: {error}; export it anew") from None
+        raise UserError(f"{source}: not valid JSON: {error}; export it again") from None
     try:
         if isinstance(content, dict) and {"images", "annotations", "categories"} <= content.keys():
             return _read_coco(content, notes)
@@ -246,7 +244,7 @@ def _read_json(source: Path, notes: Notes) -> Export:
             return _read_label_studio(content, notes)
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{source}: {type(error).__name__}: {error}; expected {KNOWN}") from None
-    raise UserError(f"{source}: none of the forms that are read; expected {KNOWN}")
+    raise UserError(f"{source}: not a known format; expected {KNOWN}")
 
 
 def _read_coco(content: dict[str, Any], notes: Notes) -> Export:
@@ -282,7 +280,7 @@ def _read_label_studio(tasks: list[dict[str, Any]], notes: Notes) -> Export:
         else:
             found = [_names_of_plain_task(task, notes)]
         if any(names != found[0] for names in found):
-            notes.add("annotators disagree: each class that one of them saw is taken", image)
+            notes.add("annotators disagree: every class that one of them saw is used", image)
         shown[image] = sorted(set().union(*found))
         if not shown[image] and task.get("labels") != []:
             silent.append(image)
@@ -290,7 +288,7 @@ def _read_label_studio(tasks: list[dict[str, Any]], notes: Notes) -> Export:
 
 
 def _names_of_plain_task(task: dict[str, Any], notes: Notes) -> set[str]:
-    """Return the labels of a task in JSON-MIN, where data and results stand side by side."""
+    """Return the labels of a task in JSON-MIN, where data and results are side by side."""
     found = set()
     for key, value in task.items():
         if key in LABEL_COLUMNS:
@@ -298,7 +296,7 @@ def _names_of_plain_task(task: dict[str, Any], notes: Notes) -> set[str]:
         elif isinstance(value, (dict, list)):
             found |= set(_names(value))
         elif isinstance(value, str) and key not in (*META, *PICTURE_COLUMNS):
-            notes.add(f"the field {key!r} is not read; labels stand in {', '.join(LABEL_COLUMNS)}, or in regions")
+            notes.add(f"the field {key!r} is not read; labels are in {', '.join(LABEL_COLUMNS)}, or in regions")
     return found
 
 

@@ -1,14 +1,14 @@
 """The kinds of findings of `fsr-fast data check`; nothing is imported here, so that the command line needs no torch."""
 
 KINDS = {
-    "outside": "names and links that lead out of the data set, and names that no file can have",
-    "listed-twice": "names that stand twice in a list",
+    "outside": "names and links that lead out of the data set, and invalid file names",
+    "listed-twice": "duplicate names in a list",
     "missing-image": "listed pictures without a file",
     "damaged-image": "pictures that cannot be decoded, or are too large",
     "channels": "pictures whose number of channels keeps them from being read like most others",
     "bad-label": "pictures without a row of labels, or with one that cannot be read",
     "no-label": "training pictures whose label is empty, where that may be forgotten",
-    "two-files": "names without an ending that fit several pictures",
+    "two-files": "names without an extension that fit several pictures",
     "unlisted": "pictures of an own data set that no table names",
     "missing-mask": "validation pictures without a mask",
     "damaged-mask": "masks that cannot be decoded, are of another kind, or hold an unknown value",

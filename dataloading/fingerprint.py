@@ -1,4 +1,4 @@
-"""What a training set was, kept in its checkpoints: a run that goes on with another one would go astray in silence."""
+"""The identity of a training set, kept in checkpoints: resuming with another one would silently go wrong."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from torch import Tensor
 
 
 class Part(NamedTuple):
-    """What tells an image, or a shard, from others."""
+    """Identity of an image or a shard."""
 
     name: str
     labels: bytes
     size: int
-    """Of its file, in bytes."""
+    """Size of its file, in bytes."""
     content: bytes
-    """Of its file; empty where it is not compared."""
+    """Digest of its file; empty if it is not compared."""
 
 
 class Parts(Protocol):
     """A training set."""
 
     def parts(self, *, contents: bool) -> Iterator[Part]:
-        """Return what it consists of, in the order of the list."""
+        """Return its parts, in the order of the list."""
         ...
 
 
@@ -37,7 +37,7 @@ def fingerprint(dataset: Parts, *, contents: bool) -> Tensor:
 
     Args:
         dataset: the set.
-        contents: read every file, too.
+        contents: also read every file.
 
     Returns:
         (N, 3), with contents (N, 4), int64: digests of name, labels, size and content of each part.
@@ -54,11 +54,11 @@ def first_difference(recorded: Tensor, present: Tensor, dataset: Parts) -> str |
 
     Args:
         recorded: fingerprint of the earlier one.
-        present: of this one; contents are compared where both have them.
+        present: of this one; contents are compared if both have them.
         dataset: this one, for the names.
 
     Returns:
-        The first difference; None where there is none.
+        The first difference; None if there is none.
     """
     rows, columns = min(len(recorded), len(present)), min(recorded.shape[1], present.shape[1])
     differs = recorded[:rows, :columns] != present[:rows, :columns]

@@ -1,10 +1,10 @@
-"""Read one image, whatever its kind; every reader and check of the data sets uses these functions.
+"""Read one image of any kind; every reader and check of the data sets uses these functions.
 
-Pictures come from strangers, so `open_picture` is the one place of the package that hands a file to Pillow: only the
-formats named there are ever tried, by their content and not by their names. Pillow knows forty more, some of which
-start other programs (PostScript) or are parsed by code that few have looked at.
+Pictures are untrusted, so `open_picture` is the only place in the package that hands a file to Pillow: only the formats
+named there are ever tried, by content, not by name. Pillow knows forty more, some of which start other programs
+(PostScript) or are parsed by little-reviewed code.
 
-An image is turned upright as its EXIF orientation says, always.
+An image is always turned upright by its EXIF orientation.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fsr_fast.errors import UserError
 
 IGNORE = 255
 FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP")
-STRANGERS = {  # how files begin that are often met under the name of a picture
+STRANGERS = {  # first bytes of files that are often mistaken for pictures
     b"%PDF": "a PDF document",
     b"%!PS": "PostScript",
     b"\xc5\xd0\xd3\xc6": "PostScript",
@@ -43,7 +43,7 @@ PHONES = (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftypavif")
 LONGEST = 250  # bytes of a picture's name, and of each folder in it
 SCANS = 100  # of a progressive JPEG; each costs a pass over all pixels, and cameras write about ten
 MAX_PIXELS = 80_000_000  # of one image, unless more are allowed: 320 MB decoded; larger ones are refused undecoded
-UPRIGHT = {  # what undoes an EXIF orientation
+UPRIGHT = {  # operations that undo an EXIF orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -63,7 +63,7 @@ class DamagedFileError(UserError):
 
 
 class OutsideError(DamagedFileError):
-    """A name that leads out of the data set, or cannot be one of a file."""
+    """A name that leads out of the data set, or is not a valid file name."""
 
 
 def read_image(source: Source, name: str = "", max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -73,8 +73,8 @@ def read_image(source: Source, name: str = "", max_pixels: int = MAX_PIXELS) -> 
 
     Args:
         source: file, or its content.
-        name: what messages call it; by default the path.
-        max_pixels: of the largest image that is read.
+        name: its name in messages; by default the path.
+        max_pixels: largest image that is read.
 
     Raises:
         DamagedFileError: missing, empty, truncated, of an unknown kind, or too large.
@@ -86,16 +86,16 @@ def read_image(source: Source, name: str = "", max_pixels: int = MAX_PIXELS) -> 
 
 
 class Header(NamedTuple):
-    """What the head of an image file says."""
+    """Header of an image file."""
 
     width: int  # of the upright image, in pixels
     height: int
-    format: str  # in Pillow's words: JPEG, PNG, …
-    mode: str  # in Pillow's words: RGB, L, CMYK, …
+    format: str  # as Pillow names it: JPEG, PNG, …
+    mode: str  # as Pillow names it: RGB, L, CMYK, …
 
 
 def image_header(source: Source, name: str = "", max_pixels: int = MAX_PIXELS) -> Header:
-    """Read the head of an image, without decoding it.
+    """Read the header of an image, without decoding it.
 
     Raises:
         DamagedFileError: missing, empty, of an unknown kind, or of more than `max_pixels` pixels.
@@ -116,7 +116,7 @@ def image_size(source: Source, name: str = "", max_pixels: int = MAX_PIXELS) -> 
 
 
 def is_upright(source: Source) -> bool:
-    """Return whether an image is stored as it is shown.
+    """Return whether an image is stored upright.
 
     Raises:
         DamagedFileError: as `image_header`.
@@ -128,13 +128,13 @@ def is_upright(source: Source) -> bool:
 def inside(folder: Path, name: str, links: Sequence[Path] = ()) -> Path:
     """Return the path of a file by its name in a folder, and refuse names that lead out of the folder.
 
-    The folder itself may be a symbolic link; the file, and folders between, may be links to other places only where
-    those lie below one of the roots that the user has named.
+    The folder itself may be a symbolic link; the file, and folders between, may be links to other places only if
+    these are inside one of the roots that the user has named.
 
     Args:
         folder: where the file must lie.
         name: relative path, with `/` between its parts.
-        links: roots below which links may lead (`data.allow_links`).
+        links: roots into which links may lead (`data.allow_links`).
 
     Raises:
         OutsideError: an absolute path, a part `..`, or a symbolic link to a place outside.
@@ -156,7 +156,7 @@ def _real(folder: Path) -> str:
 
 
 def check_name(name: str) -> None:
-    """Refuse a name that leads out of its folder, or that no result could bear, by its text alone.
+    """Refuse a name that leads out of its folder, or that result files could not have, by its text alone.
 
     Raises:
         OutsideError: an empty name, an absolute path, a part `..`; or as `check_spelling`.
@@ -168,10 +168,10 @@ def check_name(name: str) -> None:
 
 
 def check_spelling(name: str) -> None:
-    """Refuse a name that results could not bear, or that terminals and tables cannot show.
+    """Refuse a name that result files could not have, or that terminals and tables cannot show.
 
     Raises:
-        OutsideError: a part of more than 250 bytes, control characters, or bytes that are no UTF-8.
+        OutsideError: a part of more than 250 bytes, control characters, or bytes that are not UTF-8.
     """
     if any(len(part.encode(errors="replace")) > LONGEST for part in name.split("/")):
         raise OutsideError(f"{name[:80]!r}…: too long for the files of its results ({LONGEST} bytes); rename it")
@@ -183,15 +183,15 @@ def check_spelling(name: str) -> None:
 def open_picture(
     source: Source, name: str = "", *, decode: bool = True, max_pixels: int = MAX_PIXELS
 ) -> Iterator[Image.Image]:
-    """Open a picture of one of the `FORMATS`, told by its content.
+    """Open a picture of one of the `FORMATS`, recognised by its content.
 
-    Errors inside the context, as decoders raise them, become this one error, too.
+    Errors that decoders raise inside the context also become this one error.
 
     Args:
         source: file, or its content.
-        name: what messages call it; by default the path.
-        decode: the pixels are wanted, not the head alone.
-        max_pixels: of the largest picture that is opened.
+        name: its name in messages; by default the path.
+        decode: the pixels are needed, not only the header.
+        max_pixels: largest picture that is opened.
 
     Raises:
         DamagedFileError: missing, empty, damaged, of another format, or of more than `max_pixels` pixels.
@@ -204,12 +204,12 @@ def open_picture(
                 raise Image.DecompressionBombError
             scans = content.count(b"\xff\xda") if isinstance(content, bytes) else 0
             if image.format in ("JPEG", "MPO") and scans > SCANS:
-                raise ValueError(f"a JPEG of more than {SCANS} scans, made to keep its reader busy")
+                raise ValueError(f"a JPEG of more than {SCANS} scans, crafted to keep its reader busy")
             yield image
 
 
 def _open(file: io.BytesIO | Path, max_pixels: int) -> Image.Image:
-    """Open a file by Pillow, whose own limit gives way to a higher one of the user's."""
+    """Open a file by Pillow; a higher limit of the user's replaces Pillow's own."""
     if Image.MAX_IMAGE_PIXELS is None or max_pixels <= Image.MAX_IMAGE_PIXELS:
         return Image.open(file, formats=FORMATS)
     with _LIMIT:
@@ -226,11 +226,11 @@ def explained(source: Source, where: str, max_pixels: int) -> Iterator[None]:
 
     Args:
         source: file, or its content.
-        where: what messages call it.
-        max_pixels: of the largest picture that is opened; a `DecompressionBombError` says that it is larger.
+        where: its name in messages.
+        max_pixels: largest picture that is opened; a `DecompressionBombError` means that it is larger.
 
     Raises:
-        DamagedFileError: in place of all errors but `UserError` and `NotImplementedError`, another reader's turn.
+        DamagedFileError: in place of all errors except `UserError`, and `NotImplementedError`: another reader's turn.
     """
     try:
         yield
@@ -255,16 +255,16 @@ def explained(source: Source, where: str, max_pixels: int) -> Iterator[None]:
 
 
 def _describe(source: Source) -> str:
-    """Describe a file that is none of the formats."""
+    """Describe a file of an unknown format."""
     content = source if isinstance(source, bytes) else source.read_bytes()
     if not content:
         return "the file is empty"
     start = content[:64].lstrip()
     kind = next((kind for magic, kind in STRANGERS.items() if start.startswith(magic)), None)
     if content[4:12] in PHONES:
-        kind = "a picture of a phone in HEIC or AVIF; save it as JPEG"
-    known = f"the formats that are read are {', '.join(FORMATS)}"
-    return f"it is {kind}; {known}" if kind else f"it begins like no picture; {known}"
+        kind = "a phone's picture in HEIC or AVIF; save it as JPEG"
+    known = f"supported formats are {', '.join(FORMATS)}"
+    return f"it is {kind}; {known}" if kind else f"it is not a known picture format; {known}"
 
 
 def orientation(image: Image.Image) -> int:
@@ -272,7 +272,7 @@ def orientation(image: Image.Image) -> int:
     try:
         # the base class's: PNG's own would decode the pixels, and its errors would be lost here
         return Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
-    except Exception:  # damaged EXIF data of all kinds, around pixels that may be sound
+    except Exception:  # damaged EXIF data of all kinds, around pixels that may be intact
         return 1
 
 
@@ -280,5 +280,5 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # 16 bits, in a container of 16 or 32
         image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
     elif image.mode == "F":
-        raise ValueError("pixels of floating point; expected 8 or 16 bits a channel")
+        raise ValueError("pixels of floating point; expected 8 or 16 bits per channel")
     return image.convert("RGBA").convert("RGB") if image.mode in ("P", "PA") else image.convert("RGB")

@@ -1,4 +1,4 @@
-"""Label maps that are written as their rows become known: PNG where they are small, tiled TIFF where they are large."""
+"""Label maps that are written as their rows are computed: small ones as PNG, large ones as tiled TIFF."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ LARGE_PIXELS = 2**24
 """Maps of more pixels, 4,096 by 4,096, are TIFF."""
 TILE = 256
 BIG_TIFF = 2**31
-"""Bytes beyond which a TIFF counts in 64 bits."""
+"""Bytes above which a TIFF needs 64-bit offsets."""
 
 
 def write_rows(
     place: Path, size: tuple[int, int], bands: Iterable[np.ndarray], *, colours: bool, tags: Sequence[GeoTag] = ()
 ) -> Path:
-    """Write a map of labels, or of another quantity of 8 bits, whole or not at all.
+    """Write a map of labels, or of another 8-bit quantity, atomically.
 
     Args:
-        place: path of the file, without its ending.
+        place: path of the file, without extension.
         size: height and width.
-        bands: (h, W) uint8, from the top to the bottom, of any heights; drawn as they are written.
+        bands: (h, W) uint8, from the top to the bottom, of any heights; drawn while writing.
         colours: with VOC's palette, else greyscale.
-        tags: that tie the picture to the ground, as `tiff.geo_tags` gives them; then there is a NAME.tif in any case.
+        tags: the picture's georeference, from `tiff.geo_tags`; with them NAME.tif is always written.
 
     Returns:
-        The file: NAME.png, or NAME.tif where the map has more than `LARGE_PIXELS` pixels: in compressed tiles of 256
+        The file: NAME.png, or NAME.tif if the map has more than `LARGE_PIXELS` pixels: in compressed tiles of 256
         pixels, which programs for large pictures read by region.
     """
     height, width = size
@@ -71,7 +71,7 @@ def _write_tiff(
 
 
 def _tiles(bands: Iterable[np.ndarray], width: int) -> Iterator[np.ndarray]:
-    """Cut bands into tiles, row by row of tiles; those at the edges are filled up by 0."""
+    """Cut bands into tiles, row by row; those at the edges are padded with 0."""
     for band in _of_height(bands, TILE):
         padded = np.pad(band, ((0, TILE - len(band)), (0, -width % TILE)))
         yield from (np.ascontiguousarray(padded[:, left : left + TILE]) for left in range(0, width, TILE))

@@ -5,8 +5,8 @@ ROOT/labels.csv           header `image,labels`; a row holds an ID and class nam
                           (a space inside a name is written `_`: traffic_light), or with commas, semicolons or bars
 masks                     every class value that the mask holds
 
-A source is a function from the ID of an image to its classes, as numbers from 0. It raises `UserError` where they
-cannot be read, so that one bad entry can be reported beside the others.
+A source is a function from the ID of an image to its classes, as numbers from 0. It raises `UserError` if they
+cannot be read, so that one bad entry can be reported among the others.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from fsr_fast.runtime.files import write_text
 
 LabelSource = Callable[[str], list[int]]
 Row = tuple[str, str, str | list[str] | None]
-"""Place in the file, image, class names: as a cell holds them, or one by one; None: the row has no cell for them."""
+"""Place in the file, image, class names: as one cell, or one by one; None: the row has no cell for them."""
 HEADER = ("image", "labels")
 NO_CLASS = ("background", "none")  # what people write for a picture that shows no class
 
@@ -46,11 +46,11 @@ def open_labels(root: Path, classes: Sequence[str], config: DataConfig, files: F
         root: folder of the data set.
         classes: names of the C foreground classes, in the order of the mask values 1…C.
         config: section `data`; `labels`: `xml`, `csv`, `masks`, or `auto` for the first of these that exists.
-        files: gives the masks.
-        notes: takes down what was inferred.
+        files: source of the masks.
+        notes: records what was inferred.
 
     Raises:
-        UserError: the CSV file is missing or is none.
+        UserError: the CSV file is missing or malformed.
     """
     source = config.labels
     if source == "auto":
@@ -85,7 +85,7 @@ class TableLabels:
         rows: of the table.
         classes: names of the foreground classes.
         separator: between the class names of a cell; `auto`, `space`, or a character.
-        notes: takes down what was inferred.
+        notes: records what was inferred.
     """
 
     def __init__(
@@ -114,16 +114,16 @@ class TableLabels:
         known = name if name in self._rows else self._bare.get(bare_name(name))
         if known is None:
             raise UserError(
-                f"{self._path}: no row for the image {name!r}; add it, take the image off the list, or take the labels "
-                "from elsewhere by data.labels; `fsr-fast data check` lists all that are missing"
+                f"{self._path}: no row for the image {name!r}; add it, take the image off the list, or choose another "
+                "source of labels by data.labels; `fsr-fast data check` lists all that are missing"
             )
         if known in self._twice:
             raise UserError(f"{self._twice[known]}: the image {name!r} has a row already; keep one")
         where, shown = self._rows[known]
         if shown is None:
             raise UserError(
-                f"{where}: expected 2 columns: an image, and its classes with spaces between them; for a picture that "
-                "shows none of them the second one is empty"
+                f"{where}: expected 2 columns: an image, and its classes separated by spaces; for a picture that "
+                "shows none of them the second column is empty"
             )
         return self._classes.read_cell(shown, where) if isinstance(shown, str) else self._classes.numbers(shown, where)
 
@@ -145,8 +145,8 @@ class XmlLabels:
         try:
             objects = ElementTree.parse(path).getroot().findall("object")
         except FileNotFoundError:
-            raise UserError(f"{path}: no such file; add it, or take the labels from elsewhere by data.labels") from None
-        except (ElementTree.ParseError, ValueError, LookupError, RecursionError) as error:  # and odd encodings
+            raise UserError(f"{path}: no such file; add it, or choose another source by data.labels") from None
+        except (ElementTree.ParseError, ValueError, LookupError, RecursionError) as error:  # and unusual encodings
             raise UserError(f"{path}: not valid XML: {error}; replace the file") from None
         return self._classes.numbers([(item.findtext("name") or "").strip() for item in objects], str(path))
 
@@ -155,7 +155,7 @@ class MaskLabels:
     """Labels from the masks.
 
     Args:
-        files: gives the masks.
+        files: source of the masks.
     """
 
     def __init__(self, files: Files) -> None:
@@ -178,10 +178,10 @@ def read_csv(
         path: the file.
         encoding: see `tables.read_table`.
         separator: likewise.
-        notes: takes down what was inferred.
+        notes: records what was inferred.
 
     Raises:
-        UserError: the file is missing, is no table, or lacks the header.
+        UserError: the file is missing, is not a table, or lacks the header.
     """
     notes = notes or Notes()
     table = read_table(path, columns=HEADER, encoding=encoding, separator=separator, notes=notes)
@@ -211,7 +211,7 @@ def read_json(path: Path) -> Iterator[Row]:
     try:
         entries = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON: {error}; write it anew") from None
+        raise UserError(f"{path}: not valid JSON: {error}; write it again") from None
     form = 'expected [{"image": name, "labels": [class, …]}, …]'
     if not isinstance(entries, list):
         raise UserError(f"{path}: holds a {type(entries).__name__}; {form}")
@@ -224,7 +224,7 @@ def read_json(path: Path) -> Iterator[Row]:
 
 
 def write_csv(path: Path, rows: Iterable[tuple[str, Iterable[str]]]) -> int:
-    """Write a label file; it appears only when it is complete.
+    """Write a label file; it appears only once complete.
 
     Args:
         path: file to write.
@@ -267,8 +267,8 @@ class _Classes:
         self._table = {_key(name): number for number, name in enumerate(names)}
         for number, name in enumerate(names):
             last = self._table[_key(name)]
-            if last != number:  # labels could not tell them apart
-                twice = "stands there twice; keep one"
+            if last != number:  # labels could not distinguish them
+                twice = "is listed twice; keep one"
                 alike = f"and {names[last]!r} are one name, with spaces written _; rename one"
                 raise UserError(f"data.classes: {name!r} {twice if names[last] == name else alike}")
 
@@ -279,7 +279,7 @@ class _Classes:
         return [self._table[_key(name)] for name in names]
 
     def read_cell(self, cell: str, where: str) -> list[int]:
-        """Take the class names of a cell apart."""
+        """Split a cell into class names."""
         cell = cell.strip(" ,;|")
         if _key(cell) in self._table and not re.search(r"\s", cell):
             return self.numbers([cell], where)
@@ -289,7 +289,7 @@ class _Classes:
         if self._separator != "auto":
             mark = None if self._separator == "space" else self._separator
             return self.numbers([name.strip() for name in cell.split(mark) if name.strip()], where)
-        if cell.startswith("["):  # as pandas writes a list
+        if cell.startswith("["):  # a list as written by pandas
             return self.numbers(split_names(cell, where), where)
         pieces = split_names(cell, where)
         if len(pieces) > 1:
@@ -297,7 +297,7 @@ class _Classes:
         return [number for piece in pieces for number in self._piece(piece, where)]
 
     def _piece(self, piece: str, where: str) -> list[int]:
-        """Read one class name that may hold spaces, or several with spaces between them."""
+        """Read one class name that may contain spaces, or several separated by spaces."""
         words = piece.split()
         whole, apart = _key(piece) in self._table, all(_key(word) in self._table for word in words)
         if whole and apart and len(words) > 1:
@@ -309,14 +309,14 @@ class _Classes:
 
 
 def split_names(cell: str, where: str) -> list[str]:
-    """Take a cell of labels apart without knowing the classes: by commas, semicolons, bars, or as pandas writes lists.
+    """Split a cell of labels without knowing the classes: by commas, semicolons, bars, or as a list from pandas.
 
     Args:
-        cell: of a table; Label Studio's `{"choices": [...]}` is read, too.
+        cell: of a table; Label Studio's `{"choices": [...]}` is also read.
         where: file and line, for messages.
 
     Raises:
-        UserError: it begins like a list and is none.
+        UserError: it begins like a list but is not one.
     """
     if cell.startswith("{"):
         cell = cell.partition(":")[2].strip().removesuffix("}").strip()

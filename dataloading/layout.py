@@ -1,4 +1,4 @@
-"""How a data set lies on disk: its lists, and the files that belong to a name."""
+"""The layout of a data set on disk: its lists, and the files that belong to a name."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LIST_ENDINGS = (".txt", ".csv", ".json", ".xlsx")
 
 
 class Files(Protocol):
-    """Return the image and the mask of a name."""
+    """Finds the image and the mask of a name."""
 
     def image_path(self, name: str) -> Path:
         """Return the file of an image.
@@ -37,7 +37,7 @@ class Files(Protocol):
         ...
 
     def mask(self, name: str) -> NDArray[np.uint8] | None:
-        """Read a mask, (H, W) uint8 as it is stored: 0 background, 1… classes, 255 ignored; none where there is none.
+        """Read a mask, (H, W) uint8 as stored: 0 background, 1… classes, 255 ignored; None if there is none.
 
         Raises:
             DamagedFileError: it cannot be read, or leads out of the data set.
@@ -54,7 +54,7 @@ class Files(Protocol):
 
 
 class Split(NamedTuple):
-    """One list of a data set as it stands on disk. Nothing about its images is checked yet."""
+    """One list of a data set as it is on disk. Its images are not checked yet."""
 
     origin: Path
     """File of the list."""
@@ -63,25 +63,25 @@ class Split(NamedTuple):
     """Names of all foreground classes, in the order of the mask values 1, 2, …."""
     files: Files
     labels: Callable[[str], list[int]]
-    """Return the classes of an image, as numbers from 0; raises `UserError` where they cannot be read."""
+    """Return the classes of an image, as numbers from 0; raises `UserError` if they cannot be read."""
     notes: Notes
     """What was inferred in reading it."""
 
 
 @dataclass(frozen=True)
 class FolderFiles:
-    """Files in folders: `FOLDER/NAME.jpg` (or another of the endings, in any capitals) and `FOLDER/NAME.png`.
+    """Files in folders: `FOLDER/NAME.jpg` (or another known extension, in any capitals) and `FOLDER/NAME.png`.
 
-    A name may also carry the ending of its image.
+    A name may include the extension of its image.
 
     Args:
         image_folders: where images are, in the order of preference.
         mask_folders: where masks are, in the order of preference.
         classes: number of foreground classes.
-        links: roots below which symbolic links may lead.
+        links: roots into which symbolic links may lead.
         meaning: of the values or colours of the masks; None: values are classes.
-        notes: takes down what was inferred.
-        max_pixels: of the largest mask that is read.
+        notes: records what was inferred.
+        max_pixels: largest mask that is read.
     """
 
     image_folders: tuple[Path, ...]
@@ -98,8 +98,8 @@ class FolderFiles:
         if path is None:
             raise DamagedFileError(
                 f"{' or '.join(map(str, self.image_folders))}: no image for the id {name!r} "
-                f"(endings: {', '.join(IMAGE_ENDINGS)}){_alike(self.image_folders, name)}; add the file, or take the "
-                "id off the list"
+                f"(extensions: {', '.join(IMAGE_ENDINGS)}){_alike(self.image_folders, name)}; add the file, or take "
+                "the id off the list"
             )
         return path
 
@@ -127,23 +127,23 @@ class FolderFiles:
             for candidate in _spellings(name, endings):
                 if os.path.isfile(f"{folder}/{candidate}"):
                     if has_ending(name) and candidate != name and endings is IMAGE_ENDINGS:
-                        self.notes.add("names are spelt otherwise in the list than on the disk", f"{name}: {candidate}")
+                        self.notes.add("names are spelt differently in the list and on disk", f"{name}: {candidate}")
                     return inside(folder, candidate, self.links)
         return None
 
 
 def has_ending(name: str) -> bool:
-    """Return whether a name carries the ending of an image."""
+    """Return whether a name ends with an image's extension."""
     return os.path.splitext(name)[1].lower() in IMAGE_ENDINGS
 
 
 def bare_name(name: str) -> str:
-    """Return a name without the ending of its image, which it may carry."""
+    """Return a name without its image's extension, if it has one."""
     return os.path.splitext(name)[0] if has_ending(name) else name
 
 
 def check_one_file_each(split: Split) -> Iterator[tuple[str, str]]:
-    """Return the names without an ending that fit several files, and what is to be done about them.
+    """Return the names without an extension that fit several files, with the remedy.
 
     Args:
         split: whose images lie in folders; other layouts have no such names.
@@ -162,12 +162,12 @@ def check_one_file_each(split: Split) -> Iterator[tuple[str, str]]:
         if len(found) > 1:
             yield (
                 name,
-                f"{split.origin}: {name!r} can mean {' or '.join(found)}; write the ending in the list, too",
+                f"{split.origin}: {name!r} can mean {' or '.join(found)}; write the extension in the list, too",
             )
 
 
 def _spellings(name: str, endings: Sequence[str]) -> Iterator[str]:
-    """Return how a file of a name may be called, the likeliest first: as it is, then with endings in any capitals."""
+    """Return the possible file names of a name, likeliest first: as it is, then with extensions in any capitals."""
     forms = [name] if name.isascii() else list(dict.fromkeys([name, *_composed(name)]))
     yield from forms
     for form in forms:
@@ -179,19 +179,19 @@ def _spellings(name: str, endings: Sequence[str]) -> Iterator[str]:
 
 
 def _composed(name: str) -> Iterator[str]:
-    """Spell accents as one letter or as two: macOS and spreadsheets differ."""
+    """Spell accented letters as one character or as two: macOS and spreadsheets differ."""
     return (unicodedata.normalize(form, name) for form in ("NFC", "NFD"))
 
 
 def _alike(folders: Iterable[Path], name: str) -> str:
-    """Name a file that may have been meant."""
+    """Suggest a file that may have been meant."""
     for folder in folders:
         place = folder / os.path.dirname(name)
         files = _listing(str(place))
         wanted = bare_name(os.path.basename(name)).lower()
         found = next((file for file in files if bare_name(file).lower() == wanted), None)
         if found:
-            return f"; there is {place / found}: write its name so in the list"
+            return f"; there is {place / found}: spell its name like that in the list"
     return ""
 
 
@@ -213,9 +213,9 @@ def find_list(folder: Path, name: str, key: str, endings: Sequence[str]) -> Path
 
     Args:
         folder: where lists are.
-        name: of the list; or a path, recognised by its ending.
+        name: of the list; or a path, recognised by its extension.
         key: of the configuration, for messages.
-        endings: of list files, in the order of preference.
+        endings: extensions of list files, in the order of preference.
 
     Raises:
         UserError: there is no such file.
@@ -227,13 +227,13 @@ def find_list(folder: Path, name: str, key: str, endings: Sequence[str]) -> Path
         lists = [file.stem for ending in endings for file in folder.glob(f"*{ending}")]
         hint = nearest(name, lists) if lists else f"; expected a list there ({', '.join(endings)})"
         if key == "data.val_list":
-            hint += "; or train without masks and scores of masks by --data.val_list none"
+            hint += "; or train without masks and their scores by --data.val_list none"
         raise UserError(f"{key}: {paths[0]} does not exist{hint}")
     return path
 
 
 def list_stem(name: str) -> str:
-    """Return the name of a list, which may be given as a path, without folder and ending."""
+    """Return the name of a list, which may be given as a path, without folder and extension."""
     return Path(name).stem if name.endswith(LIST_ENDINGS) else Path(name).name
 
 
@@ -246,12 +246,12 @@ def read_list(path: Path, key: str, *, encoding: str | None = None, notes: Notes
     notes = notes or Notes()
     ids = [clean_name(line, notes, where) for where, line in read_lines(path, encoding=encoding, notes=notes)]
     if not ids:
-        raise UserError(f"{key}: {path} is empty; expected one id a line")
+        raise UserError(f"{key}: {path} is empty; expected one id per line")
     return ids
 
 
 def check_names(names: Iterable[str], path: Path, key: str) -> None:
-    """Refuse names that stand twice in a list or lead out of the data set.
+    """Refuse names that are duplicates in a list or lead out of the data set.
 
     Args:
         names: of the list.
@@ -268,5 +268,5 @@ def check_names(names: Iterable[str], path: Path, key: str) -> None:
         except DamagedFileError as error:
             raise UserError(f"{key}: {path}: {error}") from None
         if name in seen:
-            raise UserError(f"{key}: {path}: {name!r} stands there twice; keep one")
+            raise UserError(f"{key}: {path}: {name!r} is listed twice; keep one")
         seen.add(name)

@@ -1,8 +1,8 @@
-"""Read one mask file: which class, background or ignored, each of its values or colours means.
+"""Read one mask file: map each of its values or colours to a class, background or ignored.
 
-Masks of one 8-bit value per pixel are read as they are. Other kinds are read where their meaning is certain: channels
-that are equal, 16 bits that hold small numbers, one bit per pixel. Colours and other systems of numbers need to be told
-by `data.mask_values`. A mask belongs to the upright image; its own orientation tag, if any, is not looked at.
+Masks of one 8-bit value per pixel are read as they are. Other kinds are read if their meaning is certain: equal
+channels, 16 bits that hold small numbers, one bit per pixel. Colours and other numberings must be explained by
+`data.mask_values`. A mask belongs to the upright image; its own orientation tag, if any, is ignored.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fsr_fast.dataloading.images import IGNORE, MAX_PIXELS, DamagedFileError, So
 from fsr_fast.dataloading.notes import Notes
 from fsr_fast.errors import UserError, nearest
 
-COCO_GAPS = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)  # numbers of MS COCO's 1 to 90 that no category has
+COCO_GAPS = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)  # unused numbers in MS COCO's 1 to 90
 COCO_IDS = tuple(number for number in range(1, 91) if number not in COCO_GAPS)
 SHOWN = 8  # values or colours that a message lists
 COLOURS = 300  # more of them in one mask are noise, not classes
@@ -25,7 +25,7 @@ COLOURS = 300  # more of them in one mask are noise, not classes
 Key = int | str
 """A value of a mask file, or a colour `#rrggbb`."""
 Meaning = Mapping[Key, int]
-"""What values and colours mean: 0 background, 1…C the classes, 255 ignored."""
+"""Meaning of values and colours: 0 background, 1…C the classes, 255 ignored."""
 
 
 def read_mask(
@@ -41,16 +41,16 @@ def read_mask(
     Args:
         source: file, or its content.
         limit: number C of classes.
-        name: what messages call it; by default the path.
+        name: its name in messages; by default the path.
         meaning: of each value or colour; None: values are classes, 255 is ignored.
-        notes: takes down what was inferred.
-        max_pixels: of the largest mask that is read.
+        notes: records what was inferred.
+        max_pixels: largest mask that is read.
 
     Returns:
         (H, W) uint8: 0 background, 1…C the classes, 255 ignored.
 
     Raises:
-        DamagedFileError: cannot be decoded, is of a kind whose meaning is not certain, or holds an unknown value.
+        DamagedFileError: it cannot be decoded, is ambiguous, or holds an unknown value.
     """
     where = name or str(source)
     with open_picture(source, name, max_pixels=max_pixels) as image:
@@ -78,7 +78,7 @@ def parse_meaning(given: Mapping[Key, Key] | str, classes: Sequence[str]) -> Mea
         classes: names of the foreground classes.
 
     Raises:
-        UserError: it names no value, colour or class.
+        UserError: it names an unknown value, colour or class.
     """
     if given == "auto":
         return None
@@ -99,14 +99,14 @@ def parse_meaning(given: Mapping[Key, Key] | str, classes: Sequence[str]) -> Mea
             raise UserError(f"data.mask_values: {key}: unknown class {word!r}{nearest(str(word), known)}")
         meaning[text if text.startswith("#") else int(text)] = label
     if len({isinstance(key, str) for key in meaning}) != 1:
-        raise UserError("data.mask_values: expected numbers alone or colours alone, at least one")
+        raise UserError("data.mask_values: expected only numbers or only colours, at least one")
     return meaning
 
 
 def drawn_in_black_and_white(masks: Iterable[NDArray[np.uint8]]) -> bool:
     """Return whether masks of one class are drawn as 0 and 255, so that 255 is the class and nothing is ignored.
 
-    That is certain where no mask holds a 1 and some hold a 255: read otherwise, no pixel at all would show the class.
+    That is certain if no mask holds a 1 and some hold a 255: otherwise no pixel at all would show the class.
 
     Args:
         masks: of the whole list; they are read up to the first that holds a 1.
@@ -120,7 +120,7 @@ def drawn_in_black_and_white(masks: Iterable[NDArray[np.uint8]]) -> bool:
 
 
 def _values(mode: str, mask: NDArray[np.generic]) -> NDArray[np.integer] | None:
-    """One number per pixel, where the kind of the file leaves no doubt."""
+    """Return one number per pixel, if the kind of the file is unambiguous."""
     if mode in ("P", "L", "1"):
         return mask.astype(np.uint8, copy=False)
     if mode.startswith("I"):
@@ -162,17 +162,17 @@ def _pack(mask: NDArray[np.generic]) -> NDArray[np.int64]:
 
 
 def _colours(mode: str, mask: NDArray[np.generic], limit: int) -> str:
-    """What to do about a mask in colours."""
+    """Return the remedy for a mask in colours."""
     if mode not in ("RGB", "RGBA"):
         return (
             f"a mask of mode {mode}; expected one number per pixel (palette or greyscale PNG): 0 background, 1… the "
-            "classes, 255 ignored; save it anew, as 8-bit greyscale PNG"
+            "classes, 255 ignored; save it again, as 8-bit greyscale PNG"
         )
     colours, counts = np.unique(_pack(mask), return_counts=True)
     if len(colours) > COLOURS:
         return (
             f"a mask of {len(colours)} colours, as a photograph or a JPEG has; expected one colour or number for each "
-            "class; write it anew as PNG, without smoothing"
+            "class; write it again as PNG, without smoothing"
         )
     shown = [f"#{colour:06x}" for colour in colours[np.argsort(-counts)][:SHOWN]]
     more = f", … and {len(colours) - SHOWN} more" if len(colours) > SHOWN else ""

@@ -27,13 +27,13 @@ Track = Callable[[Iterable[None], str, int], Iterable[None]]
 def build_augmented_masks(root: Path, sbd: Path, *, track: Track) -> tuple[int, int]:
     """Write SegmentationClassAug and, where it is missing, the list train_aug.
 
-    Images that VOC has masks of keep those, with their ignored borders; all others get SBD's. The list holds the
+    Images with masks in VOC keep those, with their ignored borders; all others get SBD's. The list holds the
     images of SBD and of VOC's own training list that are not in VOC's validation list: 10,582 of the official data.
 
     Args:
         root: VOCdevkit/VOC2012.
         sbd: SBD's folder with `cls/*.mat`, `train.txt` and `val.txt` (benchmark_RELEASE/dataset).
-        track: shows progress: of the masks, a description and their number.
+        track: shows progress; takes the masks, a description and their number.
 
     Returns:
         The number of masks, and of names on the list.
@@ -60,12 +60,12 @@ def build_augmented_masks(root: Path, sbd: Path, *, track: Track) -> tuple[int, 
 
 
 def write_masks(split: Split, folder: Path, *, track: Track) -> int:
-    """Write the masks of a list as files, `FOLDER/NAME.png`, as the layouts of VOC and of the official code have them.
+    """Write the masks of a list as files, `FOLDER/NAME.png`, as in the layouts of VOC and of the official code.
 
     Args:
         split: the list, opened with masks.
-        folder: to write; it appears only when it is complete.
-        track: shows progress: of the masks, a description and their number.
+        folder: to write; it appears only once complete.
+        track: shows progress; takes the masks, a description and their number.
 
     Returns:
         The number of masks.
@@ -86,20 +86,20 @@ def write_masks(split: Split, folder: Path, *, track: Track) -> int:
 
 
 def convert_coloured_masks(folder: Path, images: Path, target: Path, notes: Notes, *, track: Track) -> Export:
-    """Write CVAT's segmentation masks, which are colours, as masks of classes, under the names of their pictures.
+    """Convert CVAT's coloured segmentation masks to masks of classes, under the names of their pictures.
 
     Args:
         folder: with labelmap.txt and SegmentationClass/*.png.
         images: folder of the pictures.
-        target: folder to write; it appears only when it is complete.
-        notes: takes down what was inferred.
-        track: shows progress: of the masks, a description and their number.
+        target: folder to write; it appears only once complete.
+        notes: records what was inferred.
+        track: shows progress; takes the masks, a description and their number.
 
     Returns:
-        What the masks show, by the paths of the pictures.
+        Classes in the masks, by the paths of the pictures.
 
     Raises:
-        UserError: a colour is none of labelmap.txt, a picture is missing, or the target exists.
+        UserError: a colour is not in labelmap.txt, a picture is missing, or the target exists.
     """
     classes, meaning = read_labelmap(folder / "labelmap.txt")
     masks = {path.relative_to(folder / MASKS[1]).with_suffix("").as_posix(): path for path in _pngs(folder / MASKS[1])}
@@ -136,11 +136,15 @@ def read_sbd_mask(path: Path) -> NDArray[np.uint8]:
         with open(path, "rb") as file:
             mask = loadmat(file, variable_names=["GTcls"])["GTcls"]["Segmentation"][0, 0]
     except FileNotFoundError:
-        raise DamagedFileError(f"{path}: no such file; expected SBD's cls folder with a .mat file an image") from None
+        raise DamagedFileError(
+            f"{path}: no such file; expected SBD's cls folder with one .mat file per image"
+        ) from None
     except Exception as error:  # scipy raises all kinds of errors on damaged files
-        raise DamagedFileError(f"{path}: not one of SBD's class masks: {error}; fetch it anew") from None
+        raise DamagedFileError(f"{path}: not one of SBD's class masks: {error}; download it again") from None
     if mask.ndim != 2 or mask.dtype.kind not in "ui" or not 0 <= mask.max(initial=0) <= len(VOC_CLASSES):
-        raise DamagedFileError(f"{path}: {mask.dtype} of shape {mask.shape}; expected a class 0 to 20 for each pixel")
+        raise DamagedFileError(
+            f"{path}: {mask.dtype} of shape {mask.shape}; expected a class from 0 to 20 for each pixel"
+        )
     return mask.astype(np.uint8)
 
 
@@ -148,7 +152,7 @@ def _write_folder(
     target: Path, names: Collection[str], read: Callable[[str], NDArray[np.uint8]], *, track: Track
 ) -> None:
     if target.exists():
-        raise UserError(f"{target} exists; delete it to build it anew")
+        raise UserError(f"{target} exists; delete it to build it again")
     with atomic_path(target, sync=False) as folder:
         folder.mkdir()
 

@@ -1,4 +1,4 @@
-"""What is found once over the training pictures and belongs to a network as its weights do: window, mean, deviation."""
+"""What is measured once over the training pictures and belongs to a network like its weights: window, mean, std."""
 
 from __future__ import annotations
 
@@ -26,29 +26,29 @@ from fsr_fast.dataloading.reading import (
 )
 from fsr_fast.errors import UserError
 
-SAMPLE = 64  # pictures that are looked at
-BLOCK, BLOCKS = 512, 4  # of a picture too large to be read whole: side and number per axis of the parts that are read
+SAMPLE = 64  # pictures in the sample
+BLOCK, BLOCKS = 512, 4  # of a picture too large to be read whole: side, and number per axis, of the parts read
 VALUES = 4096  # per channel and picture, for percentiles
 
 logger = logging.getLogger(__name__)
 
 
 class Measured(NamedTuple):
-    """What is found once over the training pictures."""
+    """Results of measuring the training pictures."""
 
     window: Window | None
-    """None: all pictures looked at have 8 bits."""
+    """None: all sampled pictures have 8 bits."""
     mean: tuple[float, ...]
-    """Of each channel, for values in 0…1."""
+    """Mean of each channel, for values in 0…1."""
     std: tuple[float, ...]
     """Likewise."""
 
 
 def read_measured(value: Any, channels: int, origin: str) -> Measured | None:
-    """Check what a checkpoint says under `input`; None: it is older than the entry.
+    """Check the entry `input` of a checkpoint; None: it is older than the entry.
 
     Raises:
-        UserError: anything else than `Measured` as a dictionary.
+        UserError: anything other than `Measured` as a dictionary.
     """
     if value is None:
         return None
@@ -72,21 +72,21 @@ class Sources(Protocol):
         ...
 
     def source(self, index: int) -> tuple[Source, str]:
-        """Return the file of a picture, or its content, and what messages call it."""
+        """Return the file of a picture, or its content, and its name in messages."""
         ...
 
 
 def measure(pictures: Sources, data: DataConfig, reading: Reading, *, normalisation: bool) -> Measured:
-    """Find what belongs to a network beside its weights, over a sample of the training list that is always the same.
+    """Measure what belongs to a network beside its weights, over a fixed sample of the training list.
 
     Args:
         pictures: the training list.
         data: `window`.
         reading: number of channels, and the largest picture.
-        normalisation: find mean and standard deviation, too; else they are empty.
+        normalisation: also measure mean and standard deviation; else they are empty.
 
     Raises:
-        DamagedFileError: no picture looked at can be read.
+        DamagedFileError: no sampled picture can be read.
     """
     window = given_window(data) or _find_window(pictures, data, reading)
     mean, std = _find_normalisation(pictures, replace(reading, window=window)) if normalisation else ((), ())
@@ -94,9 +94,10 @@ def measure(pictures: Sources, data: DataConfig, reading: Reading, *, normalisat
 
 
 def _find_window(pictures: Sources, data: DataConfig, reading: Reading) -> Window | None:
-    """Find the window of the pictures deeper than 8 bits; None: all pictures looked at have 8.
+    """Find the window of the pictures deeper than 8 bits; None: all sampled pictures have 8.
 
-    Colours and single channels have one window, so that colours stay; of any other number each channel has its own.
+    One channel has one window, and so have three together, so that colours keep their balance; with any other number
+    each channel has its own.
     """
     ends, values = [], []
     for number in _sampled(len(pictures)):
@@ -110,7 +111,7 @@ def _find_window(pictures: Sources, data: DataConfig, reading: Reading) -> Windo
                 continue
             part = _sample(stored)[:, chosen]
             check_finite(part, name)
-        except DamagedFileError:  # said where it is trained on
+        except DamagedFileError:  # reported when it is trained on
             continue
         part = part.reshape(-1, 1) if reading.channels in (1, 3) else part
         ends.append((part.min(0), part.max(0)))
@@ -137,7 +138,7 @@ def _find_window(pictures: Sources, data: DataConfig, reading: Reading) -> Windo
 
 
 def _find_normalisation(pictures: Sources, reading: Reading) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Find mean and standard deviation of each channel, for values in 0…1."""
+    """Measure mean and standard deviation of each channel, for values in 0…1."""
     sums = np.zeros((2, reading.channels))
     count, first = 0, None
     for number in _sampled(len(pictures)):
@@ -151,17 +152,17 @@ def _find_normalisation(pictures: Sources, reading: Reading) -> tuple[tuple[floa
     if not count:
         raise first or DamagedFileError("the training list is empty")
     mean, square = sums / count
-    std = np.sqrt(np.maximum(square - mean**2, 1 / 255**2))  # of a constant channel: one grey level
+    std = np.sqrt(np.maximum(square - mean**2, 1 / 255**2))  # for a constant channel, one grey level
     return tuple(mean.tolist()), tuple(std.tolist())
 
 
 def _sampled(count: int) -> Iterator[int]:
-    """Numbers of the pictures to look at, spread over the list."""
+    """Return the numbers of the sampled pictures, spread over the list."""
     return iter(range(0, count, -(-count // SAMPLE)) if count else ())
 
 
 def _sample(pixels: Pixels) -> NDArray[Any]:
-    """Values (n, C) of a picture: all, or of a large one those of blocks that are spread over it."""
+    """Return values (n, C) of a picture: all, or for a large one those in blocks spread over it."""
     height, width, channels = pixels.shape
     if height * width <= (BLOCK * BLOCKS) ** 2:
         return pixels[:, :].reshape(-1, channels)

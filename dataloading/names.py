@@ -10,8 +10,8 @@ import numpy as np
 class Names:
     """Names of images, as one run of bytes and one array of where they end.
 
-    There is no Python object for a name: a list of 100,000 takes a few megabytes, and the loader's processes share
-    them, since nothing counts references there.
+    There is no Python object per name: a list of 100,000 takes a few megabytes, and the loader's processes share
+    the memory, since no reference counts are written there.
 
     Args:
         names: the names, in their order.

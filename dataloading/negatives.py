@@ -12,7 +12,7 @@ from fsr_fast.dataloading.layout import Split
 from fsr_fast.errors import UserError
 
 HANDFUL = 5
-"""Images that a class needs, below which its number is remarked upon."""
+"""Number of images below which a class is warned about."""
 
 
 def keeps_negatives(config: DataConfig) -> bool | None:
@@ -23,19 +23,19 @@ def keeps_negatives(config: DataConfig) -> bool | None:
 
 
 def no_label(split: Split, name: str, count: str) -> UserError:
-    """Return the error of a training image without a label, of which two things can be meant."""
+    """Return the error for a training image without a label, which can mean two things."""
     return UserError(
         f"{split.origin}: the training image {name!r} has no label{count}; label it, or say what that means: "
-        "--data.negatives true (background alone, which is trained on) or false (it is left out)"
+        "--data.negatives true (train on it as background alone) or false (leave it out)"
     )
 
 
 def balance_warnings(classes: Sequence[str], shown: NDArray[Any], count: int) -> list[str]:
-    """Return what is wrong with the balance of the training images.
+    """Return warnings about the balance of the training images.
 
     Args:
         classes: names of the C classes.
-        shown: (C,), how many images show each.
+        shown: (C,), number of images that show each.
         count: number of images.
     """
     warnings = []
@@ -48,6 +48,6 @@ def balance_warnings(classes: Sequence[str], shown: NDArray[Any], count: int) ->
         if number == count:
             warnings.append(
                 f"every training image shows {name!r}: from image labels alone it cannot be told from what surrounds "
-                "it; add images without it, if need be with an empty label"
+                "it; add images without it, if necessary with an empty label"
             )
     return warnings

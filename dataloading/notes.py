@@ -1,4 +1,4 @@
-"""What was inferred about a data set, so that nothing is guessed in silence."""
+"""What was inferred about a data set, so that nothing is guessed silently."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Notes:
         Args:
             text: the remark; the same text is kept once.
             example: the first case that showed it.
-            level: `logging.WARNING` where the reading decides what is learned or scored.
+            level: `logging.WARNING` if the reading decides what is learned or scored.
         """
         self._texts.setdefault(text, (example, level))
 
@@ -32,7 +32,7 @@ class Notes:
         return f"{text}, for example {example}" if example else text
 
     def log(self, logger: logging.Logger, said: set[str]) -> None:
-        """Log each remark once, but for those that were said already, of another list."""
+        """Log each remark once, except those already logged for another list."""
         for text, (_, level) in list(self._texts.items()):
             if text not in said:
                 logger.log(level, "data: %s", self._shown(text))

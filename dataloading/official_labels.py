@@ -1,10 +1,10 @@
 """The official code's `cls_labels_onehot.npy`, a pickled dictionary of arrays, read without running what it pickles.
 
-Other projects write the same with numbers for names, as IRN's `cls_labels.npy` does for VOC: 2007000032 for
-`2007_000032`. Numbers of that form are read so; of any other, a template must say how they become names.
+Other projects write the same with numbers instead of names, as IRN's `cls_labels.npy` does for VOC: 2007000032 for
+`2007_000032`. Numbers of that form are converted; for any other, a template must say how they become names.
 
-Nothing of a pickle is imported or called. The few names that such a file needs are answered by stand-ins that only
-keep their arguments, NumPy's own included; the numbers are then taken from the bytes that were kept.
+Nothing in a pickle is imported or called. The few names that such a file needs are replaced by stand-ins that only
+keep their arguments, NumPy's own included; the numbers are then read from the stored bytes.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def read_official_labels(
 
     Args:
         path: cls_labels_onehot.npy: name of the image → (C,) of 0 and 1.
-        template: how numbers become names, as `COCO_train2014_{:012d}`; None: VOC's are known.
-        notes: takes down what was inferred.
+        template: how numbers become names, such as `COCO_train2014_{:012d}`; None: only VOC's are known.
+        notes: records what was inferred.
 
     Returns:
         The n names, and (n, C) bool, true where the image shows the class.
@@ -76,11 +76,13 @@ def _name_all(keys: list[Any], template: str | None, path: Path, notes: Notes) -
         try:
             return [template.format(key) for key in keys]
         except (ValueError, LookupError) as error:
-            raise UserError(f"--names: {template!r}: {error}; expected such as 'COCO_train2014_{{:012d}}'") from None
+            raise UserError(
+                f"--names: {template!r}: {error}; expected something like 'COCO_train2014_{{:012d}}'"
+            ) from None
     if not all(VOC_NUMBER.fullmatch(str(key)) for key in keys):
         raise UserError(
-            f"{path}: its keys are numbers, such as {keys[0]}, which do not say what the pictures are called; "
-            "say it by --names 'COCO_train2014_{:012d}'"
+            f"{path}: its keys are numbers, such as {keys[0]}, which do not tell the names of the pictures; "
+            "give them by --names 'COCO_train2014_{:012d}'"
         )
     notes.add(f"{path.name}: numbers are read as PASCAL VOC's names", f"{keys[0]}: {_voc_name(keys[0])}")
     return [_voc_name(key) for key in keys]
@@ -103,14 +105,14 @@ class _Array:
         """Return the objects of an array of objects."""
         _, _, dtype, _, content = self._state
         if not isinstance(dtype, _Dtype) or dtype.code != "O8" or not isinstance(content, list):
-            raise pickle.UnpicklingError("no array of objects")
+            raise pickle.UnpicklingError("not an array of objects")
         return content
 
     def numbers(self) -> NDArray[Any]:
         """Return the numbers of an array of one dimension."""
         _, shape, dtype, _, content = self._state
         if not isinstance(dtype, _Dtype) or dtype.code not in NUMBERS or not isinstance(content, bytes):
-            raise pickle.UnpicklingError("no array of numbers")
+            raise pickle.UnpicklingError("not an array of numbers")
         values = np.frombuffer(content, np.dtype(dtype.order + dtype.code))
         if shape != values.shape:
             raise pickle.UnpicklingError(f"{len(values)} numbers for the shape {shape}")

@@ -1,7 +1,7 @@
 """Own pictures: a folder, and a table that names the classes of each.
 
-ROOT/images/…                   pictures (.jpg, .png, .tif, .bmp, .webp, .npy, .dcm), in folders if you like
-ROOT/train.csv, ROOT/val.csv    header `image,labels`: the path below images, and class names with spaces between them
+ROOT/images/…                   pictures (.jpg, .png, .tif, .bmp, .webp, .npy, .dcm), in subfolders if you like
+ROOT/train.csv, ROOT/val.csv    header `image,labels`: the path below images, and class names separated by spaces
                                 (a space inside a name is written `_`), none for a picture of background alone; or
                                 train.xlsx; or train.json: [{"image": "cat 1.jpg", "labels": ["cat"]}, …]
 ROOT/classes.txt                one class per line, in the order of the mask values 1, 2, …
@@ -55,7 +55,7 @@ def open_own(root: Path, list_name: str, key: str, config: DataConfig) -> Split:
     labels = TableLabels(path, named, names, config.label_separator, notes)
     ids = list(labels)
     if not ids:
-        raise UserError(f"{key}: {path} names no picture; expected a row for each")
+        raise UserError(f"{key}: {path} names no picture; expected one row per picture")
     meaning = parse_meaning(config.mask_values, names)
     files = FolderFiles(
         (root / "images",), (root / "masks",), len(names), config.allow_links, meaning, notes, config.max_pixels
@@ -72,18 +72,18 @@ def read_classes(root: Path, encoding: str | None = None, notes: Notes | None = 
     path = root / "classes.txt"
     if not path.is_file():
         raise UserError(
-            f"{path}: no such file; write one class name a line, in the order of the mask values, or give data.classes"
+            f"{path}: no such file; write one class name per line, in the order of mask values, or give data.classes"
         )
     lines = read_lines(path, encoding=encoding, notes=notes)
     if not lines:
-        raise UserError(f"data.classes: {path} is empty; expected one class name a line")
+        raise UserError(f"data.classes: {path} is empty; expected one class name per line")
     for where, name in lines:
         refuse_background(name, where)
     return [name for _, name in lines]
 
 
 def refuse_background(name: str, where: str) -> None:
-    """Refuse the background among the classes: it has the mask value 0 in any case.
+    """Refuse the background among the classes: it always has the mask value 0.
 
     Args:
         name: of a class.
@@ -94,15 +94,15 @@ def refuse_background(name: str, where: str) -> None:
     """
     if name.lower() in BACKGROUND:
         raise UserError(
-            f"{where}: {name!r} is no class: the background is there in any case, as mask value 0; take it out, so "
-            "that the first class is mask value 1"
+            f"{where}: {name!r} is not a class: the background always exists, as mask value 0; remove it, so that "
+            "the first class is mask value 1"
         )
 
 
 def _below(root: Path, name: str, notes: Notes) -> str:
-    """Return a name as a path below images: tables also name pictures from the root on, or by their whole path."""
+    """Return a name as a path below images: tables also give paths from the root, or absolute ones."""
     for start in (f"{root.absolute()}/images/", f"{root}/images/", "images/"):
         if name.startswith(start) and not os.path.exists(root / "images" / name):
-            notes.add("paths in the table are read from the folder images on", name)
+            notes.add("paths in the table are read relative to the folder images", name)
             return name.removeprefix(start)
     return name

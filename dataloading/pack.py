@@ -2,7 +2,7 @@
 
     train-000000.tar, train-000001.tar, …   samples: KEY.jpg, .png, .tif, .npy or .dcm (the file as it was), KEY.json,
                                             KEY.mask.png
-    train-000000.idx, …                     where the parts of each sample stand, for DALI
+    train-000000.idx, …                     offsets of the parts of each sample, for DALI
     train.json                              {"version", "classes", "max_labels", "shards": [{"file", "samples", "bytes",
                                             "sha256"}]}; written last, so that an interrupted pack has none
 
@@ -41,10 +41,10 @@ ENDINGS = {"JPEG": "jpg", "PNG": "png"}
 
 
 class Sample(NamedTuple):
-    """What goes into a shard for one image."""
+    """The parts of one image in a shard."""
 
     parts: dict[str, bytes]
-    """Content by ending, in the order of the endings."""
+    """Content by extension, in the order of the extensions."""
     labels: int
     """Number of labels."""
 
@@ -68,20 +68,20 @@ def pack(
 
     Args:
         split: the list.
-        output: folder, or URL, as `open_store` takes it.
-        name: of the list; begins the names of all files.
-        with_masks: pack the masks, too; then every image needs one.
+        output: folder, or URL, as for `open_store`.
+        name: of the list; the prefix of all file names.
+        with_masks: also pack the masks; then every image needs one.
         shard_bytes: size at which a shard is closed, ≥ 1.
         negatives: images that show no class are packed (True), left out (False) or refused (None), if without masks.
-        max_pixels: of the largest image that is packed.
-        seed: of the order in which the images are written; none: as in the list.
-        track: shows progress: of the samples, a description and their number.
+        max_pixels: largest image that is packed.
+        seed: of the order in which the images are written; None: as in the list.
+        track: shows progress; takes the samples, a description and their number.
 
     Returns:
         The index.
 
     Raises:
-        UserError: the list is packed there already, or an image, label or mask is damaged.
+        UserError: the list is already packed there, or an image, label or mask is damaged.
     """
     check_names(split.ids, split.origin, "data")
     filesystem, folder = open_store(output)
@@ -89,9 +89,7 @@ def pack(
     here = {str(path).rpartition("/")[2] for path in filesystem.ls(folder, detail=False)}
     old = sorted(file for file in here if re.match(rf"{re.escape(name)}(-\d{{6}})?\.(tar|idx|json)", file))
     if old:
-        raise UserError(
-            f"{output}: holds {old[0]}, of another pack or of one that was interrupted; delete {name}* there"
-        )
+        raise UserError(f"{output}: holds {old[0]}, from another or an interrupted pack; delete {name}* there")
     order = np.arange(len(split.ids)) if seed is None else np.random.default_rng(seed).permutation(len(split.ids))
     read = partial(read_sample, split, with_masks=with_masks, negatives=negatives, max_pixels=max_pixels)
     samples = map_ahead(lambda number: read(split.ids[int(number)]), order)
@@ -112,7 +110,7 @@ def read_sample(
     """Read image, labels and mask of a name, and check them as a training would.
 
     Returns:
-        The sample; None where the image shows no class and is left out.
+        The sample; None if the image shows no class and is left out.
 
     Raises:
         UserError: one of them is missing or damaged.
@@ -139,7 +137,7 @@ def read_sample(
 
 
 def _look(content: bytes, where: str, max_pixels: int) -> tuple[tuple[int, int], str]:
-    """Decode a picture; return width and height, and under what ending it goes into a shard as it is, or nothing."""
+    """Decode a picture; return width and height, and its extension if it can go into a shard as it is, else nothing."""
     pixels = open_array(content, where, max_pixels=max_pixels)
     pixels[:, :]
     height, width, channels = pixels.shape
@@ -156,7 +154,7 @@ def _look(content: bytes, where: str, max_pixels: int) -> tuple[tuple[int, int],
 
 
 class _Shards:
-    """Writes samples to one shard after the other. Files bear their names only when they are whole."""
+    """Writes samples to one shard after another. Files get their names only once complete."""
 
     def __init__(self, filesystem: Any, folder: str, name: str, limit: int) -> None:
         self.done: list[dict[str, Any]] = []
@@ -172,7 +170,7 @@ class _Shards:
         if kind is None:
             return
         if self._shard:
-            with suppress(OSError):  # of a full disk, perhaps; the file goes anyway
+            with suppress(OSError):  # perhaps the disk is full; the file is removed anyway
                 self._shard.writer.close()
                 self._shard.target.close()
         for path in filter(self._filesystem.exists, self._touched):
@@ -216,7 +214,7 @@ class _Shards:
 
 
 class _Shard:
-    """One tar file that is being written, and where its parts stand (the index format of DALI's wds2idx, 1.2)."""
+    """A tar file during writing, and the offsets of its parts (the index format of DALI's wds2idx, 1.2)."""
 
     def __init__(self, target: _Counted) -> None:
         self.target, self.lines = target, list[str]()

@@ -29,7 +29,7 @@ def voc_palette() -> np.ndarray:
 
 
 def save_palette_png(mask: np.ndarray, path: Path | BinaryIO) -> None:
-    """Save labels as a PNG with VOC's palette: the pixel values are the labels. A file is written whole or not at all.
+    """Save labels as a PNG with VOC's palette: the pixel values are the labels. A file is written atomically.
 
     Args:
         mask: (H,W) integer labels, 0 to 255.

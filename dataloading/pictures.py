@@ -1,4 +1,4 @@
-"""The pictures that a command line names: files, folders with folders in them, patterns."""
+"""The pictures named on a command line: files, folders with subfolders, patterns."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from fsr_fast.errors import UserError
 
 
 def find_pictures(arguments: Iterable[str | Path], without: Path | None = None) -> dict[str, Path]:
-    """Return the pictures of files, folders and patterns by the name that their results get.
+    """Return the pictures in files, folders and patterns, by the name of their results.
 
-    That is the path below the folder that was given, or the name of the file, without its ending. Where two would be
-    one, both keep their endings; and where that is not enough, they begin with the name of the folder that was given.
+    That is the path below the given folder, or the name of the file, without extension. If two would be equal, both
+    keep their extensions; if that is not enough, they begin with the name of the given folder.
 
     Args:
         arguments: files, folders, or patterns such as `trip/*.jpg`.
-        without: folder that is not looked into: that of the results, which may lie within.
+        without: folder to skip: that of the results, which may be inside.
 
     Raises:
-        UserError: an address of the web, a path that is missing, a folder or pattern without picture, two pictures of
-            one name, or a name that results cannot bear.
+        UserError: a URL, a missing path, a folder or pattern without picture, two pictures with the same name, or a
+            name that result files cannot have.
     """
     files = dict.fromkeys(pair for argument in arguments for pair in _expand(str(argument), without))
     names = _unlike(files, (_plain, _with_ending, _with_folder, _with_both))
@@ -39,7 +39,7 @@ def find_pictures(arguments: Iterable[str | Path], without: Path | None = None) 
 
 
 Picture = tuple[Path, Path]
-"""Folder that was given, and path below it."""
+"""Given folder, and path below it."""
 
 
 def _plain(picture: Picture) -> str:
@@ -59,7 +59,7 @@ def _with_both(picture: Picture) -> str:
 
 
 def _unlike(files: Iterable[Picture], forms: Sequence[Callable[[Picture], str]]) -> dict[Picture, str]:
-    """Name each picture by the first form that sets it apart from all others."""
+    """Name each picture by the first form that makes it unique."""
     form, *others = forms
     names = {picture: form(picture) for picture in files}
     counts = Counter(names.values())
@@ -71,7 +71,7 @@ def _unlike(files: Iterable[Picture], forms: Sequence[Callable[[Picture], str]])
 
 def _expand(argument: str, without: Path | None) -> Iterator[Picture]:
     if re.match(r"[a-z][a-z0-9+.-]*://", argument, re.IGNORECASE):
-        raise UserError(f"{argument}: an address of the web, which is not fetched; download the picture, give its file")
+        raise UserError(f"{argument}: a URL, which is not fetched; download the picture and give its file")
     path = Path(argument)
     if path.is_dir():
         files = _pictures(sorted(path.rglob("*")), without)
@@ -87,7 +87,7 @@ def _expand(argument: str, without: Path | None) -> Iterator[Picture]:
     else:
         files = _pictures(map(Path, sorted(glob.glob(argument, recursive=True))), without)
         if not files:
-            raise UserError(f"{argument}: no picture fits this pattern; expected {', '.join(IMAGE_ENDINGS)}")
+            raise UserError(f"{argument}: no picture matches this pattern; expected {', '.join(IMAGE_ENDINGS)}")
         yield from ((file.parent, Path(file.name)) for file in files)
 
 

@@ -1,7 +1,7 @@
-"""How the pictures of a data set become what a network sees: 8 bits per channel, and as many channels as it takes.
+"""How the pictures of a data set become a network's input: 8 bits per channel, with the number of channels it takes.
 
-Pictures of 8 bits stay as they are. Of deeper ones a window, from the value that becomes 0 to the one that becomes
-255, is found over the training pictures, once; it belongs to the trained network as its weights do.
+Pictures of 8 bits stay as they are. For deeper ones a window, from the value that becomes 0 to the one that becomes
+255, is measured once over the training pictures; it belongs to the trained network like its weights.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ Window = tuple[tuple[float, float], ...]
 """Lowest and highest value, of all channels or of each."""
 
 FULL: Window = ((0, 2**16 - 1),)
-"""Of whole numbers where no window is known."""
+"""Window of whole numbers if none is known."""
 BAND = 256  # rows whose steps are computed at a time, in float64
-LARGE_PIXELS = 2**22  # pictures of more are trained on by region where their format allows it
-DARK = 32  # of 255; a picture of whole numbers that nowhere gets there was meant for another window
+LARGE_PIXELS = 2**22  # training reads larger pictures by region where their format allows it
+DARK = 32  # of 255; a picture of whole numbers that nowhere reaches this was meant for another window
 
 logger = logging.getLogger(__name__)
 _warned: set[str] = set()
@@ -57,8 +57,8 @@ class Reading:
     Args:
         channels: number of channels C.
         window: of pictures deeper than 8 bits; None: the 16 bits of whole numbers, and no floating point.
-        preview: channels, from 0, that people see as red, green and blue; None: the first three, or the first alone.
-        max_pixels: of the largest picture that is read.
+        preview: channels, from 0, shown as red, green and blue; None: the first three, or only the first.
+        max_pixels: largest picture that is read.
     """
 
     channels: int = 3
@@ -71,7 +71,7 @@ class Reading:
 
         Args:
             source: file, or its content.
-            name: what messages call it; by default the path.
+            name: its name in messages; by default the path.
 
         Raises:
             DamagedFileError: missing, damaged, too large, of another number of channels, or not finite.
@@ -79,46 +79,46 @@ class Reading:
         return np.asarray(self.picture(source, name))
 
     def picture(self, source: Source, name: str = "") -> Image.Image | NDArray[np.uint8]:
-        """Read a picture as `pixels` does; one of three channels as Pillow's picture."""
+        """Read a picture as `pixels` does; with three channels as a Pillow picture."""
         if self.channels == 3 and not is_deep(source, name, self.max_pixels):
             return read_image(source, name, self.max_pixels)
         pixels = self.open(source, name)[:, :]
         return Image.fromarray(pixels) if self.channels == 3 else pixels
 
     def image(self, source: Source, name: str = "") -> Image.Image:
-        """Read a picture in colours, as people see it, upright; raises as `pixels`."""
+        """Read a picture for display, in colours, upright; raises like `pixels`."""
         return Image.fromarray(self.colours(self.pixels(source, name)))
 
     def open(self, source: Source, name: str = "") -> Pixels:
-        """Open a picture to be read by region, `[y0:y1, x0:x1]`: (h, w, C) uint8; raises as `pixels`, also there."""
+        """Open a picture to be read by region, `[y0:y1, x0:x1]`: (h, w, C) uint8; both may raise like `pixels`."""
         where = name or (str(source) if isinstance(source, Path) else "image")
         return _Windowed(open_array(source, where, max_pixels=self.max_pixels), self, where)
 
     def open_large(self, path: Path) -> Pixels | None:
-        """Open a file whose format allows regions to be read, if its picture is large; None: it is decoded whole.
+        """Open a large picture to be read by region, if its format allows it; None: it is decoded whole.
 
         Raises:
-            DamagedFileError: as `pixels`; slicing raises it, too.
+            DamagedFileError: as `pixels`; slicing may raise it, too.
         """
         try:
             by_region = start_of(path).startswith((NUMPY, *tiff.MAGIC))
         except OSError:
-            by_region = False  # said where it is read
+            by_region = False  # reported when it is read
         opened = self.open(path) if by_region else None
         return opened if opened is not None and math.prod(opened.shape[:2]) > LARGE_PIXELS else None
 
     def colours(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """Return the colours (H, W, 3) of what `pixels` gave, by the channels of the preview."""
+        """Return the colours (H, W, 3) of the result of `pixels`, from the preview channels."""
         return pixels if self.channels == 3 and self.preview is None else pixels[..., list(self.shown)]
 
     def settings(self) -> dict[str, str]:
-        """Return what changes results, for the head of a journal; nothing where pictures are read as photographs."""
+        """Return the settings that change results, for a journal's header; none if pictures are read as photographs."""
         found = {} if self.window is None else {"window": format_window(self.window)}
         return found if self.preview is None else {**found, "preview": str(self.preview)}
 
     @property
     def shown(self) -> tuple[int, int, int]:
-        """Channels, from 0, that are shown as red, green and blue."""
+        """Channels, from 0, shown as red, green and blue."""
         chosen = self.preview or ((0, 1, 2) if self.channels >= 3 else (0,))
         red, green, blue = chosen if len(chosen) == 3 else chosen * 3
         return red, green, blue
@@ -129,14 +129,14 @@ COLOURS = Reading()
 
 
 class Stored(NamedTuple):
-    """A picture as a check sees it."""
+    """A picture for a check."""
 
     values: NDArray[Any]
-    """(H, W, 3) uint8 in colours where it has 8 bits, else the values that it stores, (H, W, C)."""
+    """(H, W, 3) uint8 in colours if it has 8 bits, else the stored values, (H, W, C)."""
     channels: int
-    """That it stores; a palette has three."""
+    """Number of stored channels; a palette has three."""
     network: int
-    """Channels of the network (`model.in_chans`) that takes it: three, if they can be read as colours."""
+    """Channels of the network (`model.in_chans`) that fits it: three, if they can be read as colours."""
 
 
 def read_stored(source: Source, name: str = "", max_pixels: int = MAX_PIXELS) -> Stored:
@@ -156,11 +156,11 @@ def read_stored(source: Source, name: str = "", max_pixels: int = MAX_PIXELS) ->
 
 
 def is_deep(source: Source, name: str, max_pixels: int) -> bool:
-    """Return whether Pillow would lose some of a picture."""
+    """Return whether Pillow would lose information of a picture."""
     try:
         start = start_of(source)
     except OSError:
-        return False  # said where it is read
+        return False  # reported when it is read
     if start.startswith(b"\x89PNG"):
         return start[24:25] == bytes([DEEP_PNG])
     if start.startswith(tiff.MAGIC):
@@ -170,14 +170,14 @@ def is_deep(source: Source, name: str, max_pixels: int) -> bool:
 
 
 class _Windowed:
-    """A picture by region, brought to 8 bits and the channels of the network."""
+    """A picture by region, converted to 8 bits and the network's channels."""
 
     def __init__(self, stored: Pixels, reading: Reading, where: str) -> None:
         self._stored, self._reading, self._where = stored, reading, where
         found, wanted = stored.shape[2], reading.channels
         self._chosen = choose_channels(stored, wanted)
         if self._chosen is None:
-            hint = "; they seem to lie first: store them last" if stored.shape[0] == wanted else ""
+            hint = "; they seem to be the first axis: store them last" if stored.shape[0] == wanted else ""
             raise DamagedFileError(
                 f"{where}: {found} channels, but the network takes {wanted} (model.in_chans){hint}; if all have as "
                 f"many, give --model.in_chans {found} to the training; else make all alike, or take its id off the list"
@@ -209,9 +209,9 @@ class _Windowed:
 
 
 def choose_channels(stored: Pixels, wanted: int) -> list[int] | slice | None:
-    """Return the channels to take of a picture; None: it has others.
+    """Return the channels of a picture to use; None: they do not fit.
 
-    A network of three colours takes grey pictures, too, and leaves transparency out; pages of a TIFF are none.
+    A network for three colours also takes grey pictures, and drops transparency; pages of a TIFF are not transparency.
     """
     found = stored.shape[2]
     if found == wanted:
@@ -229,15 +229,15 @@ def check_finite(values: NDArray[Any], where: str) -> None:
     """
     if values.dtype.kind == "f" and not np.isfinite(values).all():
         raise DamagedFileError(
-            f"{where}: holds values that are not finite (NaN, or infinite); write numbers in their place, or take its "
+            f"{where}: holds values that are not finite (NaN, or infinite); replace them by numbers, or take its "
             "id off the list"
         )
 
 
 def to_bytes(values: NDArray[Any], window: Window) -> NDArray[np.uint8]:
-    """Bring values to 0…255: 256 equal steps from the lowest to the highest value of the window, the end of the last.
+    """Map values to 0…255: 256 equal steps from the lowest to the highest value of the window, the end of the last.
 
-    Of 12 or 16 bits, with all their values as the window, these are the upper eight bits.
+    For 12 or 16 bits, with their whole range as the window, these are the upper eight bits.
 
     Args:
         values: (H, W, C), whole numbers or floating point.
@@ -256,7 +256,7 @@ def to_bytes(values: NDArray[Any], window: Window) -> NDArray[np.uint8]:
 
 
 def given_window(data: DataConfig) -> Window | None:
-    """Return the window that a configuration gives in numbers; None: it is to be found."""
+    """Return the window that a configuration gives in numbers; None: it is to be measured."""
     if data.window == "auto" or data.window[0] == "percentile":
         return None
     ends = [float(end) for end in data.window]
@@ -264,10 +264,10 @@ def given_window(data: DataConfig) -> Window | None:
 
 
 def check_window(window: Window | None, channels: int) -> None:
-    """Refuse a window that is none.
+    """Refuse an invalid window.
 
     Raises:
-        ValueError: no pairs, or not one for all channels or each, or ends that do not rise.
+        ValueError: not pairs, neither one for all channels nor one per channel, or ends that do not increase.
     """
     if window is not None and not (
         len(window) in (1, channels) and all(math.isfinite(high - low) and low < high for low, high in window)
@@ -276,5 +276,5 @@ def check_window(window: Window | None, channels: int) -> None:
 
 
 def format_window(window: Window) -> str:
-    """Write a window as `data.window` takes it."""
+    """Format a window as `data.window` takes it."""
     return " ".join(f"{end:.9g}" for ends in window for end in ends)

@@ -11,9 +11,9 @@ from PIL import Image
 from fsr_fast.dataloading.arrays import Pixels
 
 BAND = 256
-"""Rows that are read at a time."""
+"""Rows read at a time."""
 CROP_PIXELS = 2**24
-"""Crops of a training are read pixel by pixel up to this size."""
+"""Training crops of up to this many pixels are read pixel by pixel."""
 
 
 def read_scaled(
@@ -23,14 +23,14 @@ def read_scaled(
     size: tuple[int, int],
     filter: Image.Resampling = Image.Resampling.LANCZOS,
 ) -> NDArray[np.uint8]:
-    """Read a region at another size, without holding all of it where it is much larger.
+    """Read a region at another size, without holding all of it if it is much larger.
 
     Args:
         pixels: (H, W, channels) uint8.
         rows: of the region.
         columns: of the region.
-        size: height and width that are wanted.
-        filter: that resizes; what is four times as large or more is averaged first.
+        size: height and width of the result.
+        filter: resizing filter; a region at least four times as large is averaged first.
 
     Returns:
         (*size, channels).
@@ -43,7 +43,7 @@ def read_scaled(
 
 
 def read_reduced(pixels: Pixels, rows: slice, columns: slice, times: int) -> NDArray[np.uint8]:
-    """Read a region, and average squares of `times` pixels a side; some rows at a time."""
+    """Read a region, and average squares of `times` pixels per side; some rows at a time."""
     if times == 1:
         return pixels[rows, columns]
     step = max(1, BAND // times) * times
@@ -52,7 +52,7 @@ def read_reduced(pixels: Pixels, rows: slice, columns: slice, times: int) -> NDA
 
 
 def read_crop(pixels: Pixels, rows: slice, columns: slice, size: int) -> NDArray[np.uint8]:
-    """Read a crop that will be resized to `size` pixels a side; one of many pixels is averaged, to twice that or more.
+    """Read a crop that will be resized to `size` pixels per side; a large one is averaged, to twice that or more.
 
     Args:
         pixels: (H, W, channels) uint8.
@@ -69,7 +69,7 @@ def read_crop(pixels: Pixels, rows: slice, columns: slice, size: int) -> NDArray
 
 
 def apply_to_bands(pixels: NDArray[np.uint8], change: Callable[[Image.Image], Image.Image]) -> NDArray[np.uint8]:
-    """Let Pillow change a picture (H, W, channels): colours at once, of other channels each."""
+    """Apply a Pillow operation to a picture (H, W, channels): colours together, other channels one by one."""
     if pixels.shape[2] == 3:
         return np.asarray(change(Image.fromarray(pixels)))
     bands = (Image.fromarray(np.ascontiguousarray(pixels[..., band])) for band in range(pixels.shape[2]))

@@ -1,14 +1,14 @@
-"""Training and evaluation from shards, as `pack.py` writes them: tar files in a folder, or in a store behind a URL.
+"""Training and evaluation from the shards of `pack.py`: tar files in a folder, or in a store behind a URL.
 
-The index files say where each part of each sample stands, so a sample is one read of a range of bytes, and the stream
-is exact, as it is with single files: every sample once an epoch over all ranks, order and augmentation functions of
-seed and position, resume at the very next sample with any number of workers. A reader that runs through whole shards
-with a shuffle buffer, as WebDataset's own, gives none of this away only by keeping the state of the buffer.
+The index files hold the offset of each part of each sample, so a sample is one read of a range of bytes, and the
+stream is as exact as with single files: every sample once per epoch over all ranks, order and augmentation functions
+of seed and position, resume at the very next sample with any number of workers. A reader that streams whole shards
+through a shuffle buffer, as WebDataset's own, could only do this by saving the buffer.
 
 The order of an epoch: the shards are shuffled and taken in windows of `WINDOW` shards, and the samples of a window are
 shuffled together. So memory holds the offsets of a few shards, whatever the number of images, and reads stay within a
-few files at a time: a cache such as `simplecache::s3://…` fetches each shard once an epoch. Neighbours in the list
-meet in few windows; pack a sorted list with `--shuffle`.
+few files at a time: a cache such as `simplecache::s3://…` fetches each shard once per epoch. Neighbours in the list
+share few windows; pack a sorted list with `--shuffle`.
 
 Both pipelines read through this module; WebDataset's tools and DALI's reader can read the same files.
 """
@@ -38,7 +38,7 @@ from fsr_fast.errors import UserError, nearest
 
 VERSION = 1  # of the format
 WINDOW = 8  # shards that are shuffled together
-PLACES = 2 * WINDOW  # shards whose offsets a process keeps
+PLACES = 2 * WINDOW  # shards whose offsets a process caches
 IMAGE_ENDINGS = ("jpg", "png", "tif", "npy", "dcm")
 
 Item = TypeVar("Item")
@@ -47,7 +47,7 @@ Place = tuple[int, int]
 
 
 class _Shard(BaseModel):
-    file: str = Field(pattern=r"^[^/\\\x00]+\.tar$")  # beside the index, nowhere else
+    file: str = Field(pattern=r"^[^/\\\x00]+\.tar$")  # only beside the index
     samples: int = Field(ge=0, lt=2**31)
     bytes: int = Field(ge=0, lt=2**48)
 
@@ -65,7 +65,7 @@ class _About(BaseModel):
 
 
 class Column(Generic[Item]):
-    """One property of all samples, read when it is asked for."""
+    """One property of all samples, read on demand."""
 
     def __init__(self, count: int, read: Callable[[int], Item]) -> None:
         self._count, self._read = count, read
@@ -80,12 +80,12 @@ class Column(Generic[Item]):
 
 
 class ShardDataset:
-    """The samples of one list of shards; the same use as `SegmentationDataset`.
+    """The samples of one list of shards; used like `SegmentationDataset`.
 
     Args:
-        root: folder, or URL, as `open_store` takes it.
+        root: folder, or URL, as for `open_store`.
         name: of the list.
-        empty: be the list without its samples.
+        empty: leave out the samples.
         reading: how images are read.
 
     Raises:
@@ -111,7 +111,7 @@ class ShardDataset:
         return int(self._starts[-1])
 
     def encoded(self, index: int) -> EncodedImage:
-        """Read an image as it is stored, and its labels.
+        """Read an image as stored, and its labels.
 
         Raises:
             DamagedFileError: the sample cannot be read.
@@ -133,11 +133,11 @@ class ShardDataset:
         return self.reading.pixels(*self.source(index))
 
     def image(self, index: int) -> Image.Image:
-        """Read an image in colours, as people see it, upright; raises as `pixels`."""
+        """Read an image for display, in colours, upright; raises like `pixels`."""
         return self.reading.image(*self.source(index))
 
     def source(self, index: int) -> tuple[bytes, str]:
-        """Read the file of an image as it is, and say where it stands.
+        """Return the file of an image as it is, and its place.
 
         Raises:
             DamagedFileError: it cannot be read.
@@ -148,14 +148,14 @@ class ShardDataset:
         return self._read(shard, start, start + size), place
 
     def read_as(self, reading: Reading) -> ShardDataset:
-        """Return the same list, read otherwise."""
+        """Return the same list with a different reading."""
         other = copy.copy(self)
         other.reading = reading
         other.ids, other.labels = Column(len(self), other._id), Column(len(self), other._labels)
         return other
 
     def mask(self, index: int) -> NDArray[np.uint8] | None:
-        """Read a mask, (H, W) uint8: 0 background, 1…C classes, 255 ignored; none where none was packed.
+        """Read a mask, (H, W) uint8: 0 background, 1…C classes, 255 ignored; None if none was packed.
 
         Raises:
             DamagedFileError: it cannot be read.
@@ -172,12 +172,12 @@ class ShardDataset:
         return ShardOrder(self._starts, seed, epoch)
 
     def parts(self, *, contents: bool) -> Iterator[Part]:
-        """Return what the shards are, in order, for a fingerprint: names, numbers of samples and sizes."""
+        """Return the identity of the shards, in order, for a fingerprint: names, numbers of samples and sizes."""
         for file, count, size in zip(self._files, np.diff(self._starts), self._sizes, strict=True):
             yield Part(file, str(count).encode(), size, b"")
 
     def _id(self, index: int) -> str:
-        """Name a sample; by its place where it bears no name that can be read: what is damaged is named, too."""
+        """Name a sample; by its place if its name cannot be read, since damaged samples are reported, too."""
         try:
             name = self._about(index)[0].name
         except DamagedFileError:
@@ -188,7 +188,7 @@ class ShardDataset:
         return self._vector(*self._about(index))
 
     def _about(self, index: int) -> tuple[_About, str]:
-        """Read what is written about an image, and say where it stands."""
+        """Read the description of an image; return it with its place."""
         shard, parts = self._parts(index)
         place = self._place(index, shard)
         start, size = self._json_part(parts, place)
@@ -197,7 +197,7 @@ class ShardDataset:
     def _vector(self, about: _About, place: str) -> NDArray[np.float32]:
         labels = np.zeros(len(self.classes), np.float32)
         if any(label >= len(labels) for label in about.labels):
-            raise DamagedFileError(f"{place}: labels that are no numbers of its {len(labels)} classes; pack anew")
+            raise DamagedFileError(f"{place}: labels that are not numbers of its {len(labels)} classes; pack it again")
         labels[list(about.labels)] = 1
         return labels
 
@@ -205,17 +205,17 @@ class ShardDataset:
     def _image_part(parts: dict[str, Place], place: str) -> Place:
         image = next((parts[ending] for ending in IMAGE_ENDINGS if ending in parts), None)
         if image is None:
-            raise DamagedFileError(f"{place}: no image in this sample; pack anew")
+            raise DamagedFileError(f"{place}: no image in this sample; pack it again")
         return image
 
     @staticmethod
     def _json_part(parts: dict[str, Place], place: str) -> Place:
         if "json" not in parts:
-            raise DamagedFileError(f"{place}: no JSON in this sample; pack anew")
+            raise DamagedFileError(f"{place}: no JSON in this sample; pack it again")
         return parts["json"]
 
     def _parts(self, index: int) -> tuple[int, dict[str, Place]]:
-        """Return the shard of a sample, and offset and size of its parts by ending."""
+        """Return the shard of a sample, and offset and size of its parts by extension."""
         shard = int(np.searchsorted(self._starts, index, side="right")) - 1
         if shard not in self._places:
             self._places[shard] = self._read_places(shard)
@@ -240,7 +240,7 @@ class ShardDataset:
                 if min(start, size) < 0 or start + size > self._sizes[shard]:
                     raise ValueError(f"{size} bytes from {start} on, in a shard of {self._sizes[shard]} bytes")
         except (OSError, ValueError, IndexError) as error:
-            raise UserError(f"{self._root}/{file}: cannot be read: {error}; pack the list anew") from None
+            raise UserError(f"{self._root}/{file}: cannot be read: {error}; pack the list again") from None
         return places
 
     def _read(self, shard: int, start: int, end: int) -> bytes:
@@ -250,7 +250,7 @@ class ShardDataset:
         except (OSError, MemoryError) as error:
             raise DamagedFileError(f"{self._root}/{file}: bytes {start} to {end} cannot be read: {error}") from None
         if len(data) != end - start:
-            raise DamagedFileError(f"{self._root}/{file}: ends before byte {end}; copy or pack it anew")
+            raise DamagedFileError(f"{self._root}/{file}: ends before byte {end}; copy or pack it again")
         return data
 
     def _read_index(self) -> _Index:
@@ -270,7 +270,7 @@ class ShardDataset:
         except (OSError, ValueError, ImportError) as error:
             reason = _explain(error) if isinstance(error, ValidationError) else f"{type(error).__name__}: {error}"
             raise UserError(
-                f"{path}: not a readable index of shards ({reason}); pack the list anew, or install what fsspec needs "
+                f"{path}: not a readable index of shards ({reason}); pack the list again, or install what fsspec needs "
                 "for this URL"
             ) from None
         return index
@@ -290,7 +290,7 @@ class ShardDataset:
 
 
 class ShardOrder:
-    """The order of one epoch; an offset is looked up in its window alone.
+    """The order of one epoch; an offset is looked up only in its window.
 
     Args:
         starts: (S + 1,) numbers of the first samples of the shards, and of all samples.
@@ -324,7 +324,7 @@ def _parse(text: bytes, place: str) -> _About:
     try:
         return _About.model_validate_json(text)
     except ValidationError as error:
-        raise DamagedFileError(f"{place}: its JSON cannot be read: {_explain(error)}; pack anew") from None
+        raise DamagedFileError(f"{place}: its JSON cannot be read: {_explain(error)}; pack it again") from None
 
 
 def _explain(error: ValidationError) -> str:
@@ -341,13 +341,11 @@ def open_shards(config: DataConfig, reading: Reading | None = None, *, training:
         training: the training list, else the validation list.
 
     Raises:
-        UserError: there are none, or the configuration asks for what shards cannot do.
+        UserError: there are none, or the configuration requests something that shards do not support.
     """
     if config.subset is not None or config.labels != "auto":
         key = "labels" if config.subset is None else "subset"
-        raise UserError(
-            f"data.{key}: shards bring their labels with them; choose when they are packed, and leave it out"
-        )
+        raise UserError(f"data.{key}: shards contain their labels; choose when packing, and leave it out")
     name = config.train_list if training else config.val_list
     reading = reading or Reading(max_pixels=config.max_pixels)
     dataset = ShardDataset(str(config.root), name or config.train_list, empty=name is None, reading=reading)

@@ -1,7 +1,7 @@
-"""Where shards may lie: in a folder, or in one of the object stores that the documentation names.
+"""Where shards may be: in a folder, or in one of the documented object stores.
 
-fsspec opens far more: archives within archives, files of references whose templates are evaluated, hosts of a dozen
-protocols. A configuration may come from a stranger's checkpoint, so nothing but what is listed here is opened.
+fsspec opens far more: archives within archives, reference files whose templates are evaluated, hosts of a dozen
+protocols. A configuration may come from an untrusted checkpoint, so only what is listed here is opened.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from fsr_fast.errors import UserError, nearest
 
 STORES = ("file", "memory", "http", "https", "s3", "s3a", "gs", "gcs", "az", "abfs", "oss", "hf")
 CACHES = ("simplecache", "filecache", "blockcache")
-"""Keep on this machine what was read; the only ones that may stand before an address, as in `simplecache::s3://…`."""
+"""Caches on this machine; the only prefixes allowed before an address, as in `simplecache::s3://…`."""
 
 
 def open_store(root: str) -> tuple[Any, str]:
     """Open a folder or an address.
 
     Args:
-        root: folder, or URL of `STORES`, with one of `CACHES` before it or not.
+        root: folder, or URL of `STORES`, optionally with one of `CACHES` before it.
 
     Returns:
         File system of fsspec, and the folder in it.
@@ -32,7 +32,7 @@ def open_store(root: str) -> tuple[Any, str]:
         ValueError: the address does not parse.
     """
     if "://" not in root:
-        return fsspec.filesystem("file"), root  # whatever characters its name holds
+        return fsspec.filesystem("file"), root  # its name may hold any characters
     *caches, address = root.split("::")
     protocol = address.partition("://")[0] if "://" in address else ""
     for given, allowed in ((protocol, STORES), *((cache, CACHES) for cache in caches)):

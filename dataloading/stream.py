@@ -1,8 +1,8 @@
-"""The stream of training images: which image stands at a position, what stands in for a damaged one, how far it got.
+"""The stream of training images: the image at each position, replacements for damaged ones, and the progress.
 
-An image that cannot be decoded is skipped: the next position of the stream lends its image, and the draws of the
-augmentation stay those of the position. So a batch keeps its size, and what stands at a position remains a function
-of the seed, the position and the files.
+An image that cannot be decoded is skipped: it is replaced by the image of the next position, and the draws of the
+augmentation stay those of the position. So a batch keeps its size, and the image at a position remains a function of
+the seed, the position and the files.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fsr_fast.errors import UserError
 
 BAD_FILES = "bad_files.txt"
 TAB = "\t"
-SHOWN = 20  # names of damaged files that a message holds
+SHOWN = 20  # names of damaged files in a message
 
 Read = TypeVar("Read")
 
@@ -37,7 +37,7 @@ class Stream:
     Args:
         dataset: training set.
         seed: of the order, ≥ 0.
-        bad: damaged images that are known already: number in the data set, and what is wrong.
+        bad: damaged images already known: number in the data set, and what is wrong.
     """
 
     def __init__(self, dataset: TrainSource, seed: int, bad: Mapping[int, str] | None = None) -> None:
@@ -46,7 +46,7 @@ class Stream:
         self._epoch, self._order = -1, dataset.order(seed, 0)
 
     def load(self, position: int, read: Callable[[int], Read]) -> tuple[int, Read]:
-        """Read the image at a position, or the first sound one after it; note the damaged ones in `bad`.
+        """Read the image at a position, or the first intact one after it; record damaged ones in `bad`.
 
         Args:
             position: ≥ 0, counted over all ranks and epochs.
@@ -58,7 +58,7 @@ class Stream:
         Raises:
             UserError: all images of the data set are damaged.
         """
-        for place in range(position, position + 2 * len(self.dataset)):  # so many hold a whole epoch
+        for place in range(position, position + 2 * len(self.dataset)):  # this range contains a whole epoch
             index = self._index(place)
             if index not in self.bad:
                 try:
@@ -75,14 +75,14 @@ class Stream:
 
 
 class BadFiles:
-    """The damaged files that the ranks of a run have met since its start, each named once.
+    """The damaged files that the ranks of a run have found since its start, each named once.
 
-    More than `fraction` of the training list stops the run. One file is always let pass, unless the fraction is 0.
+    More than `fraction` of the training list stops the run. One file is always allowed, unless the fraction is 0.
 
     Args:
-        path: file that lists number and fault of each, shared by all ranks; None: nothing is written, and a rank counts
-            its own.
-        images: number of images of the training list.
+        path: file that lists number and fault of each, shared by all ranks; None: nothing is written, and each rank
+            counts its own.
+        images: number of images in the training list.
         fraction: largest share of them that may be damaged, in the range 0 to 1.
     """
 
@@ -93,7 +93,7 @@ class BadFiles:
         self._lines: list[str] = []
 
     def clear(self) -> None:
-        """Forget what an earlier start of the run has listed. One rank does this, before any adds."""
+        """Forget the list of an earlier start of the run. One rank calls it, before any adds to the list."""
         if self.path is not None:
             self.path.unlink(missing_ok=True)
 
@@ -115,11 +115,11 @@ class BadFiles:
             shown = "\n".join(f"  {line.partition(TAB)[2]}" for line in self._lines[:SHOWN])
             raise UserError(
                 f"{len(self._lines)} of {self.images} training images are damaged; data.max_bad_fraction = "
-                f"{self.fraction} lets {self.limit} pass; replace them, or raise it{where}:\n{shown}"
+                f"{self.fraction} allows {self.limit}; replace them, or raise it{where}:\n{shown}"
             )
 
     def _list(self, bad: Mapping[int, str]) -> None:
-        """Add images to the list that all ranks share, and take over theirs. Images are told apart by their numbers."""
+        """Merge images with the list that all ranks share. Images are identified by their numbers."""
         lines = [f"{index}{TAB}{reason}" for index, reason in bad.items()]
         if self.path is None:
             self._lines += lines
@@ -140,7 +140,7 @@ class StreamLoader:
 
     Args:
         dataset: training set.
-        batch_size: images a batch of this rank, ≥ 1.
+        batch_size: images per batch of this rank, ≥ 1.
         rank: number of this process, 0 ≤ rank < world_size.
         world_size: number of processes.
         seed: of order and augmentation, ≥ 0; the same on all ranks.
@@ -174,11 +174,11 @@ class StreamLoader:
         return batch
 
     def state_dict(self) -> dict[str, int]:
-        """Return the position after the last batch given, in samples over all ranks."""
+        """Return the position after the last batch returned, in samples over all ranks."""
         return {"position": self._position, "seed": self._seed, "images": len(self._dataset)}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on with the sample after those that were given when the state was taken.
+        """Continue with the sample after those returned when the state was taken.
 
         Raises:
             UserError: the state belongs to another training list or another seed.
@@ -194,7 +194,7 @@ class StreamLoader:
         self._position = state["position"]
 
     def close(self) -> None:
-        """Stop the workers. The next batch would start them anew."""
+        """Stop the workers. The next batch would restart them."""
         self._batches = None
 
     def _open(self, positions: Positions) -> Iterator[Batch | UserError]:
@@ -202,7 +202,7 @@ class StreamLoader:
 
 
 class Positions:
-    """Positions of a rank's samples in the stream, batch by batch, without an end."""
+    """Endless positions of a rank's samples in the stream, batch by batch."""
 
     def __init__(self, start: int, batch_size: int, step: int) -> None:
         self.start, self.batch_size, self.step = start, batch_size, step
@@ -218,7 +218,7 @@ class Positions:
 
 
 def read_ahead(dataset: Dataset[Any], workers: int, **options: Any) -> Iterator[Any]:
-    """Let processes make items ahead of their use; with 0 workers this process makes them.
+    """Make items ahead of their use in worker processes; with 0 workers this process makes them.
 
     Args:
         dataset: makes the items.
@@ -232,8 +232,8 @@ def read_ahead(dataset: Dataset[Any], workers: int, **options: Any) -> Iterator[
         generator=torch.Generator(),  # else a seed is drawn from the global generator
         **options,
     )
-    # A fork inherits what waits for the garbage collector here. Collected there, a pipeline of DALI would wait for
-    # threads that do not exist in the fork; what is frozen is never collected.
+    # A fork inherits uncollected garbage. Collected in the fork, a DALI pipeline would wait for threads that do not
+    # exist there; frozen objects are never collected.
     gc.freeze()
     try:
         return iter(loader)

@@ -27,11 +27,11 @@ def generate(root: Path, *, train: int = 2000, val: int = 200, seed: int = 0, pr
     """Draw the data set: JPEGImages, SegmentationClassAug, ImageSets/Segmentation and labels.csv.
 
     Args:
-        root: folder to write; it appears only when it is complete, and replaces what stands there.
+        root: folder to write; it appears only once complete, and replaces an existing one.
         train: number of training images, ≥ 1.
         val: number of validation images, ≥ 1.
-        seed: the same seed gives the same files.
-        processes: how many processes draw; none: one a CPU, at most 8.
+        seed: the same seed makes the same files.
+        processes: number of processes that draw; None: one per CPU, at most 8.
     """
     root.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
@@ -63,7 +63,7 @@ def generate(root: Path, *, train: int = 2000, val: int = 200, seed: int = 0, pr
 
 
 def ensure(root: Path) -> None:
-    """Draw the data set unless the folder holds it already. Processes that ask at once wait for the first.
+    """Draw the data set unless the folder already holds it. Concurrent processes wait for the first.
 
     Args:
         root: folder of the data set.
@@ -101,7 +101,7 @@ def _is_current(root: Path) -> bool:
 
 
 def _write(folder: Path, seed: int, index: int) -> tuple[str, str]:
-    """Write image and mask; give the name and the classes, as they stand in labels.csv."""
+    """Write image and mask; return name and classes as in labels.csv."""
     scene = draw_scene(seed, index)
     name = f"creatures_{index:06d}"
     Image.fromarray(scene.image).save(folder / "JPEGImages" / f"{name}.jpg", quality=92)

@@ -1,6 +1,6 @@
-"""Read a list or a table that people wrote: in which encoding, with which separator, with what left over by Excel.
+"""Read lists and tables written by people: infer encoding and separator, and remove Excel's leftovers.
 
-What cannot be told from the content alone is not guessed: the error shows the readings, and the option that chooses.
+Ambiguities are not guessed: the error shows the possible readings, and the option that chooses.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from fsr_fast.errors import UserError
 
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 MARKS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
-CODE_PAGES = ("cp1252", "mac_roman", "cp1250", "cp1251")  # what spreadsheets write that write no Unicode
+CODE_PAGES = ("cp1252", "mac_roman", "cp1250", "cp1251")  # encodings of spreadsheets that do not write Unicode
 EXCEL, OLD_EXCEL = b"PK\x03\x04", b"\xd0\xcf\x11\xe0"
-SPACE = "\u00a0"  # no-break space, as spreadsheets paste it
+SPACE = "\u00a0"  # no-break space, as pasted by spreadsheets
 
 
 class Row(NamedTuple):
@@ -28,7 +28,7 @@ class Row(NamedTuple):
     where: str
     """File and line, for messages."""
     cells: list[str]
-    """Without spaces around them; fewer or more than the header has where the row has so."""
+    """Without surrounding spaces; a row may have fewer or more than the header."""
 
 
 class Table(NamedTuple):
@@ -45,12 +45,12 @@ def read_text(
 
     Args:
         path: the file.
-        encoding: by its name in Python; None: UTF-8, or UTF-16 where the file says or shows so.
-        notes: takes down what was inferred.
+        encoding: its name in Python; None: UTF-8, or UTF-16 where detected.
+        notes: records what was inferred.
         key: the option that names the encoding, for messages.
 
     Raises:
-        UserError: the file is missing, or is no text in this encoding.
+        UserError: the file is missing, or is not text in this encoding.
     """
     try:
         data = path.read_bytes()
@@ -62,14 +62,14 @@ def read_text(
     except (UnicodeDecodeError, LookupError) as error:
         raise UserError(f"{path}: {_other_encodings(data, error, key)}") from None
     if "\0" in text:
-        raise UserError(f"{path}: not text: it holds zero bytes; write it anew as text in UTF-8")
+        raise UserError(f"{path}: not text: it holds zero bytes; write it again as text in UTF-8")
     if notes is not None and chosen.lower() not in ("utf-8", "utf-8-sig"):
         notes.add(f"{path.name}: encoded as {chosen.upper()}")
     return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
 
 
 def read_lines(path: Path, *, encoding: str | None = None, notes: Notes | None = None) -> list[tuple[str, str]]:
-    """Read a list: place in the file and text of every line that holds anything.
+    """Read a list: place in the file and text of every line that is not blank.
 
     Raises:
         UserError: as `read_text`.
@@ -94,14 +94,14 @@ def read_table(
 
     Args:
         path: the file.
-        columns: names that the header must hold, in any order and in any capitals; they tell the separator.
+        columns: names that the header must contain, in any order and any capitals; they reveal the separator.
         encoding: as for `read_text`.
-        separator: between the cells; None: told from the header.
-        notes: takes down what was inferred.
+        separator: between the cells; None: inferred from the header.
+        notes: records what was inferred.
         key: prefix of the options that choose, for messages.
 
     Raises:
-        UserError: the file cannot be read, the header lacks a column, or the separator is not certain.
+        UserError: the file cannot be read, the header lacks a column, or the separator is ambiguous.
     """
     notes = Notes() if notes is None else notes
     try:
@@ -110,7 +110,7 @@ def read_table(
     except OSError as error:
         raise UserError(f"{path}: {_reason(error)}") from None
     if start == OLD_EXCEL:
-        raise UserError(f"{path}: a workbook of an old Excel; save it as .xlsx, or as CSV UTF-8")
+        raise UserError(f"{path}: a workbook of an old Excel version; save it as .xlsx, or as CSV UTF-8")
     if start == EXCEL:
         numbered = _read_excel(path, notes)
     else:
@@ -122,7 +122,7 @@ def read_table(
         numbered = _split(path, text, separator)
     filled = [(number, cells) for number, cells in numbered if any(cells)]
     if not filled:
-        raise UserError(f"{path}: is empty; expected a header and a row for each picture")
+        raise UserError(f"{path}: is empty; expected a header and one row per picture")
     if len(filled) < len(numbered):
         notes.add(f"{path.name}: {len(numbered) - len(filled)} blank rows are left out")
     (line, header), *rows = filled
@@ -134,7 +134,7 @@ def read_table(
     if missing:
         raise UserError(
             f"{path}, line {line}: the header is {','.join(header)!r}; expected {','.join(columns)!r}; "
-            "tables of other forms are read by `fsr-fast data import`"
+            "`fsr-fast data import` reads tables of other forms"
         )
     return Table(
         [name.lower() if name.lower() in columns else name for name in header],
@@ -143,7 +143,7 @@ def read_table(
 
 
 def clean_name(name: str, notes: Notes, where: str) -> str:
-    """Return a file's name as a path with `/`, without `./` before it."""
+    """Return a file's name as a path with `/`, without a leading `./`."""
     if "\\" in name:
         notes.add("backslashes in names are read as /", where)
         name = name.replace("\\", "/")
@@ -176,7 +176,7 @@ def _other_encodings(data: bytes, error: Exception, key: str) -> str:
 
 
 def _named_separator(text: str) -> tuple[str, str | None]:
-    """Take Excel's first line `sep=;` off."""
+    """Remove Excel's first line `sep=;`."""
     match = re.match(r'"?sep=(.)"?[ ,;\t]*\n', text, re.IGNORECASE)
     return (text[match.end() :], match[1]) if match else (text, None)
 
@@ -202,7 +202,7 @@ def _split(path: Path, text: str, separator: str) -> list[tuple[int, list[str]]]
     try:
         return [(reader.line_num, [_strip(cell) for cell in cells]) for cells in reader]
     except csv.Error as error:
-        raise UserError(f"{path}, line {reader.line_num}: not CSV: {error}; write it anew") from None
+        raise UserError(f"{path}, line {reader.line_num}: not CSV: {error}; write it again") from None
 
 
 def _read_excel(path: Path, notes: Notes) -> list[tuple[int, list[str]]]:
@@ -220,7 +220,7 @@ def _read_excel(path: Path, notes: Notes) -> list[tuple[int, list[str]]]:
         width = max((len(cells) for _, cells in numbered), default=0)
         numbered = [(number, cells + [""] * (width - len(cells))) for number, cells in numbered]
     except Exception as error:  # openpyxl raises all kinds of errors on damaged workbooks
-        raise UserError(f"{path}: not a readable workbook: {error}; save it anew, or as CSV UTF-8") from None
+        raise UserError(f"{path}: not a readable workbook: {error}; save it again, or as CSV UTF-8") from None
     others = f", the first of {len(book.worksheets)}" if len(book.worksheets) > 1 else ""
     notes.add(f"{path.name}: the sheet {sheet.title!r}{others} is read")
     return numbered
@@ -238,5 +238,5 @@ def _strip(text: str) -> str:
 
 def _reason(error: OSError) -> str:
     if isinstance(error, FileNotFoundError):
-        return "no such file; add it, or take the labels from elsewhere by data.labels"
+        return "no such file; add it, or choose another source by data.labels"
     return f"cannot be read: {error.strerror}"

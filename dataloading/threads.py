@@ -15,12 +15,12 @@ Result = TypeVar("Result")
 def map_ahead(
     function: Callable[[Item], Result], items: Iterable[Item], threads: int | None = None
 ) -> Iterator[Result]:
-    """Apply a function in threads, in order, never more than a few items ahead of the reader.
+    """Apply a function in threads, in order, at most a few items ahead of the reader.
 
     Args:
         function: what to apply; its errors are raised at its item's turn.
-        items: any number of items; they are taken as they are needed.
-        threads: how many; none: one a CPU, at least 4 to hide the latency of files.
+        items: any number of items, taken on demand.
+        threads: number of threads; None: one per CPU, at least 4 to hide the latency of files.
     """
     count = threads or max(4, os.cpu_count() or 1)
     waiting: deque[Future[Result]] = deque()

@@ -1,4 +1,4 @@
-"""TIFF of any depth and any number of channels, by region: only the tiles and strips that it touches are decoded."""
+"""TIFF of any depth and any number of channels, by region: only the tiles and strips in it are decoded."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ CACHE_BYTES = 64 * 2**20  # of decoded tiles and strips; neighbouring regions sh
 MAX_CHANNELS = 1024
 GREY, INVERTED, COLOUR, YCBCR = 1, 0, 2, 6  # photometric interpretations
 JPEG = (6, 7)  # compressions, after which YCbCr is RGB
-ASSOCIATED = 1  # extra sample: transparency that the colours are multiplied by
-SEPARATE = 2  # planar configuration: a plane per channel
+ASSOCIATED = 1  # extra sample: transparency, premultiplied into the colours
+SEPARATE = 2  # planar configuration: one plane per channel
 GeoTag = tuple[int, int, int, Any, bool]
 """One of `extratags` of tifffile: code, type, number of values, values, only once."""
 GEO_TAGS = (33550, 33922, 34264, 34735, 34736, 34737)
@@ -28,7 +28,7 @@ GEO_TAGS = (33550, 33922, 34264, 34735, 34736, 34737)
 
 
 class _Place(NamedTuple):
-    """Tile or strip: page, its number there, rows, columns and channels that it covers."""
+    """Tile or strip: page, number on the page, and its rows, columns and channels."""
 
     page: int
     number: int
@@ -38,10 +38,10 @@ class _Place(NamedTuple):
 
 
 class Tiff:
-    """The pixels of a TIFF, to be sliced as `tiff[y0:y1, x0:x1]`; only what is asked for is decoded.
+    """The pixels of a TIFF, to be sliced as `tiff[y0:y1, x0:x1]`; only the requested region is decoded.
 
-    Pages of one channel and one size are the channels of one picture; behind a page of several channels all others
-    (overviews, labels, further scans) are left alone. Other files that a TIFF may name are never opened.
+    Single-channel pages of one size are the channels of one picture; after a page of several channels all others
+    (overviews, labels, further scans) are ignored. Other files that a TIFF may refer to are never opened.
 
     Args:
         source: file, or its content.
@@ -60,7 +60,7 @@ class Tiff:
             first.photometric == YCBCR and first.compression in JPEG
         )
         if ASSOCIATED in first.extrasamples:
-            raise NotImplementedError("a TIFF whose colours are multiplied by its transparency")
+            raise NotImplementedError("a TIFF with premultiplied transparency")
         if not known or first.bitspersample < 8 or first.imagedepth > 1 or first.dtype is None:
             raise NotImplementedError("a TIFF for Pillow")
         self._pages = [first, *self._alike(first)] if first.samplesperpixel == 1 else [first]
@@ -77,11 +77,11 @@ class Tiff:
 
     @property
     def segment_pixels(self) -> int:
-        """Pixels of a tile or strip, which are decoded together."""
+        """Number of pixels in a tile or strip, which are decoded together."""
         return math.prod(map(int, self._tile))
 
     def geo_tags(self) -> list[GeoTag]:
-        """Return what ties the picture to the ground, as `extratags` of `tifffile.imwrite`; empty: nothing does."""
+        """Return the georeference, as `extratags` of `tifffile.imwrite`; empty without one."""
         tags = (self._pages[0].tags.get(code) for code in GEO_TAGS)
         return [(tag.code, int(tag.dtype), tag.count, tag.value, True) for tag in tags if tag is not None]
 
@@ -96,7 +96,7 @@ class Tiff:
             region[..., number : number + pixels.shape[2]] = pixels[top:bottom, left:right]
         for place in () if mapped else self._places(top, bottom, left, right):
             segment = self._segment(place.page, place.number)
-            if segment is None:  # left out by its writer: nothing but 0
+            if segment is None:  # omitted by its writer: all 0
                 continue
             height, width, count = segment.shape
             y0, y1 = max(top, place.top), min(bottom, place.top + height)
@@ -119,7 +119,7 @@ class Tiff:
         raise ValueError(f"more than {MAX_CHANNELS} pages")
 
     def _map(self, page: Any) -> NDArray[Any] | None:
-        """Map the pixels of a page, (H, W, C), where they stand in the file as they are; None: they do not."""
+        """Memory-map the pixels of a page, (H, W, C), if they are stored uncompressed; None: they are not."""
         if not page.is_memmappable:
             return None
         stored = page.dtype.newbyteorder(self._file.byteorder)
@@ -142,7 +142,7 @@ class Tiff:
                         yield _Place(page, index, row * height, column * width, page + plane)
 
     def _segment(self, number: int, index: int) -> NDArray[Any] | None:
-        """Decode a tile or strip, (h, w, c), or take it from those that were decoded last."""
+        """Decode a tile or strip, (h, w, c), or take it from the cache."""
         known = self._cache.pop((number, index), None)
         if known is None:
             known = self._decode(self._pages[number], index)
@@ -170,11 +170,11 @@ class Tiff:
 
 
 def geo_tags(path: Path) -> list[GeoTag]:
-    """Return what ties a picture to the ground, for `write_rows`; empty: it is no GeoTIFF."""
+    """Return a picture's georeference, for `write_rows`; empty: it is not a GeoTIFF."""
     with path.open("rb") as file:
         if file.read(4) not in MAGIC:
             return []
     try:
         return Tiff(path).geo_tags()
-    except Exception:  # what cannot be read is said where the pixels are
+    except Exception:  # unreadable files are reported with their pixels
         return []

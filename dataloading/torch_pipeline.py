@@ -37,14 +37,14 @@ CACHE_BYTES = 256 * 2**20  # decoded images that the workers of a rank keep
 
 
 class TorchLoader(StreamLoader):
-    """Training batches by Pillow and torchvision, in worker processes.
+    """Training batches made by Pillow and torchvision, in worker processes.
 
     Args:
         dataset: training set.
         data: size of the views and number of workers.
         augment: how views are drawn.
-        mean: of the normalisation, a value in the range 0 to 1 per channel.
-        std: of the normalisation, a value > 0 per channel.
+        mean: of the normalisation, one value in 0 to 1 per channel.
+        std: of the normalisation, one value > 0 per channel.
         options: see `StreamLoader`.
     """
 
@@ -70,7 +70,7 @@ class TorchLoader(StreamLoader):
 
 
 def _check_shared_memory(data: DataConfig, batch_bytes: int) -> None:
-    """Refuse to start where the batches of the workers do not fit: without room for one, they wait for ever."""
+    """Refuse to start if the workers' batches do not fit: without room for one, they would wait for ever."""
     if not SHARED_MEMORY.is_dir():
         return
     needed, free = data.workers * AHEAD * batch_bytes, shutil.disk_usage(SHARED_MEMORY).free
@@ -143,8 +143,8 @@ class _Views(Dataset[Any]):
             image, channels = self.reading.picture(data, name), self.reading.channels
             height, width = (image.height, image.width) if isinstance(image, Image.Image) else image.shape[:2]
             decoded = _Decoded(image, height, width, labels)
-            size = max(4, channels) * width * height  # bytes: Pillow pads RGB to four a pixel
-            # A part of a data set would seldom be hit, so images are kept only where the whole set fits.
+            size = max(4, channels) * width * height  # bytes: Pillow pads RGB to four per pixel
+            # Part of a data set would rarely be hit, so images are kept only if the whole set fits.
             if size * len(self) <= self.cache_bytes and size <= self.cache_room:
                 self.cache_room -= size
                 self.cache[index] = decoded

@@ -1,14 +1,14 @@
 """PASCAL VOC's layout.
 
-    ROOT/JPEGImages/ID.jpg                      images (.png, .tif, … will do as well)
-    ROOT/ImageSets/Segmentation/LIST.txt        one ID a line; or, as DeepLab's lists have it, image and mask by their
+    ROOT/JPEGImages/ID.jpg                      images (.png, .tif, … work as well)
+    ROOT/ImageSets/Segmentation/LIST.txt        one ID per line; or, as in DeepLab's lists, image and mask by their
                                                 paths from ROOT: /JPEGImages/ID.jpg /SegmentationClassAug/ID.png
     ROOT/SegmentationClassAug/ID.png            masks: 0 background, 1… classes, 255 ignored
     ROOT/SegmentationClass/ID.png               the same, for images without a mask there
     ROOT/Annotations/ID.xml, ROOT/labels.csv    image labels, see `labels.py`
 
-MS COCO in this layout may have folders train2014 and val2014 in JPEGImages and SegmentationClass, as the official code
-has. Training needs no masks, unless the labels are read from them; validation does.
+MS COCO in this layout may have folders train2014 and val2014 in JPEGImages and SegmentationClass, as in the official
+code. Training needs no masks, unless the labels are read from them; validation does.
 """
 
 from __future__ import annotations
@@ -76,20 +76,20 @@ def check_layout(root: Path) -> None:
 
 
 def _split_pairs(lines: list[str], path: Path, key: str, notes: Notes) -> tuple[list[str], tuple[str, ...]]:
-    """Take apart lines of an image and its mask, as DeepLab's lists have them: ids, and the folders of the masks."""
+    """Split lines of an image and its mask, as in DeepLab's lists, into ids and the folders of the masks."""
     pairs = [PAIR.fullmatch(line) for line in lines]
     if not all(pairs):
         return [line.removeprefix(f"/{IMAGES}/").removeprefix(f"{IMAGES}/") for line in lines], MASKS
     folders = {pair["folder"] for pair in pairs if pair}
     unlike = next((line for line, pair in zip(lines, pairs, strict=True) if pair and pair["id"] != pair["mask"]), None)
     if len(folders) > 1 or unlike:
-        reason = f"{unlike!r} names two pictures" if unlike else f"masks lie in {' and '.join(sorted(folders))}"
+        reason = f"{unlike!r} names two pictures" if unlike else f"masks are in {' and '.join(sorted(folders))}"
         raise UserError(f"{key}: {path}: {reason}; expected masks of one folder, under the names of their images")
-    notes.add(f"{path.name}: lines of an image and a mask; masks are taken from {min(folders)} alone")
+    notes.add(f"{path.name}: lines of an image and a mask; masks are only taken from {min(folders)}")
     return [pair["name"] for pair in pairs if pair], (min(folders),)
 
 
 def _with_parts(root: Path, folders: tuple[str, ...]) -> tuple[Path, ...]:
-    """Return the folders, and the parts of MS COCO that stand in them."""
+    """Return the folders, and MS COCO's subfolders in them."""
     parts = [root / folder / part for folder in folders for part in PARTS]
     return (*(root / folder for folder in folders), *(part for part in parts if part.is_dir()))

@@ -12,10 +12,10 @@ if TYPE_CHECKING:
 
     __version__: str
 
-# Large tensors of a CPU in pages of 2 MiB, which are fewer to set up; torch asks for this at its first large tensor.
+# Put large tensors on a CPU in pages of 2 MiB, fewer to set up; torch reads this at its first large tensor.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 # A thread that waits for another polls about 0.2 ms and then sleeps. OpenMP's own limit is 30 times as long: where
-# another program takes a core, threads poll for each other and the computation all but stops. Read as torch is loaded.
+# another program takes a core, threads poll for each other and the computation nearly stops. Read when torch is loaded.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
@@ -24,7 +24,7 @@ __all__ = ["Network", "Prediction", "__version__", "from_pretrained", "load_netw
 _HOMES = {
     "Network": ("fsr_fast.models", "Network"),
     "Prediction": ("fsr_fast.evaluation.inference", "Prediction"),
-    "from_pretrained": ("fsr_fast.models", "load_network"),  # one reader for all that a network may be stored as
+    "from_pretrained": ("fsr_fast.models", "load_network"),  # one reader for every form in which a network is stored
     "load_network": ("fsr_fast.models", "load_network"),
     "segment": ("fsr_fast.evaluation.inference", "segment"),
 }

@@ -1,6 +1,6 @@
 """`fsr-fast VERB …`: the table of verbs, and what all entry points share.
 
-A verb is a module with `main(arguments)`, which is imported when it is called, and a function in commands/parsers.py.
+A verb is a module with `main(arguments)`, imported when it is called, and a function in commands/parsers.py.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Verb(NamedTuple):
 VERBS = {
     "train": Verb(
         "fsr_fast.train",
-        "train a network; the same command goes on where it stopped",
+        "train a network; the same command resumes it",
         "--config voc_vit_b --data.root VOCdevkit/VOC2012",
     ),
     "evaluate": Verb(
@@ -59,7 +59,7 @@ VERBS = {
         "--checkpoint runs/synthetic holiday/ --output results --legend",
     ),
     "serve": Verb(
-        "fsr_fast.commands.serve", "try a network in the browser, on this machine alone", "--checkpoint runs/synthetic"
+        "fsr_fast.commands.serve", "try a network in the browser, on this machine only", "--checkpoint runs/synthetic"
     ),
     "export": Verb(
         "fsr_fast.commands.export",
@@ -85,9 +85,9 @@ VERBS = {
 
 
 def run_command(command: Callable[[Sequence[str]], None]) -> None:
-    """Run an entry point on the command line; the user's mistakes end it with one paragraph and exit code 2.
+    """Run an entry point on the command line; users' mistakes end it with one paragraph and exit code 2.
 
-    So do files and folders that cannot be read or written, and packages that are missing.
+    So do files and folders that cannot be read or written, and missing packages.
     """
     try:
         command(sys.argv[1:])
@@ -98,20 +98,22 @@ def run_command(command: Callable[[Sequence[str]], None]) -> None:
         if (error.name or "fsr_fast").partition(".")[0] == "fsr_fast":
             raise
         print(
-            f"error: this needs {error.name}, which is not installed (inference.txt leaves out what trains); install "
-            "everything: pip install -c constraints.txt .",
+            f"error: this needs {error.name}, which is not installed (inference.txt leaves out what training needs); "
+            "install everything: pip install -c constraints.txt .",
             file=sys.stderr,
         )
         sys.exit(2)
-    except BrokenPipeError:  # the reader of our output has gone, as `head` does
+    except BrokenPipeError:  # the reader of our output is gone, as with `head`
         sys.stderr.close()
         sys.exit(141)
     except OSError as error:
         if error.errno is None:
-            raise  # of a library, about something else
+            raise  # from a library, about something else
         if error.errno in (errno.EMFILE, errno.ENFILE):
-            sys.unraisablehook = lambda _: None  # a loader of torch that is half made ends with a traceback of its own
-            print(f"error: {error.strerror}; allow more by `ulimit -n 4096`, or lower data.workers", file=sys.stderr)
+            sys.unraisablehook = lambda _: None  # torch's half-built loader would print a traceback of its own
+            print(
+                f"error: {error.strerror}; raise the limit by `ulimit -n 4096`, or lower data.workers", file=sys.stderr
+            )
             sys.exit(2)
         place = "" if error.filename is None else f"{error.filename}: "
         print(f"error: {printable(place)}{error.strerror}; check path, permissions and free space", file=sys.stderr)
@@ -119,7 +121,7 @@ def run_command(command: Callable[[Sequence[str]], None]) -> None:
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "DefaultCPUAllocator" not in str(error):
             raise
-        print(f"error: out of memory ({str(error).partition(chr(10))[0]}); give smaller sizes", file=sys.stderr)
+        print(f"error: out of memory ({str(error).partition(chr(10))[0]}); reduce the sizes", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -143,7 +145,7 @@ def dispatch(arguments: Sequence[str]) -> None:
         return
     if name not in VERBS:
         raise UserError(f"command line: unknown verb {name!r}{nearest(name, VERBS)}")
-    parser_of(name).parse_args(rest)  # help and mistakes end here: they need no torch
+    parser_of(name).parse_args(rest)  # help and mistakes end here, without importing torch
     importlib.import_module(VERBS[name].module).main(rest)
 
 

@@ -54,7 +54,7 @@ __all__ = [
 ]
 
 CONFIG_FOLDER = Path(__file__).parent / "configs"
-MAX_ENTRIES = 10_000  # of a recipe; a few lines of references can stand for billions
+MAX_ENTRIES = 10_000  # of a recipe; a few lines of YAML references can expand to billions
 
 
 class Config(Section):
@@ -80,7 +80,7 @@ class Config(Section):
             )
         if self.run.shard and self.cam.fp8:
             raise ValueError(
-                "cam.fp8: works on whole weights, which run.shard shares out; give --cam.fp8 false or --run.shard false"
+                "cam.fp8: needs whole weights, but run.shard shards them; give --cam.fp8 false or --run.shard false"
             )
         self._check_channels()
         named = re.search(r"patch(\d+)", self.model.backbone)
@@ -88,7 +88,7 @@ class Config(Section):
         if isinstance(patch, int) and patch > 0 and self.data.image_size % patch:
             near = max(patch, round(self.data.image_size / patch) * patch)
             raise ValueError(
-                f"data.image_size: {self.data.image_size} is no multiple of the patch size {patch} of "
+                f"data.image_size: {self.data.image_size} is not a multiple of the patch size {patch} of "
                 f"model.backbone {self.model.backbone}; the nearest that fits: --data.image_size {near}"
             )
         return self
@@ -125,7 +125,7 @@ CHANGED_FIRST = (
 
 
 class RecipeParser(Parser):
-    """A parser of a recipe and of all keys of the configuration.
+    """Parser of a recipe and of all keys of the configuration.
 
     Args:
         verb: what the user calls.
@@ -142,7 +142,7 @@ class RecipeParser(Parser):
         self.add_sections(SECTIONS, shown=shown)
 
     def defaults(self) -> Mapping[str, Any]:
-        """Return the values of the recipe that the command line names."""
+        """Return the values of the recipe named on the command line."""
         words = [part for argument in self.arguments for part in argument.split("=", 1)]
         recipe = words[words.index("--config") + 1] if "--config" in words[:-1] else DEFAULT_RECIPE
         return build_config(read_yaml(Path(recipe)), recipe).model_dump(mode="json")
@@ -154,8 +154,8 @@ def build_parser() -> Parser:
         "train",
         CHANGED_FIRST,
         usage="fsr-fast train [--config RECIPE] [--section.key value …] [--print-config]",
-        description="Train from image-level labels; the same command goes on where it stopped.",
-        epilog="In brackets the value of the recipe.",
+        description="Train from image-level labels; the same command resumes the run.",
+        epilog="The recipe's value is in brackets.",
     )
 
 
@@ -164,7 +164,7 @@ def load_config(arguments: Sequence[str]) -> tuple[Config, bool]:
 
     Args:
         arguments: the command line, e.g. `["--config", "configs/voc_vit_b.yaml", "--optim.iterations", "100"]`.
-            Without `--config` the embedded data set's recipe is read.
+            Without `--config`, the recipe of the embedded data set is read.
 
     Returns:
         The configuration, and whether `--print-config` was asked for.
@@ -177,14 +177,14 @@ def load_config(arguments: Sequence[str]) -> tuple[Config, bool]:
 
 
 def user_config(recipe: str, options: Mapping[str, Given]) -> Config:
-    """Return the configuration that a command line describes, once the plug-ins that it names are imported.
+    """Import the plug-ins that a command line names, and return the configuration that it describes.
 
     Args:
         recipe: name or file.
-        options: what the command line says, which goes before the recipe.
+        options: from the command line; they override the recipe.
 
     Raises:
-        UserError: as `load_config`; a plug-in that cannot be imported, a loss or a data set that nobody knows.
+        UserError: as `load_config`; a plug-in that cannot be imported, an unknown loss or data set.
     """
     config = build_config(read_yaml(Path(recipe)), recipe, options)
     load_plugins(config.run.plugins)
@@ -199,7 +199,7 @@ def build_config(values: dict[str, Any], origin: str, options: Mapping[str, Give
     Args:
         values: sections by name.
         origin: where the values come from, for messages.
-        options: what the command line says, which goes before the values.
+        options: from the command line; they override the values.
 
     Raises:
         UserError: an unknown key or a value out of range; names key, value and expectation.
@@ -216,7 +216,7 @@ def build_config(values: dict[str, Any], origin: str, options: Mapping[str, Give
 
 
 def check_options(options: Mapping[str, Given]) -> None:
-    """Check what the command line says of the configuration, before the rest of it is known.
+    """Check the configuration keys given on the command line, before the rest is known.
 
     Raises:
         UserError: a value out of range.
@@ -230,16 +230,16 @@ def check_options(options: Mapping[str, Given]) -> None:
 
 
 def read_yaml(path: Path, above: tuple[Path, ...] = (), *, whole: bool = False) -> dict[str, Any]:
-    """Read a recipe. Its key `base` names another one, over whose values it is laid: a file in the same
-    folder, or a recipe of the package.
+    """Read a recipe. Its key `base` names another one, whose values it overrides: a file in the same folder, or a
+    recipe of the package.
 
     Args:
         path: the file, or the name of a recipe of the package, e.g. `voc_vit_b`.
-        above: recipes that are laid over this one.
-        whole: it names no other one; what a run has recorded is such.
+        above: recipes that override this one.
+        whole: it must not name a base; a run's recorded configuration never does.
 
     Raises:
-        UserError: the file is missing, is not a YAML mapping of sections, or is laid over itself.
+        UserError: the file is missing, is not a YAML mapping of sections, or is its own base.
     """
     if path in above:
         raise UserError(f"{path}: base: {' → '.join(map(str, (*above, path)))} has no end; remove one base")
@@ -254,21 +254,23 @@ def read_yaml(path: Path, above: tuple[Path, ...] = (), *, whole: bool = False) 
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if _count_entries(values, {}) > MAX_ENTRIES:
-        raise UserError(f"{path}: more than {MAX_ENTRIES} entries, its references counted out; expected a recipe")
+        raise UserError(f"{path}: more than {MAX_ENTRIES} entries, references expanded; expected a recipe")
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise UserError(f"{path}: expected a mapping of sections (run:, data:, model:, …)")
     base = values.pop("base", None)
     if base is None:
         return values
     if whole:
-        raise UserError(f"{path}: base: {str(base)[:80]!r}; the configuration of a run names no other file; remove it")
+        raise UserError(
+            f"{path}: base: {str(base)[:80]!r}; the configuration of a run must not name another file; remove it"
+        )
     beside = path.parent / str(base)
     found = beside if beside.is_file() or Path(str(base)).suffix else Path(str(base))
     return merge(read_yaml(found, (*above, path)), values)
 
 
 def untrained_decoder(config: Config, iterations: int) -> str | None:
-    """Explain why the decoder of a training has learned nothing, if that is so.
+    """Explain why the decoder of a training has learned nothing, if that is the case.
 
     Args:
         config: of the training.
@@ -295,18 +297,18 @@ def dump_config(config: Config) -> str:
 
 
 def _count_entries(values: Any, known: dict[int, int]) -> int:
-    """Count the entries of nested values as if every reference (`*name`) were written out; each is visited once."""
+    """Count the entries of nested values with every reference (`*name`) expanded; each is visited once."""
     if not isinstance(values, (dict, list)):
         return 1
     if id(values) not in known:
-        known[id(values)] = MAX_ENTRIES + 1  # if it holds itself, it has no end
+        known[id(values)] = MAX_ENTRIES + 1  # a value that contains itself would be endless
         inner = values.values() if isinstance(values, dict) else values
         known[id(values)] = 1 + sum(_count_entries(value, known) for value in inner)
     return known[id(values)]
 
 
 class _OnceLoader(yaml.SafeLoader):
-    """Refuses a key that stands in a mapping twice, of which YAML would keep the second in silence."""
+    """Refuses a duplicate key in a mapping, of which YAML would silently keep the second."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -320,7 +322,7 @@ class _OnceLoader(yaml.SafeLoader):
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """Lay values over others, key by key."""
+    """Override values by others, key by key."""
     merged = dict(base)
     for key, value in over.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
@@ -329,7 +331,7 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def _explain(error: ValidationError, origin: str, options: Mapping[str, Given], *above: str) -> str:
-    """Describe what is wrong, one line per fault; of the forms that a value may have, no more than their names."""
+    """Describe what is wrong, one line per fault; where a value may have several forms, only their names."""
     found = [((*above, *item["loc"]), item) for item in error.errors()]
     short = [keys for keys, item in found if item["type"] == "too_short"]
     lines = [
@@ -356,7 +358,7 @@ def _explain_one(item: Any, path: Sequence[str | int], origin: str, options: Map
 
 
 def _forms(keys: Sequence[str]) -> str | None:
-    """Return the forms of a value that may have several, where an error is about one of them."""
+    """Return the allowed forms of a value that may have several, where an error is about one of them."""
     field = SECTIONS[keys[0]].model_fields.get(keys[1]) if len(keys) > 2 and keys[0] in SECTIONS else None
     parts = [part for part in get_args(field.annotation) if part is not NoneType] if field else []
     several = len(parts) > 1 and get_origin(field.annotation if field else None) in (Union, UnionType)

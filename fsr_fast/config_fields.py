@@ -1,4 +1,4 @@
-"""Kinds of values in the configuration, and what all of its sections have in common."""
+"""Types of values in the configuration, and the base of its sections."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Dilations = Annotated[tuple[Annotated[int, Field(ge=1, le=512)], ...], Field(min
 
 
 def _split_window(value: Any) -> Any:
-    """Read `auto`, `percentile LOW HIGH` and `LOW HIGH` as text or as list."""
+    """Read `auto`, `percentile LOW HIGH` and `LOW HIGH`, given as text or as a list."""
     words = value.replace(",", " ").split() if isinstance(value, str) else value
     return "auto" if isinstance(words, list | tuple) and list(words) == ["auto"] else words
 
@@ -45,7 +45,7 @@ class Section(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _one_word_for_nothing(cls, values: Any) -> Any:
-        """Read `none`, `None`, `null` and nothing alike, and YAML's `off`, which is a boolean there, as the word."""
+        """Treat `none`, `None`, `null` and an empty value alike, and YAML's `off`, a boolean there, as the word."""
         if not isinstance(values, dict):
             return values
         fields = {name: value for name, value in values.items() if name in cls.model_fields}

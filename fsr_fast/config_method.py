@@ -1,4 +1,4 @@
-"""The sections of the configuration that set the method up. Every field is described by the text below it.
+"""The sections of the configuration for the method. Every field is described by the text below it.
 
 The defaults are the paper's recipe for PASCAL VOC (`configs/voc_vit_b.yaml`).
 """
@@ -25,7 +25,7 @@ from fsr_fast.config_fields import (
 
 
 def _name_stochastic_depth(value: object) -> object:
-    """Version 0.1.0 said false for `shared` and true for `always`."""
+    """Version 0.1.0 wrote false for `shared` and true for `always`."""
     return {"false": "shared", "true": "always"}.get(str(value).lower(), value)
 
 
@@ -36,25 +36,25 @@ class ModelConfig(Section):
     """The network: encoder, aggregator, projector, decoder."""
 
     backbone: str = "vit_base_patch16_224.orig_in21k_ft_in1k"
-    """Vision transformer of timm, by name and tag of its weights; the default is the official code's. Without a tag:
-    timm's choice for the name. docs/recipes.md lists the families. Or one that a plug-in brings."""
+    """Vision transformer of timm, by name and tag of its weights; the default is the official code's. Without a tag,
+    timm chooses the weights. docs/recipes.md lists the families. A plug-in's backbone has its own name."""
     backbone_options: dict[str, int | float | bool] = Field(default_factory=dict)
     """Arguments of timm's VisionTransformer that differ from the named model, e.g. `{depth: 6, embed_dim: 128}`."""
     pretrained: Literal["hub", "none"] | str = "hub"
     """Weights of the encoder: `hub` (downloaded by timm), `none`, or a local `.safetensors` / `.pth` file."""
     prefix_tokens: Literal["auto", "drop", "keep"] = "auto"
-    """Class and register tokens of the backbone: `drop` passes patches alone through the trunk (the paper), `keep`
-    passes them, too, and takes them off afterwards. `auto` keeps them where the backbone has registers."""
+    """Class and register tokens of the backbone: `drop` passes only patches through the trunk (the paper), `keep`
+    passes the tokens, too, and removes them afterwards. `auto` keeps them where the backbone has registers."""
     initial: Path | None = None
-    """Trained network to start from, in place of `pretrained`: run folder, checkpoint, or official `student.pth`."""
+    """Trained network to start from, instead of `pretrained`: run folder, checkpoint, or official `student.pth`."""
     in_chans: int = Field(3, ge=1, le=1024)
-    """Channels of the pictures. With other than three, the pretrained projection of the patches is summed or repeated
-    over the channels, as timm does it."""
+    """Channels of the pictures. With other than three, the pretrained patch embedding is summed or repeated over the
+    channels, as timm does."""
     normalisation: Literal["checkpoint", "imagenet", "data"] = "checkpoint"
     """Mean and standard deviation of the input: those of the pretrained weights, ImageNet's (official code), or those
-    of the training pictures, which pictures of other than three channels have in any case."""
+    of the training pictures, which are always used with other than three channels."""
     mean: tuple[float, ...] | None = None
-    """Of the input, in place of those, for values in 0 to 1: one number per channel."""
+    """Mean of the input, overriding `normalisation`, for values in 0 to 1: one number per channel."""
     std: tuple[Positive, ...] | None = None
     """Standard deviation of the input, likewise."""
     stochastic_depth: float = Field(0.1, ge=0.0, lt=1.0)
@@ -66,7 +66,7 @@ class ModelConfig(Section):
     aggregator_blocks: int = Field(2, ge=1, le=100)
     """Blocks of the aggregator."""
     mask_mode: Literal["exclude", "multiply", "none"] = "exclude"
-    """Masked patches in the aggregator: left out, Eq. 7 to the letter, or attended to (official code)."""
+    """Masked patches in the aggregator: excluded, multiplied as in Eq. 7, or attended to (official code)."""
     decoder_width: Width = 512
     """Channels of the decoder's two dilated convolutions."""
     projector_hidden: Width = 2048
@@ -79,7 +79,7 @@ class ModelConfig(Section):
     @model_validator(mode="after")
     def _value_per_channel(self) -> Self:
         if (self.mean is None) != (self.std is None):
-            raise ValueError("mean, std: one is given alone; give both")
+            raise ValueError("mean, std: only one is given; give both")
         for key, values in (("mean", self.mean), ("std", self.std)):
             if values is not None and len(values) != self.in_chans:
                 raise ValueError(f"{key}: {len(values)} numbers for {self.in_chans} channels (in_chans); give one each")
@@ -93,7 +93,7 @@ class CamConfig(Section):
     """Scales of the passes; each is run with its mirror image. The first must be 1.0."""
     fp8: bool = False
     """Round the factors of the linear layers to float8 (e4m3) in those CAM passes of the training that serve nothing
-    else. For GPUs of compute capability 8.9 and later."""
+    else. Needs a GPU of compute capability 8.9 or later."""
 
     @model_validator(mode="after")
     def _first_scale_is_one(self) -> Self:
@@ -121,11 +121,11 @@ class MaskConfig(Section):
     block: Count = 1
     """Side of the masked blocks, in patches (official code: 4)."""
     random_fraction: Probability = 0.0
-    """Share of the training, from its start, that masks at random (official code: 0.2)."""
+    """Share of the training, from its start, in which masks are random (official code: 0.2)."""
     edge_sigma: float = Field(1.4, gt=0.0, le=8.0)
     """Smoothing of Canny's detector for `edge_strict`, in pixels; the paper gives none."""
     edge_low: float = Field(40.0, ge=0.0, le=255.0)
-    """Gradient, by Sobel's operator in grey levels, above which a pixel goes on with an edge; the paper gives none."""
+    """Sobel gradient, in grey levels, above which a pixel continues an edge; the paper gives none."""
     edge_high: float = Field(100.0, ge=0.0, le=255.0)
     """Gradient above which a pixel starts an edge; the paper gives none."""
 
@@ -162,7 +162,7 @@ class PseudoLabelConfig(Section):
 
 
 class LossConfig(Section):
-    """Weights of Eq. 10 and the iterations from which they hold. A weight of 0 switches the work off, too."""
+    """Weights of Eq. 10 and the iterations from which they hold. A weight of 0 also saves the work."""
 
     classification: Weight = 1.0
     """L_cls, both classifiers."""
@@ -176,16 +176,16 @@ class LossConfig(Section):
     """L_c, Eq. 9."""
     energy: Weight = 0.0
     """Dense-energy regularisation by exact Gaussians; multiplied by 1e-7. The official code's weight is 0.05, but its
-    lattice sums to about 0.6 of them: 0.03 has the same gradient."""
+    lattice sums to about 0.6 of the exact value: 0.03 gives the same gradient."""
     affinity_start: Iterations = 0
     """Iterations before L_aff counts (COCO: 12,000)."""
     segmentation_start: Iterations = 2000
     """Iterations before L_seg and the energy count (COCO: 8,000)."""
     extra: dict[str, Weight] = Field(default_factory=dict)
-    """Weights of losses that plug-ins bring, by name."""
+    """Weights of plug-ins' losses, by name."""
     normalise: Literal["global", "process"] = "global"
-    """Patches and pixels over whose number L_aff and L_seg are averaged: those of all processes, or of each process by
-    itself (official code, where each has two images)."""
+    """L_aff and L_seg are averaged over the patches and pixels of all processes (`global`), or of each process by
+    itself (`process`; official code, where each has two images)."""
 
     def weight(self, name: str) -> float:
         """Return the weight of a loss, of the method or of a plug-in."""
@@ -193,7 +193,7 @@ class LossConfig(Section):
 
 
 class TeacherConfig(Section):
-    """The teacher and the targets that it gives."""
+    """The teacher and its targets."""
 
     encoder_momentum: Probability = 0.0
     """Momentum of encoder and aggregator, → 1 by a cosine unless 0. At 0 the teacher's encoder is the student's."""
@@ -218,21 +218,21 @@ class OptimConfig(Section):
     iterations: Count = 20_000
     """Length of the training."""
     batch_size: Count = 8
-    """Images an iteration, over all processes."""
+    """Images per iteration, over all processes."""
     learning_rate: Positive = 6e-5
     """Base rate."""
     head_factor: Positive = 10.0
-    """Factor on the rate of decoder, projector and classifiers."""
+    """Factor on the learning rate of decoder, projector and classifiers."""
     weight_decay: float = Field(0.05, ge=0.0)
-    """Decay of matrices; vectors, biases, position embedding, class and mask token have none."""
+    """Weight decay of matrices; vectors, biases, position embedding, class and mask token have none."""
     betas: tuple[Decay, Decay] = (0.9, 0.999)
     """Decay rates of AdamW's moments, each below 1."""
     warmup: Iterations = 1500
     """Iterations of linear warm-up; cosine to 0 follows."""
     warmup_factor: Probability = 0.1
-    """Factor on the rate at iteration 0."""
+    """Factor on the learning rate at iteration 0."""
     clip_norm: Positive | None = None
-    """Largest norm of the gradient; none: no clipping."""
+    """Largest norm of the gradient; `none`: no clipping."""
 
     @model_validator(mode="after")
     def _warmup_fits(self) -> Self:

@@ -27,7 +27,7 @@ class RunConfig(Section):
     seed_per_rank: bool = True
     """Each process draws its own stream; `false`: the same draws on all of them (official code)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """`auto` takes CUDA where there is a GPU."""
+    """`auto` uses CUDA if there is a GPU."""
     engine: Literal["fast", "reference"] = "fast"
     """`reference` computes every step by the literal, slow form of the method (one process, `amp: off`)."""
     amp: Literal["auto", "off", "bf16"] = "auto"
@@ -37,44 +37,44 @@ class RunConfig(Section):
     """On a GPU, round the factors of fp32 products to TF32; with `amp: bf16` few products are in fp32."""
     attention: Literal["auto", "sdpa", "xformers", "varlen"] = "auto"
     """How self-attention is computed: torch's own, one call per size; xformers or torch's `varlen`, all sizes in one
-    call (GPU). `auto` measures all three at the start of a training in half precision on a GPU; a resumed run keeps
-    what it then chose. Evaluations there take xformers; all else takes sdpa."""
+    call (GPU). `auto` measures all three at the start of a training in half precision on a GPU, and a resumed run keeps
+    the choice. Evaluations there use xformers; everything else uses sdpa."""
     compile: Literal["auto"] | bool = "auto"
-    """Compile the transformer's blocks. `auto`: on a GPU alone; the first iterations take longer."""
+    """Compile the transformer's blocks. `auto`: on a GPU only; the first iterations take longer."""
     checkpointing: bool = False
-    """Compute the blocks' activations again in the backward pass: less memory, a third more work with gradient."""
+    """Recompute the blocks' activations in the backward pass: less memory, a third more work with gradient."""
     shard: bool = False
-    """For backbones that do not fit on one GPU: the processes share out weights, gradients, moments and averages
-    (FSDP2) instead of holding them whole. Blocks are not compiled then."""
+    """For backbones that do not fit on one GPU: shard weights, gradients, moments and averages over the processes
+    (FSDP2). Blocks are not compiled then."""
     resume: bool = True
-    """Go on from the newest checkpoint of the run folder. `false` refuses a folder that holds one."""
+    """Resume from the newest checkpoint of the run folder. `false` refuses a folder that holds one."""
     log_every: Count = 50
     """Iterations between two lines of metrics.jsonl."""
     picture_every: Iterations = 1000
-    """Iterations between two grids of training pictures; 0: none."""
+    """Iterations between two grids of training pictures; 0: no grids."""
     checkpoint_every: Count = 1000
     """Iterations between two checkpoints; the last iteration always writes one."""
     keep_checkpoints: Count = 2
-    """Newest checkpoints that stay, beside the best one (`best.pt`: highest seg mIoU of the evaluations)."""
+    """Number of newest checkpoints to keep, beside the best one (`best.pt`: highest seg mIoU of the evaluations)."""
     keep_every: Iterations = 0
-    """Checkpoints at multiples of this iteration stay for good; 0: none does."""
+    """Checkpoints at multiples of this iteration are kept for good; 0: none."""
     evaluate_every: Iterations = 2000
     """Iterations between two evaluations on the validation list; 0: only at the end."""
     timeout: float = Field(1800.0, ge=0.0, le=1e6)
     """Seconds without a finished iteration after which a process reports where it hangs, and ends; 0: never."""
     loggers: tuple[LoggerName, ...] = ("tensorboard",)
     """Programs that show scalars and pictures during the run: `tensorboard`, `wandb`, `mlflow`, the last two with the
-    name of a project where it is not `fsr_fast`, e.g. `wandb:weeds`. Only packages of those named are imported."""
+    name of a project unless it is `fsr_fast`, e.g. `wandb:weeds`. Only the packages of those named are imported."""
     plugins: tuple[str, ...] = ()
     """Python modules that are imported at the start and register losses, data sets or backbones (docs/extending.md).
     They run with your rights; what a checkpoint names here is not imported."""
     profile: bool = False
-    """Write a profile of iterations 6 to 10 after the start, a process, to the run folder (`profile/`)."""
+    """Write a profile of iterations 6 to 10 after the start, per process, to the run folder (`profile/`)."""
 
     @model_validator(mode="before")
     @classmethod
     def _project_of_wandb(cls, values: Any) -> Any:
-        """Version 0.1.0 named a project of Weights & Biases by `wandb`."""
+        """Version 0.1.0 named a project of Weights & Biases with `wandb`."""
         if not isinstance(values, dict) or "wandb" not in values:
             return values
         project, rest = values["wandb"], {key: value for key, value in values.items() if key != "wandb"}
@@ -84,9 +84,7 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _whole_blocks(self) -> Self:
         if self.shard and self.compile is True:
-            raise ValueError(
-                "shard: shared out, blocks cannot be compiled; give --run.shard false or --run.compile false"
-            )
+            raise ValueError("shard: sharded blocks cannot be compiled; give --run.shard false or --run.compile false")
         return self
 
 
@@ -100,57 +98,58 @@ class DataConfig(Section):
     root: Path | str | None = None
     """Folder of the data set; for `shards` also a URL of a store (`s3://…`). `synthetic` needs none."""
     train_list: str = "train_aug"
-    """Name of the training list, without ending (VOC layout: in ImageSets/Segmentation), or the path of a list file."""
+    """Name of the training list without extension (VOC layout: in ImageSets/Segmentation), or path of a list file."""
     val_list: str | None = "val"
-    """The same for the validation list; none: train without one, and without scores."""
+    """The same for the validation list; `none`: train without one, and without scores."""
     classes: tuple[str, ...] | None = None
-    """Names of all foreground classes, in the order of the mask values 1, 2, …; none: the names of the data set, for
-    `own` those of its classes.txt."""
+    """Names of all foreground classes, in the order of the mask values 1, 2, …; `none`: the names of the data set, for
+    `own` those in its classes.txt."""
     subset: tuple[str, ...] | None = None
-    """Train on these classes alone: labels are restricted to them, pixels of all others become 255 (ignored)."""
+    """Train on these classes only: labels are restricted to them, pixels of all others become 255 (ignored)."""
     labels: Literal["auto", "xml", "csv", "masks"] = "auto"
-    """Source of the image labels: Annotations/*.xml, labels.csv or the training masks; `auto`: the first that is there,
+    """Source of the image labels: Annotations/*.xml, labels.csv or the training masks; `auto`: the first that exists,
     but for `coco` its annotations and for `own` its tables."""
     negatives: Literal["auto"] | bool = "auto"
     """Training images that show no class: `true` trains on them as background alone (for MS COCO's own annotations,
     the images without an object join the list), `false` leaves them out; `auto` trains on them where an empty label is
-    a statement (`own`, labels from masks) and refuses them elsewhere. A set of one class is learned from them."""
+    intentional (`own`, labels from masks) and refuses them elsewhere. A set of one class cannot be learned without
+    them."""
     mask_values: Literal["auto", "coco91"] | dict[int | str, int | str] = "auto"
-    """What the masks hold, where it is not 0 background, 1, 2, … the classes, 255 ignored: a class (name or number),
+    """Meaning of the mask values, unless 0 is background, 1, 2, … the classes, 255 ignored: a class (name or number),
     `background` or `ignore` by value or colour, e.g. `{"0": background, "255": crack}` or `{"#ff0000": crack}`;
-    `coco91`: MS COCO's own numbers 1 to 90. `auto` sees by itself that masks of one class are drawn as 0 and 255."""
+    `coco91`: MS COCO's own numbers 1 to 90. `auto` detects masks of one class drawn as 0 and 255."""
     encoding: str | None = None
-    """Encoding of lists and tables, e.g. `cp1252`; None: UTF-8, or UTF-16 where the file shows it."""
+    """Encoding of lists and tables, e.g. `cp1252`; `none`: UTF-8, or UTF-16 where detected."""
     separator: str | None = Field(None, min_length=1, max_length=1)
-    """Character between the columns of tables; None: told from the header."""
+    """Character between the columns of tables; `none`: inferred from the header."""
     label_separator: Literal["auto", "space", ",", ";", "|"] = "auto"
-    """What stands between class names in a cell of a table; `auto`: commas, semicolons, bars or spaces."""
+    """Separator of the class names in a table cell; `auto`: commas, semicolons, bars or spaces."""
     allow_links: tuple[Path, ...] = ()
-    """Folders below which symbolic links of the data set may lead, as the stores of DVC, git-annex and hub caches;
-    links to all other places outside of the data set are refused."""
+    """Folders into which symbolic links of the data set may lead, such as the stores of DVC, git-annex and hub caches;
+    links to any other place outside the data set are refused."""
     max_pixels: int = Field(80_000_000, ge=1, le=10**12)
-    """Largest number of pixels of a picture; larger ones are refused before they are decoded, as they may be made to
-    fill the memory (four bytes per pixel)."""
+    """Largest number of pixels of a picture; larger ones are refused before they are decoded, since they may be crafted
+    to fill the memory (four bytes per pixel)."""
     window: Window = "auto"
     """Values of pictures deeper than 8 bits that become black and white: `auto`, the lowest and the highest of the
     training pictures; `percentile LOW HIGH`, percentiles of their values; or `LOW HIGH`, one pair for all channels or
-    one for each. What a training has found belongs to its network. Pictures of 8 bits stay as they are."""
+    one per channel. What a training has measured stays with its network. Pictures of 8 bits stay as they are."""
     preview_channels: tuple[Count, ...] | None = None
-    """Channels, from 1, that people see as red, green and blue, or one that they see as grey; the refinement of pseudo
-    labels sees the same. None: the first three, or the first of one or two."""
+    """Channels, from 1, shown to people as red, green and blue, or one shown as grey; the refinement of pseudo labels
+    sees the same. `none`: the first three, or the first of one or two."""
     image_size: int = Field(448, ge=32, le=4096)
     """Side of the square training views, in pixels; a multiple of the patch size."""
     workers: int = Field(4, ge=0, le=256)
-    """Loader processes a rank; with DALI, also the threads that decode and augment."""
+    """Loader processes per rank; with DALI, also the threads that decode and augment."""
     pipeline: Literal["auto", "dali", "torch"] = "auto"
     """Decoding and augmentation: NVIDIA DALI, or Pillow and torchvision. `auto`: DALI where it runs on a GPU."""
     max_bad_fraction: Probability = 0.001
-    """Largest share of the training images that may be damaged: those are skipped and listed in bad_files.txt of the
-    run folder, more stop the run. One is let pass in any case, unless this is 0."""
+    """Largest share of the training images that may be damaged: they are skipped and listed in bad_files.txt of the
+    run folder; more stop the run. One is always allowed, unless this is 0."""
 
     fingerprint: Literal["sizes", "contents", "off"] = "sizes"
     """What a resumed run compares of its training set with that of the checkpoint: names in order, labels and sizes of
-    the files, or their contents, too, which reads every file at the start. `off` goes on with another one."""
+    the files, or also their contents, which reads every file at the start. `off` accepts another one."""
 
     @model_validator(mode="after")
     def _whole_window(self) -> Self:
@@ -218,26 +217,26 @@ class EvaluateConfig(Section):
     """Add the mirror image at every scale."""
     side: Literal["auto"] | Count | None = "auto"
     """Longest side, in pixels, at which pictures pass through the network; larger ones are scaled down, and their masks
-    and maps brought back to the picture's size. `auto`: twice `data.image_size`, at least 512; none: every pixel."""
+    and maps brought back to the picture's size. `auto`: twice `data.image_size`, at least 512; `none`: every pixel."""
     tile: Literal["auto"] | Count | None = "auto"
-    """Side, in pixels, of the tiles in which pictures pass that are larger after `side`; rounded up to whole patches.
+    """Side, in pixels, of the tiles for pictures that are still larger after `side`; rounded up to whole patches.
     With a number, `side: auto` means every pixel. `auto`: pictures of more than 16,384 patches pass in tiles of the
-    size that `side: auto` stands for; none: never."""
+    size that `side: auto` stands for; `none`: never."""
     overlap: float = Field(0.25, ge=0, le=0.75)
-    """Least part of a tile that it shares with the next one; there the logits of both are blended."""
+    """Smallest share of a tile that overlaps the next one; there the logits of both are blended."""
     threshold: Probability = 0.5
     """Background score of the pseudo labels (COCO: 0.45)."""
     protocol: Literal["own", "official"] = "own"
     """`own`: every picture at its own size, scales rounded to whole patches. `official`: as the official scripts score,
-    pseudo labels on squares of data.image_size, what is left over of a patch cut off."""
+    pseudo labels on squares of data.image_size, partial patches cut off."""
     crf: bool = False
     """Also report the decoder's result after the dense CRF."""
     crf_backend: Literal["pydensecrf", "exact"] = "pydensecrf"
-    """`pydensecrf` filters by a permutohedral lattice, in processes of its own; `exact` by exact Gaussians, made for a
-    GPU (a CPU's core takes more than a minute for a photograph)."""
+    """`pydensecrf` filters with a permutohedral lattice, in processes of its own; `exact` with exact Gaussians, made
+    for a GPU (a CPU core takes more than a minute per photograph)."""
     crf_workers: int | None = Field(None, ge=0, le=256)
-    """Processes of the CRF a rank; 0: the rank itself; none: one a CPU core, shared out among the ranks."""
+    """Processes of the CRF per rank; 0: the rank itself; `none`: one per CPU core, divided among the ranks."""
     training_limit: Count | None = 500
-    """Largest number of images of a validation during the training, spread over the list; the last one takes all."""
+    """Largest number of images in an evaluation during training, spread over the list; the final one takes all."""
     limit: Count | None = None
     """Evaluate only the first images of the list."""

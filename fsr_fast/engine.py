@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 def build_step(student: Network, config: Config, max_classes: int) -> FSRStep:
-    """Build the step that `run.engine` names, and set the student up for its device as the `run` section says.
+    """Build the step of `run.engine`, and set the student up for its device as the `run` section says.
 
     Raises:
         UserError: the device cannot do what the section asks for.
@@ -36,7 +36,7 @@ def build_step(student: Network, config: Config, max_classes: int) -> FSRStep:
     encoder.checkpointing = run.checkpointing
     if run.compile is True or (run.compile == "auto" and device.type == "cuda" and not run.shard):
         encoder.compile_blocks()
-    if device.type == "cuda" and not run.shard:  # only contiguous weights can be shared out
+    if device.type == "cuda" and not run.shard:  # only contiguous weights can be sharded
         student.decoder.to(memory_format=torch.channels_last)
     if config.cam.fp8:
         _check_float8(encoder, device)
@@ -51,7 +51,7 @@ def build_step(student: Network, config: Config, max_classes: int) -> FSRStep:
 
 
 def _measure_backends(step: FSRStep, evaluation: Backend) -> Backends:
-    """Measure in the first process how each kind of pass computes its attention the fastest."""
+    """Measure in the first process the fastest attention of each kind of pass."""
     encoder = step.student.encoder
     heads: int = encoder.blocks[0].attn.num_heads
     alike, several = training_groups(step, world_size())
@@ -69,7 +69,7 @@ def _set_attention(module: nn.Module, backends: Backends) -> None:
 
 
 def keep_backends(step: nn.Module, config: Config, recorded: Sequence[str], device: torch.device) -> None:
-    """Go on with the backends that a run measured when it began, if they can run here.
+    """Keep the backends that a run measured when it began, if they can run here.
 
     Args:
         step: of the resumed run.
@@ -82,7 +82,7 @@ def keep_backends(step: nn.Module, config: Config, recorded: Sequence[str], devi
     try:
         kept = [choose_backend(name, device, half=uses_half(device, config.run.amp)) for name in recorded]
     except UserError as error:
-        logger.info("attention is measured anew: %s", error)
+        logger.info("attention is measured again: %s", error)
         return
     _set_attention(step, Backends(*kept))
 
@@ -91,8 +91,8 @@ def training_groups(step: FSRStep, processes: int) -> tuple[Groups, Groups]:
     """Return the packed images of a training's two kinds of passes: the student's of one size, and those of the CAMs.
 
     Args:
-        step: whose recipe has all losses.
-        processes: that share the batch.
+        step: of a recipe with all losses.
+        processes: number of processes that share the batch.
     """
     config, encoder = step.config, step.student.encoder
     batch, side = config.optim.batch_size // processes, config.data.image_size
@@ -115,7 +115,7 @@ def _check_scales(config: Config, patch: int) -> None:
 
 def _check_float8(encoder: Encoder, device: torch.device) -> None:
     if not has_float8(device):
-        raise UserError("cam.fp8: this GPU has no float8; it takes compute capability 8.9 or later; --cam.fp8 false")
+        raise UserError("cam.fp8: this GPU has no float8; compute capability 8.9 or later is needed; --cam.fp8 false")
     layers = [layer for layer in encoder.blocks.modules() if isinstance(layer, nn.Linear)]
     if any(side % 16 for layer in layers for side in layer.weight.shape):
         raise UserError("cam.fp8: the backbone needs widths that are multiples of 16; --cam.fp8 false")

@@ -1,4 +1,4 @@
-"""Errors that are the user's to fix: one paragraph, no traceback."""
+"""Errors for the user to fix: one paragraph, no traceback."""
 
 import difflib
 import re
@@ -11,7 +11,7 @@ class UserError(Exception):
 
 
 def printable(text: str) -> str:
-    """Return text as a terminal can show it: what would steer the terminal, or cannot be encoded, stands as `\\x1b`."""
+    """Return text safe for a terminal: control characters, and what cannot be encoded, are escaped as in `\\x1b`."""
     return "".join(
         one.encode("unicode_escape").decode()
         if unicodedata.category(one) in ("Cc", "Cs") and one not in "\n\t"
@@ -26,10 +26,10 @@ def nearest(name: str, names: Iterable[str], prefix: str = "") -> str:
     Args:
         name: what was written.
         names: what could have been written.
-        prefix: what the suggestion begins with, beside the name.
+        prefix: what precedes the name in the suggestion.
 
     Returns:
-        `"; did you mean 'x'?"`, or the list of all names where none is near.
+        `"; did you mean 'x'?"`, or the list of all names if none is close.
     """
     known = sorted(names)
     close = difflib.get_close_matches(name, known, n=1) or [one for one in known if _stands_for(name, one)]
@@ -37,6 +37,6 @@ def nearest(name: str, names: Iterable[str], prefix: str = "") -> str:
 
 
 def _stands_for(name: str, known: str) -> bool:
-    """Whether a name is the initials of another, or one of its words: `lr` or `rate` for `learning_rate`."""
+    """Return whether a name is the initials of another, or one of its words: `lr` or `rate` for `learning_rate`."""
     short, parts = name.lower(), re.split(r"[_-]", known.lower())
     return len(short) > 1 and (short in parts or short == "".join(part[:1] for part in parts))

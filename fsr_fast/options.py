@@ -1,7 +1,7 @@
-"""The grammar of all verbs: whole option names, `--section.key value` for every key of the configuration, and mistakes
+"""The grammar of all verbs: full option names, `--section.key value` for every key of the configuration, and mistakes
 that end in one paragraph.
 
-Only argparse and pydantic are imported here, so that help and mistakes need no torch.
+Only argparse and pydantic are imported here, so that help and mistakes do not load torch.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Given(NamedTuple):
     option: str
     """As the user wrote it."""
     value: Any
-    """Text, or what a list or a mapping of texts says."""
+    """Text, or a list or mapping of texts."""
 
 
 class Short(NamedTuple):
@@ -35,13 +35,13 @@ class Short(NamedTuple):
     key: str
     """`section.key`."""
     help: str
-    """What it means for this verb."""
+    """Its meaning for this verb."""
     value: str | None = None
-    """What the option alone, without a value, stands for; None: a value must follow."""
+    """Value of the bare option; None: a value must follow."""
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are `UserError` and name the nearest option; options cannot be shortened.
+    """Parser whose errors are `UserError` and name the closest option; options cannot be abbreviated.
 
     Args:
         verb: what the user calls, e.g. `train`.
@@ -58,7 +58,7 @@ class Parser(argparse.ArgumentParser):
         """Parse as argparse does, but look for unknown options before missing ones.
 
         Raises:
-            UserError: an unknown option, a value that is missing or is none of the choices.
+            UserError: an unknown option, a missing value, or one that is not among the choices.
         """
         self.arguments = list(args or ())
         if self._subparsers is None:
@@ -83,7 +83,7 @@ class Parser(argparse.ArgumentParser):
         short: Mapping[str, Short] | None = None,
         shown: Collection[str] = (),
     ) -> None:
-        """Add an option for every key of some sections; what is given ends up in `given(namespace)`.
+        """Add an option for every key of some sections; `given(namespace)` returns those that were given.
 
         Args:
             sections: by name.
@@ -123,14 +123,14 @@ class Parser(argparse.ArgumentParser):
         return [action for action in self._actions if isinstance(action, _Key)]
 
     def defaults(self) -> Mapping[str, Any]:
-        """Return the values of sections that hold where no option is given; for the help."""
+        """Return the sections' values that apply where no option is given; for the help."""
         return {name: model().model_dump(mode="json") for name, model in self.sections.items()}
 
     def help_text(self, topic: str | None) -> str:
         """Return the help.
 
         Args:
-            topic: `all`, a section, or None: the general options and the keys that are changed first.
+            topic: `all`, a section, or None: the general options and the most common keys.
 
         Raises:
             UserError: an unknown topic.
@@ -183,7 +183,7 @@ class Parser(argparse.ArgumentParser):
         return formatter.format_help()
 
     def _join_lists(self, arguments: list[str]) -> list[str]:
-        """Join an option to its list where that has commas, so that it takes no other argument."""
+        """Join an option to its list if that has commas, so that it consumes no other argument."""
         joined, rest = [], list(arguments)
         while rest:
             word = rest.pop(0)
@@ -215,12 +215,12 @@ class Parser(argparse.ArgumentParser):
 
 
 def given(options: argparse.Namespace) -> dict[str, Given]:
-    """Return what the command line says of the configuration, by `section.key`."""
+    """Return the configuration keys given on the command line, by `section.key`."""
     return {key: value for key, value in vars(options).items() if isinstance(value, Given)}
 
 
 class _Key(argparse.Action):
-    """Note a key of the configuration, and how it was spelt."""
+    """Records a key of the configuration, and how it was spelt."""
 
     def __init__(self, *, kind: Any, const: str | None = None, **settings: Any) -> None:
         super().__init__(const=const, **settings)
@@ -235,7 +235,7 @@ class _Key(argparse.Action):
 
 
 class _Help(argparse.Action):
-    """Print the help; what follows is its topic."""
+    """Prints the help; its argument is the topic."""
 
     def __call__(
         self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
@@ -283,7 +283,7 @@ def _read(values: Any, kind: Any) -> Any:
 
 
 def expectation(kind: Any) -> str:
-    """Summarise what is expected."""
+    """Summarise the expected values."""
     words: list[str] = []
     for part in _parts(kind):
         origin = typing.get_origin(part)

@@ -1,7 +1,7 @@
 """Losses, data sets and backbones from outside the package (docs/extending.md).
 
-A plug-in is a module that registers what it brings when it is imported. Only the user's own words import one: the key
-`run.plugins` on the command line or in a recipe, or an `import` in Python; never what a checkpoint names.
+A plug-in is a module that registers what it offers when it is imported. Only the user imports one: by the key
+`run.plugins` on the command line or in a recipe, or by an `import` in Python; a checkpoint never does.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from fsr_fast.config_sections import BUILT_IN_DATASETS
 from fsr_fast.errors import UserError, nearest
 
 Made = TypeVar("Made", bound=Callable[..., Any])
-HINT = "(one of a plug-in is known once --run.plugins names its module)"
+HINT = "(a plug-in's is known once --run.plugins names its module)"
 
 
 class Registry:
-    """What plug-ins have registered under the values of one key.
+    """Functions that plug-ins have registered for one key, by its value.
 
     Args:
         kind: what is registered, for messages.
-        key: of the configuration, that names one.
-        built_in: names that the package has itself.
-        takes_built_in: whether the key also takes those.
+        key: of the configuration, whose values are the names.
+        built_in: names in the package itself.
+        takes_built_in: whether the key also accepts those.
     """
 
     def __init__(self, kind: str, key: str, built_in: Collection[str] = (), *, takes_built_in: bool = False) -> None:
@@ -43,7 +43,7 @@ class Registry:
 
         def add(made: Made) -> Made:
             if name in self.built_in:
-                raise UserError(f"{_place(made)}: fsr_fast itself has a {self.kind} {name!r}; take another name")
+                raise UserError(f"{_place(made)}: fsr_fast itself has a {self.kind} {name!r}; choose another name")
             if name in self._found:
                 raise UserError(
                     f"{_place(made)}: the {self.kind} {name!r} is registered already, by {_place(self._found[name])}; "
@@ -55,7 +55,7 @@ class Registry:
         return add
 
     def check(self, names: Iterable[str]) -> None:
-        """Check that the key takes each of some names.
+        """Check that the key accepts each name.
 
         Raises:
             UserError: it does not.
@@ -71,10 +71,10 @@ class Registry:
         return iter(self._found)
 
     def __getitem__(self, name: str) -> Callable[..., Any]:
-        """Return what is registered under a name.
+        """Return the function registered under a name.
 
         Raises:
-            UserError: nothing is.
+            UserError: there is none.
         """
         if name in self._found:
             return self._found[name]
@@ -87,12 +87,12 @@ DATASETS = Registry("data set", "data.dataset", BUILT_IN_DATASETS, takes_built_i
 BACKBONES = Registry("backbone", "model.backbone")
 
 register_loss = LOSSES.register
-"""Decorator, `@register_loss("name")`, of a function of `LossInputs` that returns a scalar tensor or None."""
+"""Decorator, `@register_loss("name")`, for a function of `LossInputs` that returns a scalar tensor or None."""
 register_dataset = DATASETS.register
-"""Decorator of a function of the data set's root, the name of a list, its key (for messages) and the section `data`
+"""Decorator for a function of the data set's root, the name of a list, its key (for messages) and the section `data`
 that returns a `Split`."""
 register_backbone = BACKBONES.register
-"""Decorator of a function of `pretrained` and of `model.backbone_options` that returns a transformer of timm."""
+"""Decorator for a function of `pretrained` and of `model.backbone_options` that returns a transformer of timm."""
 
 
 def load_plugins(modules: Iterable[str]) -> None:
@@ -102,12 +102,12 @@ def load_plugins(modules: Iterable[str]) -> None:
         modules: names that the user gave.
 
     Raises:
-        UserError: one is not there, or fails; names file and line.
+        UserError: one does not exist, or fails; names file and line.
     """
     for name in modules:
         if name.endswith(".py") or not all(part.isidentifier() for part in name.split(".")):
             raise UserError(
-                f"run.plugins: {name!r} is no name of a module; expected one such as my_package.losses, or my_losses "
+                f"run.plugins: {name!r} is not a module name; expected one such as my_package.losses, or my_losses "
                 "for a file my_losses.py whose folder is in PYTHONPATH"
             )
         try:

@@ -15,7 +15,7 @@ def main(arguments: Sequence[str]) -> None:
     if print_only:
         print(f"{dump_config(config)}# start weights: {_start_weights(config.model)}")
         return
-    # Imported late, so that mistakes need no torch.
+    # Imported late, so that mistakes do not load torch.
     from fsr_fast.runtime.distributed import start_process, stop_process
     from fsr_fast.trainer import Trainer
 

@@ -50,9 +50,9 @@ from fsr_fast.runtime.supervision import Supervisor
 from fsr_fast.runtime.terminal import TrainingProgress
 
 RATES = ("images_per_second", "tflops_per_second", "of_ceiling", "data_wait", "memory_gib")
-"""Of which the summary holds the median over the log's lines."""
+"""Rates whose median over the log's lines goes into the summary."""
 INPUT_FILE = "input.json"
-"""Of the run folder: window, mean and standard deviation that were found over the training pictures."""
+"""In the run folder: window, mean and standard deviation measured over the training pictures."""
 PICTURES = 6
 """Images in a picture grid."""
 
@@ -69,7 +69,7 @@ class Trainer:
         process: this process among all.
 
     Raises:
-        UserError: anything in the configuration, the data or the run folder that cannot work; nothing is written then.
+        UserError: the configuration, the data or the run folder cannot work; nothing is written then.
     """
 
     def __init__(self, config: Config, process: Process) -> None:
@@ -77,7 +77,7 @@ class Trainer:
         self.process = process
         if config.optim.batch_size % process.world_size:
             raise UserError(
-                f"optim.batch_size: {config.optim.batch_size} images cannot be shared by "
+                f"optim.batch_size: {config.optim.batch_size} images cannot be divided among "
                 f"{process.world_size} processes; give a multiple of {process.world_size}"
             )
         check_loggers(config.run.loggers)
@@ -143,21 +143,21 @@ class Trainer:
             UserError: the losses are no longer finite, an image cannot be read, another run has the folder.
             Stopped: SIGTERM or SIGINT came; the state is saved.
         """
-        wait_for_all()  # every process has looked at the folder before the first one fills it
+        wait_for_all()  # every process has checked the folder before the first one fills it
         with self.supervisor:
             logger.info("start weights: %s", self.start or "none")
             if self.process.is_main:
                 if claim_run_folder(self.config, locked=True) != self._newest:
                     raise UserError(
                         f"run.output: another process has trained in {self.config.run.output} while this one started; "
-                        "repeat the command: it goes on from what is there now"
+                        "repeat the command: it resumes from what is there now"
                     )
                 open_run_folder(self.config)
                 if self.network.reading.window is not None or takes_measured(self.config.model):
                     write_json(self.config.run.output / INPUT_FILE, self._input())
                 run = self.config.run
                 if self.iteration >= self.config.optim.iterations:
-                    print(f"{run.output}: finished at iteration {self.iteration}; what follows is its last evaluation")
+                    print(f"{run.output}: finished at iteration {self.iteration}; only its last evaluation is left")
                 described = self.config.model_dump(mode="json")
                 self.tracker = Tracker(run.output, iteration=self.iteration, loggers=run.loggers, config=described)
             self._train()
@@ -171,18 +171,18 @@ class Trainer:
 
     def _restore(self, state: dict[str, Any], origin: Path) -> int:
         learned = tuple(state.get("classes", ()))
-        if learned != self.network.classes:  # as when a classes.txt was sorted anew
+        if learned != self.network.classes:  # e.g. after classes.txt was re-sorted
             raise UserError(
-                f"{origin}: learned the classes {learned}, but those of the data are {self.network.classes}; give the "
-                "data their names and order back, or give another --run.output"
+                f"{origin}: learned the classes {learned}, but the data have {self.network.classes}; restore the "
+                "data's names and order, or give another --run.output"
             )
-        recorded = state.get("training_set")  # none in those of earlier versions
+        recorded = state.get("training_set")  # None in checkpoints of earlier versions
         if isinstance(recorded, Tensor) and self.config.data.fingerprint != "off":
             difference = first_difference(recorded, self._fingerprint, self.train_set)
             if difference is not None:
                 raise UserError(
-                    f"{origin}: the training set has changed since: {difference}; bring it back, give another "
-                    "--run.output, or go on in spite of it by --data.fingerprint off"
+                    f"{origin}: the training set has changed since: {difference}; restore it, give another "
+                    "--run.output, or resume all the same with --data.fingerprint off"
                 )
         self.start = state.get("start") and StartWeights(**state["start"])
         keep_backends(self.step, self.config, state.get("attention", ()), self.process.device)
@@ -213,10 +213,10 @@ class Trainer:
                 self._record(batch, output, progress)
 
     def _shared_step(self) -> torch.nn.Module:
-        """Let the processes share gradients; anew when the decoder joins in: then none need be searched for."""
+        """Wrap the step in DDP; again once the decoder trains, since DDP need not search for unused parameters then."""
         reached = reaches_all(self.config, self.iteration)
         if self._shared is None or self._shared[0] != reached:
-            self._shared = None  # its hooks go before others come
+            self._shared = None  # its hooks are removed before new ones are set
             self._shared = reached, distribute(self.step, self.process, all_reached=reached)
         return self._shared[1]
 
@@ -226,7 +226,7 @@ class Trainer:
             with self.supervisor.waiting():
                 return next(self.loader)
         except Stopped as stopped:
-            self.loader.load_state_dict(position)  # a batch that came in this moment was not trained on
+            self.loader.load_state_dict(position)  # a batch that arrived at this moment was not trained on
             self.supervisor.save_and_stop(stopped, self.iteration, together=self.process.world_size == 1)
             raise
 
@@ -275,7 +275,7 @@ class Trainer:
             self.tracker.log(self.iteration, scores)
 
     def _has_missed(self) -> bool:
-        """Whether the run was ended in the evaluation that followed the checkpoint that it goes on from."""
+        """Return whether the run was ended during the evaluation after the checkpoint that it resumes from."""
         if not self.iteration or not self._validates():
             return False
         lines = read_metrics(self.config.run.output)
@@ -295,7 +295,7 @@ class Trainer:
         return evaluation
 
     def _score_labels(self) -> dict[str, Any]:
-        """Score the classifier on training pictures: all that can be done without a list of pictures with masks."""
+        """Score the classifier on training pictures: the only scores without a list of pictures with masks."""
         with self.supervisor.interlude(), whole_weights(self.step, self.network):
             scores = score_labels(self.network, self.train_set, self.config, self.process)
         self.supervisor.mark_best(_mean_label_scores(scores)["label_ap"])
@@ -323,7 +323,7 @@ class Trainer:
         if evaluation is not None:
             summary |= {**_mean_ious(evaluation), "results": evaluation.results}
             rich_print(score_table(evaluation.results))
-            if evaluation.examples:  # none where the first images could not be evaluated
+            if evaluation.examples:  # empty if the first images could not be evaluated
                 grid = evaluation_grid(evaluation.examples, self.network.classes)
                 picture = self.tracker.pictures(self.iteration, grid, "validation")
                 if picture is not None:
@@ -346,7 +346,7 @@ class Trainer:
         return (every > 0 and self.iteration % every == 0) or (last and self.iteration == self.config.optim.iterations)
 
     def _input(self) -> dict[str, Any]:
-        """Return what was found once over the training pictures and belongs to the network."""
+        """Return what was measured once over the training pictures and belongs to the network."""
         window = self.network.reading.window
         return {
             "window": None if window is None else [list(ends) for ends in window],

@@ -21,7 +21,7 @@ BAND = 512  # rows of S that the torch path holds at a time
 
 
 class _Band(NamedTuple):
-    """Rows of pairs of one image, patches of known label alone."""
+    """Rows of pairs of one image, only patches of known label."""
 
     image: int
     rows: slice
@@ -56,7 +56,7 @@ def _sums_torch(
     sums = inverse.new_zeros(4, dtype=torch.float64)
     for band in _bands(features, labels, order, inverse):
         similarity = band.unit[band.rows] @ band.unit.T
-        similarity[:, band.rows].fill_diagonal_(0)  # a patch is no pair with itself
+        similarity[:, band.rows].fill_diagonal_(0)  # a patch does not pair with itself
         if with_gradient:
             signs[band.image, band.rows, : len(band.unit)] = similarity.sign()
         similarity.abs_()
@@ -155,7 +155,7 @@ def affinity_sums(features: Tensor, labels: Tensor, *, ignore_index: int = 255) 
     Args:
         features: (B, N, D) fp32, bf16 or fp16 (fp64 on the torch path); the kernels take them in autocast's dtype.
         labels: (B, N) integer: 0 background, 1..C classes, ``ignore_index`` unknown.
-        ignore_index: label of the patches that take no part.
+        ignore_index: label of the patches that are left out.
 
     Returns:
         (4,) fp32 (fp64 for fp64 input): same_sum, same_count, different_sum, different_count over ordered pairs i != j

@@ -1,11 +1,11 @@
-"""Tiles of pairs of patches: the the Triton kernels of the affinity sums (paper, L_aff of Eq. 10).
+"""Tiles of pairs of patches: the Triton kernels of the affinity sums (paper, L_aff of Eq. 10).
 
 With unit vectors u_i = f_i / max(|f_i|, 1e-8) and s_ij = u_i . u_j, |s_ij| is summed over ordered known pairs. A first
 launch takes the norms and lists the patches of known label first, so that the cost follows the square of their number.
 Forward computes tiles of F Fᵀ, i-tile <= j-tile only, and keeps of each pair its sign, one byte, and of each patch the
-sums of its row, over patches of its label and over the others. Backward needs no more: with W_ij = 2 sign(s_ij) *
-(gradient of the sum that the pair belongs to), dU_i = Σ_j W_ij u_j is one matrix product whose left factor is made of
-signs and labels, and dU_i . u_i = Σ_j W_ij s_ij is the row's two sums, weighted;
+sums of its row, over patches of its label and over the others. Backward needs nothing else: with W_ij = 2 sign(s_ij) *
+(gradient of the sum that the pair belongs to), dU_i = Σ_j W_ij u_j is one matrix product whose left factor is built
+from signs and labels, and dU_i . u_i = Σ_j W_ij s_ij is the row's two sums, weighted;
 df_i = (dU_i - (dU_i . u_i) u_i) / |f_i|.
 
 Legend: B batch, N patches, D width.
@@ -19,9 +19,9 @@ from torch import Tensor
 
 from .dispatch import FEATURE_DTYPES, CompileCase, device_guard, dot, next_power_of_2, require_dtype, tl, triton
 
-EPS = 1e-8  # least norm that a vector is divided by
-NO_NORM = -1.0  # stands for 1 / norm of a patch of unknown label
-NORM_EPS, UNKNOWN = tl.constexpr(EPS), tl.constexpr(NO_NORM)  # as the kernels read them
+EPS = 1e-8  # smallest norm that a vector is divided by
+NO_NORM = -1.0  # in place of 1 / norm for a patch of unknown label
+NORM_EPS, UNKNOWN = tl.constexpr(EPS), tl.constexpr(NO_NORM)  # constants for the kernels
 PREPARE_ROWS, PREPARE_COLUMNS = 16, 256  # patches of one program of the first launch, and labels it compares at once
 
 
@@ -49,7 +49,7 @@ def prepare_kernel(
         total += tl.sum(known_j.to(tl.int32), 0)
         before += tl.sum((known_j & (j < start)).to(tl.int32), 0)
         same += tl.sum(((label[:, None] == label_j[None, :]) & known_j[None, :]).to(tl.int32), 1)
-    rank = before + tl.cumsum(known.to(tl.int32), 0)  # known patches up to and with this one
+    rank = before + tl.cumsum(known.to(tl.int32), 0)  # known patches up to and including this one
     place = b * N + tl.where(known, rank - 1, total + n - rank)
     d = tl.arange(0, WIDTH)
     values = features + (b * N + n[:, None]) * D + d[None, :]
@@ -87,14 +87,14 @@ def sums_kernel(
     inverse,  # (B,N) fp32
     partial,  # (B,tiles,tiles,4) fp32
     rows,  # (B,tiles,N,2) fp32: the row sums over one tile of columns
-    signs,  # (B,N,N) int8 in the list's order; left open beyond the known patches
+    signs,  # (B,N,N) int8 in the list's order; undefined beyond the known patches
     N,
     D,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
     WITH_GRADIENT: tl.constexpr,
 ):
-    """Sums of one tile of pairs; a tile above the diagonal stands for its mirror image too."""
+    """Sums of one tile of pairs; a tile above the diagonal also counts for its mirror image."""
     tile_i, tile_j, b = tl.program_id(1), tl.program_id(0), tl.program_id(2).to(tl.int64)
     tiles = tl.num_programs(0)
     out = partial + ((b * tiles + tile_i) * tiles + tile_j) * 4
@@ -168,7 +168,7 @@ def backward_kernel(
     same_gradient, different_gradient = tl.load(gradient), tl.load(gradient + 2)
     largest = tl.maximum(tl.abs(same_gradient), tl.abs(different_gradient))
     largest = tl.where(largest == 0, 1.0, largest)
-    same_gradient, different_gradient = same_gradient / largest, different_gradient / largest  # for fp16's sake
+    same_gradient, different_gradient = same_gradient / largest, different_gradient / largest  # keeps fp16 in range
     known = tl.zeros((), tl.int32)
     for start in range(0, tl.where(tl.load(inverse + tl.program_id(1) * ROWS) != UNKNOWN, N, 0), COLUMNS):
         j = start + tl.arange(0, COLUMNS)
@@ -180,7 +180,7 @@ def backward_kernel(
         n_j = tl.load(order + j, mask=j < N, other=0)
         label_j, inverse_j = _labels(labels, inverse, n_j, j, N, -2)
         if features.dtype.element_ty == tl.float16:
-            inverse_j = tl.minimum(inverse_j, 6e4)  # norms below 2e-5, fp16's own subnormal numbers
+            inverse_j = tl.minimum(inverse_j, 6e4)  # norms below 2e-5, subnormal in fp16
         sign = tl.load(signs + j[None, :], mask=(i[:, None] < N) & (j[None, :] < N), other=0)
         weight = tl.where(label_i[:, None] == label_j[None, :], same_gradient, different_gradient)
         weight *= inverse_j[None, :] * sign.to(tl.float32)
@@ -242,7 +242,7 @@ def launch_sums(
 
 
 def launch_backward(gradient: Tensor, features: Tensor, labels: Tensor, *found: Tensor) -> Tensor:
-    """Gradient of the features (B, N, D) from that of the four sums, (4,) fp32, and what the forward pass found."""
+    """Gradient of the features (B, N, D) from that of the four sums, (4,) fp32, and the forward pass's results."""
     features, labels = features.contiguous(), labels.contiguous()
     B, N, D = features.shape
     result = features.new_empty(B, N, D)

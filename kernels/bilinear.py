@@ -8,10 +8,10 @@ from .dispatch import tl, triton
 
 
 def resize_matrix(like: Tensor, length: int, pixels: int) -> Tensor:
-    """Writes the resize of one side as a matrix: each row is the part one low-resolution sample has in the result.
+    """Return the matrix that resizes one side: each row holds one low-resolution sample's weights in the result.
 
     Args:
-        like: tensor on the device to use; float64 gives a float64 matrix, any other dtype a float32 one.
+        like: tensor on the device to use; float64 makes a float64 matrix, any other dtype a float32 one.
         length: samples of the low-resolution side.
         pixels: samples of the resized side.
 

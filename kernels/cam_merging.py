@@ -19,7 +19,7 @@ from .dispatch import FEATURE_DTYPES, require_dtype, require_same_device, use_tr
 
 
 def _merge_torch(cams, flipped, classes, live, size, output_size) -> Tensor:
-    """The CPU path: gathers the present classes first, then resizes by small matrices (mirrored ones undo the flip)."""
+    """The CPU path: gather the present classes first, then resize by small matrices (mirrored ones undo the flip)."""
     maps = []
     for cam, mirror in zip(cams, flipped, strict=True):
         slot = classes[:, :, None, None].expand(-1, -1, *cam.shape[2:])
@@ -81,15 +81,15 @@ def merge_cams(
     size: tuple[int, int],
     output_size: tuple[int, int] | None = None,
 ) -> MergedCams:
-    """Merges the CAMs of all scales and flips, for the present classes only.
+    """Merge the CAMs of all scales and flips, for the present classes only.
 
     Each scale passes ReLU at its own resolution and is resized bilinearly (align_corners=False) to `size`; the map of
     the image and the un-flipped map of the mirrored image are merged by maximum; the scales are summed; then, per
     image and class, m = m - min(m), m = m / (max(m) + 1e-5) over the H*W pixels.
 
     Args:
-        cams: one (B, C, h_s, w_s) floating tensor a scale, raw (before ReLU).
-        flipped: the same of the mirrored images, not un-flipped.
+        cams: one (B, C, h_s, w_s) floating tensor per scale, raw (before ReLU).
+        flipped: the same for the mirrored images, not flipped back.
         labels: (B, C) image labels, present where above 0.
         max_classes: number M of class slots (see `present_classes`).
         size: (H, W) in pixels, where the maps are merged and their minimum and maximum are taken.
@@ -113,7 +113,7 @@ def merge_cams(
 
 def _check(cams, flipped, labels, size, output_size) -> None:
     if not cams or len(cams) != len(flipped):
-        raise ValueError(f"cams and flipped must hold one map a scale each, got {len(cams)} and {len(flipped)} maps")
+        raise ValueError(f"cams and flipped must hold one map per scale each, got {len(cams)} and {len(flipped)} maps")
     for scale, (cam, mirror) in enumerate(zip(cams, flipped, strict=True)):
         if cam.ndim != 4 or 0 in cam.shape or cam.shape != mirror.shape:
             raise ValueError(

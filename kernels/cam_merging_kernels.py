@@ -2,7 +2,7 @@
 
 They resize in two steps. First the columns, of the present classes only: for each scale and flip h rows of W
 pixels, ReLU and un-flip included. Then the rows, on the fly: one pass over the pixels reduces the sum of all scales to
-a minimum and a maximum per tile, a second computes it again, normalises and writes; no map of H*W pixels in between.
+a minimum and a maximum per tile, a second recomputes, normalises and writes it; no map of H*W pixels in between.
 
 Legend: B batch, C foreground classes, M class slots, S scales, H W full-resolution pixels, h w a CAM's own grid.
 """
@@ -15,8 +15,8 @@ from torch import Tensor
 from .bilinear import samples
 from .dispatch import FEATURE_DTYPES, CompileCase, device_guard, require_dtype, tl, triton
 
-TILE = {"BLOCK_Y": 16, "BLOCK_X": 64}  # a program's pixels: 8 a thread at 4 warps
-RESIZED_TILE = {"BLOCK_Y": 4, "BLOCK_X": 32}  # each of these pixels takes four at H, W
+TILE = {"BLOCK_Y": 16, "BLOCK_X": 64}  # a program's pixels: 8 per thread at 4 warps
+RESIZED_TILE = {"BLOCK_Y": 4, "BLOCK_X": 32}  # each of these pixels needs four at H, W
 
 
 # --- kernels
@@ -133,7 +133,7 @@ def launch_merge(
     size: Sequence[int],
     output_size: Sequence[int],
 ) -> Tensor:
-    """Launches the kernels of `merge_cams`: columns of each scale, then extremes, then values."""
+    """Launch the kernels of `merge_cams`: columns of each scale, then extremes, then values."""
     require_dtype("cams[0]", cams[0], FEATURE_DTYPES)
     (B, M), (H, W), (h, w) = classes.shape, size, output_size
     resize = (h, w) != (H, W)
@@ -166,7 +166,7 @@ def launch_merge(
 
 
 def compile_cases() -> Iterator[CompileCase]:
-    """Lists the shipped configurations of the kernels, for the ahead-of-time compile test."""
+    """List the shipped configurations of the kernels, for the ahead-of-time compile test."""
     pointers = {"wide": "*fp32", "heights": "*i32", "live": "*u8"}
     strides = [f"{name}_{side}" for name in ("cam", "mirror") for side in "bchw"]
     integers = dict.fromkeys(["scale", "top", "rows", "M", "h", "w", "W", *strides], "i32")

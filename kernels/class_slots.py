@@ -45,7 +45,7 @@ def launch_present(labels: Tensor, max_classes: int) -> tuple[Tensor, Tensor]:
 
 
 def compile_cases() -> Iterator[CompileCase]:
-    """Lists the shipped configurations of the kernel, for the ahead-of-time compile test."""
+    """List the shipped configurations of the kernel, for the ahead-of-time compile test."""
     for kind in ("fp32", "i64", "u8"):
         signature = {"labels": f"*{kind}", "classes": "*i64", "live": "*u8"}
         signature |= {"C": "i32", "max_classes": "i32", "stride_b": "i32"}
@@ -83,7 +83,7 @@ def _(labels, max_classes):
 
 
 def present_classes(labels: Tensor, *, max_classes: int) -> tuple[Tensor, Tensor]:
-    """Lists the classes present in each image in a fixed number of slots, without waiting for the device.
+    """List the classes present in each image in a fixed number of slots, without waiting for the device.
 
     Args:
         labels: (B, C), any real dtype; a class is present where the label is above 0.
@@ -99,5 +99,7 @@ def present_classes(labels: Tensor, *, max_classes: int) -> tuple[Tensor, Tensor
     if labels.ndim != 2 or 0 in labels.shape:
         raise ValueError(f"labels must be (B, C) with B, C >= 1, got {tuple(labels.shape)}")
     if max_classes < 1:
-        raise ValueError(f"max_classes must be at least 1, got {max_classes}; give the most classes an image may hold")
+        raise ValueError(
+            f"max_classes must be at least 1, got {max_classes}; give the largest number of classes in an image"
+        )
     return present_classes_op(labels, max_classes)

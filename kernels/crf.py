@@ -1,10 +1,10 @@
 """Mean field of the fully connected CRF with exact Gaussian kernels (Krähenbühl and Koltun; evaluation protocol).
 
 The spatial kernel is separable: two matrix products. The bilateral kernel runs over the tiles of
-:mod:`gaussian`, which are made once and serve the normalisation and every iteration. Two
+:mod:`gaussian`, which are built once and serve the normalisation and every iteration. Two
 approximations, both far below 1e-3 in the marginals: pairs of tiles all of whose weights are below exp(-16) = 1e-7 are
-skipped, and a pixel sends what its belief in a class has changed by once that is above 1e-4. After a few iterations few
-beliefs change, which the CPU's filter makes use of.
+skipped, and a pixel only sends the change of its belief in a class once that exceeds 1e-4. After a few iterations few
+beliefs change, which the CPU's filter exploits.
 """
 
 import torch
@@ -47,7 +47,7 @@ def _smoothing(like: Tensor, length: int, sigma: float) -> Tensor:
 def dense_crf_op(
     probabilities: Tensor, images: Tensor, iterations: int, gaussian: list[float], bilateral: list[float]
 ) -> Tensor:
-    """Runs the mean field on checked tensors; gaussian is (weight, sigma), bilateral (weight, sigma_xy, sigma_rgb)."""
+    """Run the mean field on checked tensors; gaussian is (weight, sigma), bilateral (weight, sigma_xy, sigma_rgb)."""
     _, _, H, W = probabilities.shape
     smooth_rows, smooth_columns = (_smoothing(probabilities, length, gaussian[1]) for length in (H, W))
     marginals = []
@@ -86,7 +86,7 @@ def dense_crf(
     bilateral_sigma_xy: float = 121.0,
     bilateral_sigma_rgb: float = 5.0,
 ) -> Tensor:
-    """Runs mean-field inference of a CRF with Potts potentials between every two pixels.
+    """Run mean-field inference of a CRF with Potts potentials between every two pixels.
 
     Q ← softmax(log P + w_g N(K_g) Q + w_b N(K_b) Q), where K_g and K_b are the Gaussian kernels of place and of place
     and colour, i = j included, and N(K) = D^-½ K D^-½ with D the row sums of K (pydensecrf's symmetric normalisation).

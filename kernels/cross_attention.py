@@ -1,8 +1,8 @@
 """The class token attends to the patches that are left: the aggregator's cross-attention without keys or values.
 
-With one query an image, the projections are absorbed. Per head, softmax(q · (W_k x̂_n)) = softmax((W_kᵀ q) · x̂_n), and
+With one query per image, the projections are absorbed. Per head, softmax(q · (W_k x̂_n)) = softmax((W_kᵀ q) · x̂_n), and
 Σ p_n (W_v x̂_n) = W_v (Σ p_n x̂_n). Both matrices then act on one vector per image and head instead of on N tokens. The
-key bias and the bias of the norm add the same constant to all logits of a head, which the softmax takes away (not so
+key bias and the bias of the norm add the same constant to all logits of a head, which cancels in the softmax (except
 where the logits are multiplied by the mask).
 """
 
@@ -34,7 +34,7 @@ def _attend_torch(tokens, query, offset, mask, mask_mode, eps):
         attention = logits.softmax(dim=-1)
     average = torch.matmul(attention.to(query.dtype), normalised)
     if mask_mode != "multiply" and offset is not None:
-        average = average + 0.0 * offset.sum()  # an offset that cancels has a gradient all the same: exactly zero
+        average = average + 0.0 * offset.sum()  # an offset that cancels still has a gradient: exactly zero
     return average, attention.detach()
 
 
@@ -53,7 +53,7 @@ def absorbed_attention_op(
 
     Args:
         tokens: (B,N,D) fp32, bf16 or fp16, before the norm.
-        query: (B,heads,D), same choice of dtypes: that of the matrix products.
+        query: (B,heads,D), same dtypes allowed: that of the matrix products.
         offset: (B,heads) fp32, added to the logits of unmasked patches in mode "multiply"; in the other modes None, or
             any tensor of constants that cancel, whose gradient is exactly zero.
         mask: (B,N) bool, True = masked; None in mode "none" only.
@@ -61,8 +61,8 @@ def absorbed_attention_op(
         eps: of the norm.
 
     Returns:
-        Average (B,heads,D) fp32; weights (B,heads,N) fp32, whose gradient is ignored; mean and reciprocal deviation of
-        each token (2,B,N) fp32, likewise.
+        Average (B,heads,D) fp32; weights (B,heads,N) fp32, whose gradient is ignored; mean and reciprocal standard
+        deviation of each token (2,B,N) fp32, likewise.
 
     Source: Eq. 5-7.
     """
@@ -221,7 +221,7 @@ def masked_cross_attention(
         heads_out = heads_out + v_bias
     if (
         mask is not None and mask_mode == "exclude"
-    ):  # nothing to attend to: neither the norm's bias nor the values' counts
+    ):  # nothing to attend to: neither the norm's bias nor the values' applies
         heads_out = heads_out.masked_fill(mask.all(dim=1, keepdim=True), 0.0)
     output = F.linear(heads_out.to(proj_weight.dtype), proj_weight, proj_bias)
     return (output, attention) if return_attention else output

@@ -1,8 +1,8 @@
 """softmax(u · x̂) x̂ for a few queries u per image: the Triton kernels that masked cross-attention launches.
 
 x̂ is the token after LayerNorm without its weight and bias, formed in registers from the raw token. Forward: one launch
-gives row statistics and logits, one the softmax and the average; backward: one launch gives the tokens' gradient, one
-the queries'. Every sum has a fixed order, so the results repeat exactly.
+computes row statistics and logits, one the softmax and the average; backward: one launch computes the tokens' gradient,
+one the queries'. Every sum has a fixed order, so the results repeat exactly.
 """
 
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.f
 
 @triton.jit
 def _rounded(x, dtype: tl.constexpr):
-    """fp32 to a narrower dtype, to nearest even as the hardware does; the interpreter would cut bfloat16 off."""
+    """fp32 to a narrower dtype, to nearest even as the hardware does; the interpreter would truncate bfloat16."""
     if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
         x = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
@@ -29,7 +29,7 @@ def _rounded(x, dtype: tl.constexpr):
 
 @triton.jit
 def _normalised(tokens, rows, columns, live, mean, rstd, D: tl.constexpr):
-    """x̂ (rows, columns) in fp32; what lies outside is 0."""
+    """x̂ (rows, columns) in fp32; 0 outside."""
     inside = live[:, None] & (columns < D)[None, :]
     x = tl.load(tokens + rows[:, None] * D + columns[None, :], mask=inside, other=0.0).to(tl.float32)
     return tl.where(inside, (x - mean[:, None]) * rstd[:, None], 0.0)
@@ -198,7 +198,9 @@ def token_gradient_kernel(
     for start in range(0, D, BLOCK_D):
         columns = start + tl.arange(0, BLOCK_D)
         u = _per_head(query, b, columns, D, HEADS, BLOCK_H)
-        g = _rounded(_per_head(gradient, b, columns, D, HEADS, BLOCK_H), u.dtype)  # rounded alike in all that cancels
+        g = _rounded(
+            _per_head(gradient, b, columns, D, HEADS, BLOCK_H), u.dtype
+        )  # rounded the same wherever it must cancel
         common += tl.sum(g.to(tl.float32) * _per_head(average, b, columns, D, HEADS, BLOCK_H), 1)
         query_sum += tl.sum(u.to(tl.float32), 1)
         gradient_sum += tl.sum(g.to(tl.float32), 1)

@@ -1,12 +1,12 @@
-"""Which path an operation takes, and the little that every kernel module shares.
+"""Which path an operation takes, and what every kernel module shares.
 
 Path: CUDA tensors take the Triton kernels, CPU tensors take vectorised torch. ``FSR_KERNELS=torch`` or
 ``FSR_KERNELS=triton`` overrides; Triton on CPU tensors needs its interpreter (``TRITON_INTERPRET=1``, set before the
 first import). A caller never asks which path was taken.
 
 Every file has one order: purpose and maths, kernels, launch, registration, autograd, public function; the torch path
-stands before the registration. A public function checks its arguments and calls operators of the ``fsr`` library, which
-are opaque to ``torch.compile`` and all registered alike::
+comes before the registration. A public function checks its arguments and calls operators of the ``fsr`` library, which
+are opaque to ``torch.compile`` and all registered the same way::
 
     @torch.library.custom_op("fsr::name", mutates_args=())
     def name_op(...): ...  # use_triton(tensor): launch the kernels; else the torch path
@@ -16,13 +16,13 @@ are opaque to ``torch.compile`` and all registered alike::
     def name_backward_op(...): ...  # and its fake
     name_op.register_autograd(_backward, setup_context=_setup_context)  # _backward calls name_backward_op
 
-Where autograd differentiates the torch path well (cross-attention), or where the CPU takes the gradient on the way
-forward (distillation), :func:`use_triton` is asked before the operator.
+Where autograd differentiates the torch path well (cross-attention), or where the CPU computes the gradient in the
+forward pass (distillation), :func:`use_triton` is called before the operator.
 
 ``triton_op`` with ``wrap_triton`` would stay visible to Inductor, but tracing runs the kernels on fake tensors, which
 the interpreter cannot do, so the same test would not hold with and without a GPU; the kernels fuse all they need
 themselves. The backward must be an operator of its own, because AOTAutograd traces it too. Rules that ``opcheck``
-enforces: outputs never alias inputs, and every layout is right, so kernels take strides or the operator calls
+enforces: outputs never alias inputs, and every layout is allowed, so kernels take strides or the operator calls
 ``contiguous()``; gradients arrive expanded (stride 0) after a ``sum``.
 """
 
@@ -36,7 +36,7 @@ from torch import Tensor
 try:
     import triton
     import triton.language as tl
-except ImportError:  # a platform without Triton: kernels can be read by Python, and only the torch path runs
+except ImportError:  # a platform without Triton: Python can still parse the kernels, and only the torch path runs
 
     class _NoTriton:
         def __getattr__(self, name: str) -> "_NoTriton":
@@ -62,8 +62,8 @@ class CompileCase(NamedTuple):
         constants: value of each ``tl.constexpr`` argument by name (also arguments that are None).
         num_warps: as launched.
         num_stages: as launched.
-        main: compile for every target and not for sm_90 alone.
-        spill_reason: why register spills are accepted here; empty where they are not.
+        main: compile for every target, not only for sm_90.
+        spill_reason: why register spills are accepted here; empty if they are not.
     """
 
     name: str
@@ -87,7 +87,7 @@ def use_triton(tensor: Tensor) -> bool:
 
     Raises:
         ValueError: ``FSR_KERNELS`` holds something other than ``torch``, ``triton`` or nothing.
-        RuntimeError: Triton was asked for on a CPU tensor without the interpreter.
+        RuntimeError: Triton was requested for a CPU tensor without the interpreter.
     """
     choice = os.environ.get("FSR_KERNELS", "")
     if choice not in ("", "torch", "triton"):
@@ -108,7 +108,7 @@ def require_shape(name: str, tensor: Tensor, shape: Iterable[int | str]) -> None
     Args:
         name: the argument as the operation calls it.
         tensor: its value.
-        shape: one entry a dimension: the exact size, or a letter of the legend where any size will do.
+        shape: one entry per dimension: the exact size, or a letter of the legend if any size is allowed.
 
     Raises:
         ValueError: the number of dimensions or an exact size differs.
@@ -124,7 +124,7 @@ def require_shape(name: str, tensor: Tensor, shape: Iterable[int | str]) -> None
 
 
 def require_dtype(name: str, tensor: Tensor, dtypes: Iterable[torch.dtype]) -> None:
-    """Refuse a tensor of a dtype that the operation does not take.
+    """Refuse a tensor of a dtype that the operation does not support.
 
     Args:
         name: the argument as the operation calls it.
@@ -175,7 +175,7 @@ def device_guard(tensor: Tensor) -> Any:
     """Make the tensor's GPU current while kernels are launched; nothing for a CPU tensor.
 
     Args:
-        tensor: a tensor on the device where the kernels shall run.
+        tensor: a tensor on the device where the kernels are to run.
 
     Returns:
         A context manager.
@@ -187,7 +187,7 @@ def device_guard(tensor: Tensor) -> Any:
 def dot(a, b, total):
     """Matrix product added to ``total`` (fp32), in three tf32 passes for fp32 factors.
 
-    The interpreter keeps bfloat16 as bits in an integer and would multiply those, so it is given the values in fp32,
+    The interpreter keeps bfloat16 as bits in an integer and would multiply those, so it gets the values in fp32,
     whose products are the same.
     """
     if INTERPRETED:

@@ -1,7 +1,7 @@
 """Cross-entropy from the teacher's to the student's prototype distribution, without K-wide logits kept for backward.
 
 Triton: the forward pass merges the parts of the online softmax; the backward pass computes the logits' gradient of as
-many prototypes as fit a fixed workspace, and two library products take it from there. CPU: the forward pass takes the
+many prototypes as fit a fixed workspace, and two library products do the rest. CPU: the forward pass computes the
 gradients of a block of rows while its logits are at hand. All sums have a fixed order.
 """
 
@@ -20,7 +20,7 @@ _TINY = 1e-30
 
 
 def _blocks_torch(sides, weight, teacher_temperature, student_temperature, with_gradient):
-    """Loss and gradient of a block of rows from the same logits: nothing is kept and nothing computed twice."""
+    """Loss and gradient of a block of rows from the same logits, which are neither kept nor computed twice."""
     student, directions, teacher, teacher_directions, centre = sides
     wide = weight.dtype
     losses = torch.empty_like(weight)
@@ -136,11 +136,11 @@ def distillation_blocks_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Weighted sum of the rows' losses on the torch path; arguments as in :func:`distillation_rows_op`.
 
-    Differentiable in student, directions and weight (M,); ``with_gradient`` says whether that is wanted.
+    Differentiable in student, directions and weight (M,); ``with_gradient`` says whether gradients are needed.
 
     Returns:
         Loss (), losses (M,), largest weight (), and the gradients of student (M,E) and directions (K,E) divided by it,
-        empty where not wanted. Only the first carries a gradient.
+        empty if not needed. Only the first carries a gradient.
     """
     sides = student, directions, teacher, teacher_directions, centre
     return _blocks_torch(sides, weight, teacher_temperature, student_temperature, with_gradient)

@@ -1,7 +1,7 @@
 """Student and teacher softmax over the prototypes, tile by tile: the Triton kernels of the distillation loss.
 
-The logits of a tile come from two matrix products side by side and live in registers alone. Forward: each program walks
-over a few tiles with an online softmax of both. Backward: the tiles are computed again.
+The logits of a tile come from two matrix products side by side and live only in registers. Forward: each program walks
+over a few tiles with an online softmax of both. Backward: the tiles are recomputed.
 """
 
 from collections.abc import Iterator, Sequence
@@ -64,7 +64,7 @@ def forward_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """Both softmaxes of a block of rows over TILES tiles of prototypes, which replace each other online."""
+    """Both softmaxes of a block of rows over TILES tiles of prototypes, one after another, online."""
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     split = tl.program_id(1)
     teacher_scale = 1.0 / tl.load(teacher_temperature)
@@ -89,7 +89,7 @@ def forward_kernel(
         weighted = weighted * shrink + tl.sum(p * tl.where((k < K)[None, :], s, 0.0), 1)
         teacher_peak = peak
     part = parts + split.to(tl.int64) * M + m
-    size = tl.cast(splits, tl.int64) * M  # a launch makes a constant of a 1, which has no .to
+    size = tl.cast(splits, tl.int64) * M  # Triton specialises a 1 to a constant, which has no .to
     tl.store(part, student_peak + tl.log(student_sum), mask=m < M)
     tl.store(part + size, teacher_peak + tl.log(teacher_sum), mask=m < M)
     tl.store(part + 2 * size, weighted / teacher_sum, mask=m < M)
@@ -209,7 +209,7 @@ def launch_rows_backward(
 
 
 def compile_cases() -> Iterator[CompileCase]:
-    """List the shipped configurations (E = 256; K is no constant) for the ahead-of-time compile test.
+    """List the shipped configurations (E = 256; K is not a constant) for the ahead-of-time compile test.
 
     Yields:
         Both kernels in each dtype; bf16 for every target.

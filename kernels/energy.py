@@ -16,11 +16,11 @@ def dense_energy(
     sigma_xy: float = 50.0,
     ignore_index: int = 255,
 ) -> Tensor:
-    """Rewards similar class distributions at pixels that are near in place and colour, over every pair of pixels.
+    """Compute an energy over all pairs of pixels, low where pixels near in place and colour have similar distributions.
 
     E = -Σ_ij k_ij G_i S_i · S_j / B with k_ij = exp(-½ |Δrgb / sigma_rgb|² - ½ |Δxy / sigma_xy|²), i = j included.
-    The gate G = max(0, 1 - max_c S), but 1 where the label is `ignore_index`, is a constant. The gradient is that of
-    the official code, dE/dS = -2 G (K S) / B, which is the derivative of E only where the gates of a pair agree.
+    The gate G = max(0, 1 - max_c S), but 1 where the label is `ignore_index`, is treated as a constant. The gradient is
+    that of the official code, dE/dS = -2 G (K S) / B, the derivative of E only where the gates of a pair agree.
 
     The official code weighs this by 1e-7 and filters with a permutohedral lattice, whose sums are about 0.53 (0.45 to
     0.62) of the exact Gaussian's: 0.53e-7 gives its energy the same scale here.
@@ -34,11 +34,11 @@ def dense_energy(
         ignore_index: pixels of this label have an open gate.
 
     Returns:
-        0-d float32 (float64 for float64 probabilities, on the CPU only). K S of the forward pass is all that the
-        backward pass keeps, as (B, C + 1, h, w).
+        0-d float32 (float64 for float64 probabilities, on the CPU only). The backward pass keeps only K S of
+        the forward pass, (B, C + 1, h, w).
 
     Raises:
-        ValueError: a shape or a deviation does not fit, or devices differ.
+        ValueError: a shape or a standard deviation does not fit, or devices differ.
         TypeError: a dtype does not fit.
 
     Source: official code, dense energy loss, with the exact Gaussian in place of its lattice.

@@ -2,7 +2,7 @@
 
 Pixels are sorted along a Z-order curve through feature space and cut into tiles of neighbours on it. Two tiles whose
 bounding boxes are so far apart that every weight between them is below exp(-cutoff) are skipped; all other pairs are
-computed. The cutoff is 24, exp(-24) = 4e-11 (float64: 50, 2e-22) unless a caller gives another. On photographs of
+computed. The default cutoff is 24, exp(-24) = 4e-11 (float64: 50, 2e-22). On photographs of
 224x224 pixels, 67 % of the tile pairs remain for standard deviations of 15 grey levels and 50 pixels, 31 % for 5 and
 121.
 
@@ -17,22 +17,22 @@ from torch import Tensor
 from .dispatch import FEATURE_DTYPES, require_dtype, require_same_device, use_triton
 from .gaussian_kernels import QUERIES, NearTiles, launch_filter, prepare_near
 
-_CUTOFF = {torch.float32: 24.0, torch.float64: 50.0}  # pairs of weights below exp(-cutoff) may be skipped
+_CUTOFF = {torch.float32: 24.0, torch.float64: 50.0}  # pairs with weights below exp(-cutoff) may be skipped
 _KEY_BITS = 30  # of the Z-order key, an int32
 _CPU_TILE = 128
-_CPU_SINGLE = 640  # pixels up to which one tile of everything is the faster way
-_CPU_COLUMNS = 16  # tiles that one matrix product takes: 128 x 2048 weights stay in the cache
+_CPU_SINGLE = 640  # pixels up to which a single tile is faster
+_CPU_COLUMNS = 16  # tiles per matrix product: 128 x 2048 weights stay in the cache
 
 
 # --- both paths: pixels in tiles
 
 
 class TiledPixels:
-    """Pixels in tiles, once, for any number of filters at the same features.
+    """Pixels in tiles, built once for any number of filters at the same features.
 
     Args:
         features: (B, F, P) float32 or float64, in standard deviations.
-        cutoff: two tiles are skipped where every weight between them is below exp(-cutoff).
+        cutoff: two tiles are skipped if every weight between them is below exp(-cutoff).
     """
 
     def __init__(self, features: Tensor, cutoff: float) -> None:
@@ -79,10 +79,10 @@ def _take(channels: Tensor, order: Tensor) -> Tensor:
 
 
 def _filter_tiles(features: Tensor, values: Tensor, filtered: Tensor, *, cutoff: float) -> None:
-    """Adds to filtered (V, T, n) the filter of values (V, T, n) at features (F, T, n) of one image.
+    """Add to filtered (V, T, n) the filter of values (V, T, n) at features (F, T, n) of one image.
 
-    Weights are symmetric: each pair of tiles is computed once and serves both. Where most values are zero, tiles of the
-    others alone are met.
+    Weights are symmetric: each pair of tiles is computed once and serves both. If most values are zero, only tiles of
+    the others are visited.
     """
     V, T, n = values.shape
     senders = values.flatten(1).any(dim=0).nonzero().flatten()
@@ -102,7 +102,7 @@ def _filter_tiles(features: Tensor, values: Tensor, filtered: Tensor, *, cutoff:
 
 
 def _filter_from(senders: Tensor, features: Tensor, values: Tensor, filtered: Tensor, cutoff: float) -> None:
-    """Does the work of :func:`_filter_tiles` where the pixels numbered `senders` alone have values."""
+    """Do the work of :func:`_filter_tiles` if only the pixels numbered `senders` have values."""
     _, T, n = values.shape
     filler = -senders.numel() % n
     padded = torch.cat([senders, senders[-1:].expand(filler)])
@@ -118,7 +118,7 @@ def _filter_from(senders: Tensor, features: Tensor, values: Tensor, filtered: Te
 class _Weights:
     """Weights between tiles of queries (F, T, n) and tiles of keys (F, S, n).
 
-    Exponents come out of one matrix product, -½ |a - b|² = [a, -½ |a|², 1] · [b, 1, -½ |b|²], in float64 since the
+    Exponents come from one matrix product, -½ |a - b|² = [a, -½ |a|², 1] · [b, 1, -½ |b|²], in float64 since the
     terms cancel.
     """
 
@@ -133,7 +133,7 @@ class _Weights:
         self.right = torch.cat([b, torch.ones_like(norm_b), norm_b])  # (F + 2, S, n)
 
     def near(self, tile: int, start: int) -> tuple[Tensor, ...]:
-        """Numbers of the key tiles near a query tile, from `start` on, as many at once as one product takes."""
+        """Numbers of the key tiles near a query tile, from `start` on, in groups of one product each."""
         low, high, key_low, key_high = self.boxes
         gap = torch.maximum(low[:, tile, None] - key_high, key_low - high[:, tile, None])[:, start:].clamp_(min=0)
         return ((gap.square().sum(dim=0) < self.limit).nonzero().flatten() + start).split(_CPU_COLUMNS)
@@ -148,7 +148,7 @@ class _Weights:
 
 @torch.library.custom_op("fsr::gaussian_filter", mutates_args=())
 def gaussian_filter_op(features: Tensor, values: Tensor) -> Tensor:
-    """Filters checked tensors; arguments as in :func:`gaussian_filter`."""
+    """Filter checked tensors; arguments as in :func:`gaussian_filter`."""
     return TiledPixels(features, _CUTOFF[features.dtype]).filter(values)
 
 
@@ -161,7 +161,7 @@ def _(features, values):
 
 
 def bilateral_features(images: Tensor, *, sigma_rgb: float, sigma_xy: float) -> Tensor:
-    """Describes every pixel by place and colour, in standard deviations, for :func:`gaussian_filter`.
+    """Describe every pixel by place and colour, in standard deviations, for :func:`gaussian_filter`.
 
     Args:
         images: (B, 3, h, w) floating, RGB.
@@ -172,7 +172,7 @@ def bilateral_features(images: Tensor, *, sigma_rgb: float, sigma_xy: float) -> 
         (B, 5, h * w) float32 (float64 for float64 images): red, green, blue, row, column.
 
     Raises:
-        ValueError: the shape does not fit or a deviation is not above 0.
+        ValueError: the shape does not fit or a standard deviation is not above 0.
         TypeError: the dtype is not floating.
     """
     if images.dim() != 4 or images.shape[1] != 3 or 0 in images.shape:
@@ -188,10 +188,10 @@ def bilateral_features(images: Tensor, *, sigma_rgb: float, sigma_xy: float) -> 
 
 
 def gaussian_filter(features: Tensor, values: Tensor) -> Tensor:
-    """Sums the values of all pixels, weighing each by its nearness: Σ_j exp(-½ |f_i - f_j|²) v_j, pair i = j included.
+    """Sum the values of all pixels, weighted by proximity: Σ_j exp(-½ |f_i - f_j|²) v_j, pair i = j included.
 
     The sum is not normalised: filter a channel of ones to normalise. No gradient. Distances are float32; the Triton
-    kernels multiply weights and values on the matrix units, which cut both off to TF32: for values of one sign the
+    kernels multiply weights and values on the matrix units, which truncate both to TF32: for values of one sign the
     result is below the exact sum by less than 2⁻⁹ of it.
 
     Args:

@@ -1,4 +1,4 @@
-"""Triton kernels of the Gaussian filter: lists of near tiles, then one program a tile of pixels.
+"""Triton kernels of the Gaussian filter: lists of near tiles, then one program per tile of pixels.
 
 Legend: B batch, P pixels, F features, V filtered values, Q tiles of queries, T tiles of keys.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 from .dispatch import CompileCase, device_guard, next_power_of_2, require_dtype, tl, triton
 
 QUERIES = 128  # pixels that a program filters
-KEYS = (64, 32)  # pixels that it takes in at a time, for up to 64 values and for more
+KEYS = (64, 32)  # pixels that it reads at a time, for up to 64 values and for more
 _LIST_BLOCK = 1024
 
 
@@ -24,7 +24,7 @@ _LIST_BLOCK = 1024
 def _list_near_tiles(
     query_low, query_high, key_low, key_high, near, count, Q, T, limit, F: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Lists, in ascending order, the key tiles near one query tile. Boxes are (B, F, Q) and (B, F, T)."""
+    """List, in ascending order, the key tiles near one query tile. Boxes are (B, F, Q) and (B, F, T)."""
     query, image = tl.program_id(0), tl.program_id(1)
     row = (image * Q + query).to(tl.int64) * T
     found = 0
@@ -49,7 +49,7 @@ def _filter(
     features, values, order, near, count, output, P, padded, V, Q, T,
     F: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Filters one tile of sorted pixels. features (B, F, padded), values (B, V, padded), output (B, V, P) unsorted."""
+    """Filter one tile of sorted pixels. features (B, F, padded), values (B, V, padded), output (B, V, P) unsorted."""
     tile, image = tl.program_id(0), tl.program_id(2)
     channel = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     query = tile * QUERIES + tl.arange(0, QUERIES)
@@ -89,17 +89,17 @@ def _squared_difference(query, key):
 
 
 class NearTiles(NamedTuple):
-    """Scaled features of sorted pixels and, for each tile of queries, the tiles of keys that it must meet."""
+    """Scaled features of sorted pixels and, for each tile of queries, the tiles of keys near it."""
 
     features: Tensor
     """(B, F, Q * QUERIES) float32, in units in which a weight is 2^(-distance²)."""
     cutoff: float
     lists: dict[int, tuple[Tensor, Tensor]]
-    """By size of the key tiles: near (B, Q, T) int32, ascending, and their count (B, Q) int32; made when asked for."""
+    """By size of the key tiles: near (B, Q, T) int32, ascending, and their count (B, Q) int32; computed on demand."""
 
 
 def prepare_near(tiles: Tensor, cutoff: float) -> NearTiles:
-    """Prepares sorted pixels for any number of filters.
+    """Prepare sorted pixels for any number of filters.
 
     Args:
         tiles: (B, F, Q, QUERIES) float32, features in standard deviations; F is 2 or 5.
@@ -117,7 +117,7 @@ def prepare_near(tiles: Tensor, cutoff: float) -> NearTiles:
 
 
 def launch_filter(near: NearTiles, values: Tensor, order: Tensor, P: int) -> Tensor:
-    """Filters sorted values (B, V, Q * QUERIES), of which the first P count; the result (B, V, P) is unsorted."""
+    """Filter sorted values (B, V, Q * QUERIES), of which the first P count; the result (B, V, P) is unsorted."""
     B, V, padded = values.shape
     output = values.new_empty((B, V, P))
     if output.numel() == 0:
@@ -149,7 +149,7 @@ def _launch_list(near: NearTiles, block_keys: int) -> tuple[Tensor, Tensor]:
 
 
 def _filter_config(V: int) -> tuple[int, int, int, int]:
-    """(values that a program takes, pixels it takes in at a time, warps, stages) for V values."""
+    """(values per program, pixels it reads at a time, warps, stages) for V values."""
     if V > 64:
         return 128, KEYS[1], 8, 2
     return max(16, next_power_of_2(V)), KEYS[0], 8, 2

@@ -1,6 +1,6 @@
 """Which patches are masked: exactly k of them, the uncertain ones first (paper, Eq. 2-4).
 
-The soft mask is given, or made from features and classifier, or from a ready class activation map.
+The soft mask is given, or computed from features and classifier, or from a given class activation map.
 
 Legend: B batch, N patches, D width, C classes, h w patch grid.
 """
@@ -104,7 +104,7 @@ def _(cam, labels, uniform, rows, columns, block, k, low, high):
 
 
 class PatchSelection(NamedTuple):
-    """Which patches are masked, in both forms that the method reads.
+    """Which patches are masked, in both forms that the method uses.
 
     Attributes:
         mask: (B, N) bool, True = masked.
@@ -146,7 +146,7 @@ def top_k_mask(soft: Tensor, *, k: int, grid: tuple[int, int] | None = None, blo
 def uncertain_mask(
     features: Tensor, weight: Tensor, labels: Tensor, uniform: Tensor, *, k: int, low: float = 0.2, high: float = 0.7
 ) -> PatchSelection:
-    """Mask the k patches of the highest soft mask, the patches of uncertain activation first.
+    """Mask the k patches with the highest soft mask, patches of uncertain activation first.
 
     Args:
         features: (B, N, D) fp32, bf16 or fp16 (fp64 on the torch path): patch features of the view to be masked.
@@ -192,7 +192,7 @@ def uncertain_mask_from_cam(
     high: float = 0.7,
     block: int = 1,
 ) -> PatchSelection:
-    """Mask by a class activation map that is already normalised, at patch or block granularity.
+    """Mask by a normalised class activation map, at patch or block granularity.
 
     Args:
         cam: (B, C, h', w') fp32, bf16 or fp16 in [0, 1], any resolution, sampled at its nearest pixel.
@@ -228,7 +228,7 @@ def uncertain_mask_from_cam(
 def _require_k(k: int, blocks: int) -> None:
     """Refuse a ``k`` that cannot be chosen from ``blocks`` entries."""
     if not 0 <= k <= blocks:
-        raise ValueError(f"k is {k}; expected 0 <= k <= {blocks}, what can be masked; lower the mask ratio")
+        raise ValueError(f"k is {k}; expected 0 <= k <= {blocks}, the number that can be masked; lower the mask ratio")
 
 
 def _block_grid(grid: tuple[int, int], block: int) -> tuple[int, int]:

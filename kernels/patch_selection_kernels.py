@@ -1,10 +1,10 @@
 """Which patches are masked: the Triton kernels (paper, Eq. 2-4).
 
 The activation of Eq. 2 needs a minimum and a maximum over all patches of an image, a barrier for the whole grid, so
-two launches are the fewest: one multiplies features and classifier, storing present classes only; the other, one
+two launches are the minimum: one multiplies features and classifier, storing present classes only; the other, one
 program per image, does the rest. The soft mask is read there, or built in the same pass from a class activation map.
 Its k-th largest value is found bit by bit on an order-preserving integer key (32 counts over registers); equal values
-are taken in the order of their index, so exactly k are masked, always, and nothing is sorted.
+are taken in the order of their index, so that always exactly k are masked, and nothing is sorted.
 
 Legend: B batch, N patches, D width, C classes, h w patch grid.
 """
@@ -83,7 +83,7 @@ def _soft_values(
 
 @triton.jit
 def _ordered_key(soft):
-    """Unsigned integer that orders as the float does; 0 for none of the numbers."""
+    """Unsigned integer that orders like the float; no number maps to 0."""
     bits = tl.where(soft == 0, 0.0, soft).to(tl.uint32, bitcast=True)  # -0 equals +0
     return tl.where(bits >> 31 == 0, bits | 0x80000000, bits ^ 0xFFFFFFFF)
 
@@ -127,7 +127,7 @@ def _select_kernel(
     chosen = inside & ((owner_key > threshold) | ((owner_key == threshold) & (owner <= last)))
     N = blocks * SIDE * SIDE
     total = k * SIDE * SIDE
-    before = tl.cumsum(chosen.to(tl.int32), 0)  # masked patches up to and with this one
+    before = tl.cumsum(chosen.to(tl.int32), 0)  # masked patches up to and including this one
     tl.store(mask + b * N + patch, chosen, mask=inside)
     tl.store(masked + b * total + before - 1, patch.to(tl.int64), mask=chosen)
 
@@ -136,7 +136,7 @@ def _select_kernel(
 
 
 def launch_activation(features: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """Activation (B, C, 1, N) fp32 of features (B, N, D) by a classifier (C, D), of the present classes alone."""
+    """Activation (B, C, 1, N) fp32 of features (B, N, D) by a classifier (C, D), for the present classes only."""
     require_dtype("features (Triton)", features, FEATURE_DTYPES)
     (B, N, D), C = features.shape, weight.shape[0]
     constants = _activation_configuration(features.dtype, C)
@@ -150,7 +150,7 @@ def launch_activation(features: Tensor, weight: Tensor, labels: Tensor) -> Tenso
 
 
 def _activation_configuration(dtype: torch.dtype, classes: int) -> dict[str, Any]:
-    """Constants of the activation kernel: 128 bytes of each row a step; a matrix product takes at least 16 classes."""
+    """Constants of the activation kernel: 128 bytes of each row per step; matrix products need at least 16 classes."""
     padded = min(max(next_power_of_2(classes), 16), 64)
     return {"TOKENS": TOKENS, "CLASSES": padded, "WIDTH": 128 // dtype.itemsize}
 
@@ -159,7 +159,7 @@ def launch_selection(
     uniform: Tensor, k: int, rows: int, columns: int, block: int, cam: Tensor | None = None,
     labels: Tensor | None = None, low: float = 0.0, high: float = 0.0, normalise: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Launch the selection; ``uniform`` is the soft mask itself where there is no ``cam`` (B, C, h', w')."""
+    """Launch the selection; without ``cam`` (B, C, h', w'), ``uniform`` is the soft mask itself."""
     require_dtype("uniform (Triton)", uniform, (torch.float32,))
     if rows * columns * block * block > MAX_PATCHES:
         raise ValueError(f"{rows * columns * block * block} patches; the kernel takes at most {MAX_PATCHES}")
@@ -186,7 +186,7 @@ def _select_configuration(patches: int) -> tuple[int, int]:
 
 
 def empty_selection(uniform: Tensor, k: int, block: int) -> tuple[Tensor, Tensor]:
-    """Outputs of a selection, not filled."""
+    """Uninitialised outputs of a selection."""
     B, patches, chosen = uniform.shape[0], uniform.shape[1] * block * block, k * block * block
     return (
         uniform.new_empty(B, patches, dtype=torch.bool),

@@ -1,12 +1,12 @@
-"""Pixel-adaptive refinement and the pseudo labels it gives (official code).
+"""Pixel-adaptive refinement and the pseudo labels from it (official code).
 
-Every pixel of a map becomes, again and again, the weighted mean of 48 neighbours (8 directions at 6 dilations), nearer
-colours weighing more. The weights (*affinity*) depend on the image alone: they are computed once an image and shared by
-the maps of both background scores.
+In every iteration each pixel of a map becomes the weighted mean of 48 neighbours (8 directions at 6 dilations);
+similar colours weigh more. The weights (*affinity*) depend on the image alone: they are computed once per image and
+shared by the maps of both background scores.
 
 Two facts save work. The affinities of a pixel sum to 1.01, softmax channels sum to 1, and refining and resizing are
 linear: so the channels still sum to 1.01 ** iterations afterwards, and the background channel is what the foreground
-leaves of it. Only the foreground is refined. Maps of dead slots are neither refined nor compared.
+leaves. Only the foreground is refined. Maps of dead slots are neither refined nor compared.
 
 Legend: B batch, M class slots, H W pixels, h w pixels of the halved image, n neighbours.
 """
@@ -43,7 +43,7 @@ def _to_planes(maps: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _pad_planes(planes: Tensor, border: int) -> Tensor:
-    """Repeats the border's pixels outwards: (P, h + 2 border, w + 2 border, B)."""
+    """Repeat the border's pixels outwards: (P, h + 2 border, w + 2 border, B)."""
     P, h, w, B = planes.shape
     padded = planes.new_empty(P, h + 2 * border, w + 2 * border, B)
     padded[:, border : border + h, border : border + w] = planes
@@ -105,10 +105,10 @@ def _refine_planes(affinity: Tensor, maps: Tensor, iterations: int, dilations: S
 
 
 def _label_planes(foreground: Tensor, classes: Tensor, total: float, size: Sequence[int]) -> Tensor:
-    """Resizes (2, M, h, w, B) foreground channels and gives the winner's label, (2, B, H, W) uint8.
+    """Resize (2, M, h, w, B) foreground channels and return the winner's label, (2, B, H, W) uint8.
 
-    The background is what the channels leave of `total`. Rounding could lift a class over a background that equals it,
-    so a class must win by more than that.
+    The background is what the channels leave of `total`. Rounding could lift a class above a background that equals
+    it, so a class must win by more than that.
     """
     _, M, h, w, B = foreground.shape
     rounding = ROUNDING * torch.finfo(foreground.dtype).eps * total
@@ -140,7 +140,7 @@ def _require_single_precision(images: Tensor, maps: Tensor) -> None:
 
 @torch.library.custom_op("fsr::pixel_adaptive_refinement", mutates_args=())
 def pixel_adaptive_refinement_op(images: Tensor, maps: Tensor, iterations: int, dilations: list[int]) -> Tensor:
-    """Refines checked maps; arguments as in :func:`pixel_adaptive_refinement`."""
+    """Refine checked maps; arguments as in :func:`pixel_adaptive_refinement`."""
     dtype = _working_dtype(images, maps)
     if maps.numel() == 0:
         return maps.new_empty(maps.shape, dtype=dtype)
@@ -169,7 +169,7 @@ def refine_pseudo_labels_op(
     dilations: list[int],
     ignore_index: int,
 ) -> Tensor:
-    """Labels checked maps; arguments as in :func:`refine_pseudo_labels`, `backgrounds` = [high, low]."""
+    """Label checked maps; arguments as in :func:`refine_pseudo_labels`, `backgrounds` = [high, low]."""
     if use_triton(images):
         _require_single_precision(images, cams)
         return launch_labels(images, cams, classes, live, backgrounds, size, iterations, dilations, ignore_index)
@@ -201,14 +201,14 @@ def _(images, cams, classes, live, backgrounds, size, iterations, dilations, ign
 def pixel_adaptive_refinement(
     images: Tensor, maps: Tensor, *, iterations: int = 10, dilations: Sequence[int] = DILATIONS
 ) -> Tensor:
-    """Replaces every pixel of the maps, again and again, by a mean of its neighbours, nearer colours weighing more.
+    """Replace, in every iteration, each pixel of the maps by a mean of its neighbours; similar colours weigh more.
 
     The weights of a pixel sum to 1.01, so the maps grow by 1 % per iteration. No gradient.
 
     Args:
         images: (B, 3, h, w) floating, any range, used as given.
         maps: (B, M, h, w) floating.
-        iterations: how often, at least 0.
+        iterations: their number, at least 0.
         dilations: distances of the 8 neighbours, in pixels, at least 1; beyond the border the border's pixel repeats.
 
     Returns:
@@ -237,10 +237,10 @@ def refine_pseudo_labels(
     dilations: Sequence[int] = DILATIONS,
     ignore_index: int = 255,
 ) -> Tensor:
-    """Refines the maps against a high and against a low background and keeps the labels on which both agree.
+    """Refine the maps against a high and a low background and keep the labels on which both agree.
 
     Background and live classes pass a softmax, pixel-adaptive refinement, bilinear resizing (align_corners=False) and
-    argmax (of equal channels the lowest, where channels within rounding of the background are equal to it). A pixel
+    argmax (ties go to the lowest channel; channels within rounding of the background tie with it). A pixel
     that is foreground against `high` keeps that class; one that is background against both is background; the others
     are ignored.
 

@@ -2,7 +2,7 @@
 
 A thread holds a pixel. Its neighbours' colours, or the values of a group of G maps, lie side by side and come with one
 load of 16 bytes: colours (B, h * w, 4), maps (B, groups, h * w, G), both float32. Affinities are (B, n, h * w) float32.
-The places of the 8 neighbours of one dilation share their rows and columns, beyond the border the border's pixel.
+The 8 neighbours of one dilation share their rows and columns; beyond the border the border's pixel repeats.
 
 Legend: B batch, M class slots, H W pixels, h w pixels of the halved image, n neighbours, G maps of a group.
 """
@@ -50,7 +50,9 @@ def _affinity(images, dilations, place, affinity, h, w, COUNT, colour_scale, eps
     Distances are scaled so that exp(-distance) is 2 to its power.
     """
     pixels = h * w
-    own_place = tl.minimum(tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), pixels - 1)  # some pixels twice, at the end
+    own_place = tl.minimum(
+        tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), pixels - 1
+    )  # the last pixel repeats at the end
     row, column = own_place // w, own_place % w
     image = images + tl.program_id(1).to(tl.int64) * 4 * pixels
     target = affinity + tl.program_id(1).to(tl.int64) * COUNT * 8 * pixels + own_place
@@ -150,7 +152,7 @@ def _taps(position, scale, length):
 
 @triton.jit
 def _resize(plane, top, bottom, left, right, down, across, mask):
-    """Bilinear samples of one map; rows and columns are given as their distance in memory."""
+    """Bilinear samples of one map; rows and columns are given as memory offsets."""
     upper_left = tl.load(plane + top + left, mask=mask, other=0.0)
     upper_right = tl.load(plane + top + right, mask=mask, other=0.0)
     lower_left = tl.load(plane + bottom + left, mask=mask, other=0.0)
@@ -165,7 +167,7 @@ def _label(
     maps, classes, live, labels, total, rounding, h, w, H, W, scale_y, scale_x, M, GROUPS, ignore_index,
     GROUP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Resizes the slots of both backgrounds, lets the classes compete with what they leave, and merges the labels."""
+    """Resize the slots of both backgrounds, compare the classes with what they leave, and merge the labels."""
     image = tl.program_id(1)
     pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = pixel < H * W
@@ -225,7 +227,7 @@ def place_weights(dilations: Sequence[int]) -> list[float]:
 
 @functools.cache
 def neighbours_on(device: torch.device, dilations: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Copies the dilations and the neighbours' place weights to a device, once.
+    """Copy the dilations and the neighbours' place weights to a device, once.
 
     Args:
         device: where the kernels run.
@@ -239,7 +241,7 @@ def neighbours_on(device: torch.device, dilations: tuple[int, ...]) -> tuple[Ten
 
 
 def launch_affinity(images: Tensor, dilations: Sequence[int]) -> Tensor:
-    """Weighs the neighbours of every pixel by colour and place.
+    """Weight the neighbours of every pixel by colour and place.
 
     Args:
         images: (B, 3, h, w) float32, bfloat16 or float16.
@@ -265,7 +267,7 @@ def launch_affinity(images: Tensor, dilations: Sequence[int]) -> Tensor:
 
 
 def pixel_config() -> tuple[int, int]:
-    """Chooses the block of every kernel that walks over pixels.
+    """Choose the block of every kernel that walks over pixels.
 
     Returns:
         (pixels of a program, warps): one pixel per thread, enough programs for every multiprocessor.
@@ -274,25 +276,25 @@ def pixel_config() -> tuple[int, int]:
 
 
 def group_size(maps: int) -> int:
-    """Maps that lie side by side: four are one load of 16 bytes."""
+    """Number of maps stored side by side: four are one load of 16 bytes."""
     return min(4, next_power_of_2(maps))
 
 
 def launch_refinement(
     affinity: Tensor, maps: Tensor, live: Tensor, width: int, iterations: int, dilations: Sequence[int]
 ) -> Tensor:
-    """Replaces every pixel of the live maps, again and again, by the mean of its neighbours.
+    """Replace, in every iteration, each pixel of the live maps by the mean of its neighbours.
 
     Args:
         affinity: (B, n, h * w) float32.
         maps: (B, groups, h * w, G) float32, contiguous; overwritten.
         live: (B, M) bool, contiguous; the maps of slot m are m, or 2 m and 2 m + 1 where there are as many.
         width: w, in pixels.
-        iterations: how often.
+        iterations: their number.
         dilations: distances of the 8 neighbours, in pixels.
 
     Returns:
-        (B, groups, h * w, G) float32; what dead maps hold is left open.
+        (B, groups, h * w, G) float32; dead maps are undefined.
     """
     B, groups, pixels, group = maps.shape
     distances, _ = neighbours_on(maps.device, tuple(dilations))

@@ -1,7 +1,7 @@
 """Segmentation cross-entropy on logits resized to the label map on the fly (official code, segmentation loss).
 
 Legend: B batch, C foreground classes, H W label pixels, h w logit grid. Band: consecutive rows of labels.
-Kept for the backward pass: two gradients at the resolution of the logits, one for either entropy sum.
+Kept for the backward pass: two gradients at the resolution of the logits, one for each entropy sum.
 """
 
 import torch
@@ -91,7 +91,7 @@ segmentation_terms_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def segmentation_sums(logits: Tensor, labels: Tensor, *, ignore_index: int = 255) -> Tensor:
-    """Sums the cross-entropy over background-labelled and over foreground-labelled pixels.
+    """Sum the cross-entropy over background-labelled and over foreground-labelled pixels.
 
     The logits are resized bilinearly (align_corners=False) to the label map without being stored at that size.
 

@@ -2,8 +2,8 @@
 
 Legend: B batch, K = C + 1 channels, H W label pixels, h w logit grid.
 Cell (i, j): the pixels between logits i, i+1 and j, j+1, the four corners that their resized logits are made of. Each
-pixel belongs to one cell, so one program a cell computes each softmax once, forward and gradient in one pass; a second
-kernel gathers, in a fixed order, what up to four cells hold for one logit.
+pixel belongs to one cell, so one program per cell computes each softmax once, forward and gradient in one pass; a
+second kernel gathers, in a fixed order, what up to four cells hold for one logit.
 """
 
 from collections.abc import Iterator
@@ -33,7 +33,7 @@ def _part(position, ratio, cell, length):
 
 @triton.jit
 def _cross_entropy(z, label, k, K):
-    """Cross-entropy of a row of pixels (infinite for a label that is no channel) and its gradient in the logits."""
+    """Cross-entropy of a row of pixels (infinite for a label that is not a channel) and its gradient in the logits."""
     z -= tl.max(z, axis=0)[None, :]
     exponential = tl.exp(z)
     total = tl.sum(exponential, axis=0)
@@ -47,7 +47,7 @@ def _load_corners(logits, i, j, h, w, stride_h, stride_w, inside):
     """Upper left, upper right, lower left and lower right logits of a cell, each (BLOCK_K, 1)."""
     upper, lower = logits + i * stride_h, logits + tl.minimum(i + 1, h - 1) * stride_h
     left, right = j * stride_w, tl.minimum(j + 1, w - 1) * stride_w
-    floor = -1e30  # of channels beyond K: finite, so that it survives a weight of 0
+    floor = -1e30  # for channels beyond K: finite, so that a weight of 0 does not make it NaN
     upper_left = tl.where(inside, tl.load(upper + left, mask=inside, other=0).to(tl.float32), floor)
     upper_right = tl.where(inside, tl.load(upper + right, mask=inside, other=0).to(tl.float32), floor)
     lower_left = tl.where(inside, tl.load(lower + left, mask=inside, other=0).to(tl.float32), floor)
@@ -74,7 +74,7 @@ def _cell_kernel(
     cell = b * h * w + tl.program_id(0)
     i, j = tl.program_id(0) // w, tl.program_id(0) % w
     k = tl.arange(0, BLOCK_K)[:, None]
-    channel = tl.broadcast_to(k, (BLOCK_K, BLOCK_X))  # loads of the whole tile make its layout: lanes along the pixels
+    channel = tl.broadcast_to(k, (BLOCK_K, BLOCK_X))  # loading the whole tile sets its layout: lanes along the pixels
     first_y, last_y = _cell_start(i, h, H), _cell_start(i + 1, h, H)
     first_x, last_x = _cell_start(j, w, W), _cell_start(j + 1, w, W)
     background_sum = tl.full((BLOCK_X,), 0, tl.float32)
@@ -143,13 +143,13 @@ def _gather_kernel(parts, gradient, K, h, w, BLOCK_K: tl.constexpr):
 
 
 def launch_terms(logits: Tensor, labels: Tensor, ignore_index: int, with_gradient: bool) -> tuple[Tensor, Tensor]:
-    """Launches the kernels.
+    """Launch the kernels.
 
     Args:
         logits: (B, K, h, w), float32, bfloat16 or float16.
         labels: (B, H, W), uint8 or int64.
         ignore_index: label of the pixels in neither set.
-        with_gradient: whether the gradients are wanted.
+        with_gradient: whether to compute the gradients.
 
     Returns:
         (4,) float32, background sum and pixels, foreground sum and pixels; (2, B, K, h, w) float32, the gradients of
@@ -181,7 +181,7 @@ def _configuration(channels: int) -> dict[str, Any]:
 
 
 def compile_cases() -> Iterator[CompileCase]:
-    """Lists the shipped configurations of the kernels, for the ahead-of-time compile test."""
+    """List the shipped configurations of the kernels, for the ahead-of-time compile test."""
     for kind, label, channels, with_gradient in (
         ("bf16", "u8", 21, True),
         ("bf16", "u8", 81, True),

@@ -35,7 +35,7 @@ OFFICIAL: dict[str, Any] = {
 
 
 def write_dataset(root: Path, *, train: int = 8, val: int = 4) -> Path:
-    """Write images of one or two coloured squares on grey noise, their masks and their labels; give the root."""
+    """Write images of one or two coloured squares on grey noise, their masks and their labels; return the root."""
     for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
         (root / folder).mkdir(parents=True)
     draws = np.random.default_rng(0)

@@ -35,7 +35,7 @@ def contents(folder: Path) -> dict[str, int]:
 
 
 def refusal(folder: Path, recipe: dict) -> str:
-    """Train and give the message; check that nothing was written."""
+    """Train and return the message; check that nothing was written."""
     path = helpers.write_config(folder / "recipe.yaml", recipe)
     before = contents(folder)
     with pytest.raises(UserError) as caught:
@@ -109,7 +109,7 @@ def test_a_missing_list(tmp_path, root, key):
 def test_an_empty_list(tmp_path, root):
     (root / "ImageSets/Segmentation/train.txt").write_text("\n")
     recipe = helpers.values(root=root, output=tmp_path / "run")
-    assert_names(refusal(tmp_path, recipe), "data.train_list", "train.txt", "empty", "one id a line")
+    assert_names(refusal(tmp_path, recipe), "data.train_list", "train.txt", "empty", "one id per line")
 
 
 @pytest.mark.parametrize("name", ["picture_2", "picture_9"])
@@ -233,7 +233,7 @@ def test_a_folder_that_holds_another_run(tmp_path, root):
 
 def test_a_folder_that_holds_something_else(tmp_path, root):
     recipe = helpers.values(root=root, output=root)
-    assert_names(refusal(tmp_path, recipe), "run.output", root, "no run", "give another folder")
+    assert_names(refusal(tmp_path, recipe), "run.output", root, "not a run", "give another folder")
 
 
 @pytest.mark.parametrize("damage", ["cut", "other"])
@@ -412,7 +412,7 @@ def test_a_mistake_of_ours_keeps_its_traceback(error):
     [
         (OSError(errno.ENOSPC, "No space left on device"), "error: No space left on device; check path, permissions"),
         (OSError(errno.EMFILE, "Too many open files"), "`ulimit -n 4096`, or lower data.workers"),
-        (MemoryError("x"), "error: out of memory (x); give smaller sizes"),
+        (MemoryError("x"), "error: out of memory (x); reduce the sizes"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory\nmore"), "error: out of memory"),
     ],
 )

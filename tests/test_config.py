@@ -351,7 +351,7 @@ def test_a_recipe_that_would_fill_the_memory_is_one_short_error(tmp_path, case):
 
 
 def keys_of_the_configuration() -> str:
-    """Return name, type, range and default of every key, a line each."""
+    """Return name, type, range and default of every key, one line each."""
     lines = []
     for section, model in SECTIONS.items():
         for key, schema in model.model_json_schema()["properties"].items():
@@ -399,7 +399,7 @@ def test_lists_take_commas_and_spaces_alike():
 
 def test_an_image_size_that_the_patches_do_not_divide_is_refused_before_the_network_is_built():
     message = refusal("--data.image_size", "100", "--print-config")
-    assert "data.image_size: 100 is no multiple of the patch size 8" in message
+    assert "data.image_size: 100 is not a multiple of the patch size 8" in message
     assert message.endswith("the nearest that fits: --data.image_size 96")
 
 

@@ -44,7 +44,7 @@ anything = st.recursive(
 
 
 def attempt(function, *arguments):
-    """Return the result, or none where the input is refused with a message."""
+    """Return the result, or None if the input is refused with a message."""
     try:
         return function(*arguments)
     except UserError:
@@ -213,7 +213,7 @@ def lay_out(folder: Path, files: dict[str, bytes]) -> str:
 
 
 def read_shards(root: str) -> int:
-    """Read all there is; give the number of parts that could be read."""
+    """Read all there is; return the number of parts that could be read."""
     dataset = ShardDataset(root, "val")
     found = 0
     for index in range(min(len(dataset), 6)):

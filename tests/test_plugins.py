@@ -144,7 +144,7 @@ def test_what_was_trained_with_a_plugin_is_used_where_the_user_names_it_and_impo
     }
     for main, arguments in verbs.values():
         with pytest.raises(
-            UserError, match=r"'thin_vit' is no .* --run\.plugins names its module.*used \['of_mine\.method'"
+            UserError, match=r"'thin_vit' is not .* --run\.plugins names its module.*used \['of_mine\.method'"
         ):
             main(arguments)
         assert plugin not in sys.modules
@@ -197,13 +197,13 @@ def refusal(*arguments: str) -> str:
 
 def test_an_unknown_name_lists_what_is_registered(plugin):
     named = ("--run.plugins", plugin)
-    hint = "(one of a plug-in is known once --run.plugins names its module)"
+    hint = "(a plug-in's is known once --run.plugins names its module)"
     message = refusal(*named, "--loss.extra", "xyz=1")
     assert f"loss.extra: unknown loss 'xyz' {hint}; known are: never, spread, unreduced" in message
     message = refusal(*named, "--data.dataset", "pears", "--data.root", "x")
     assert f"data.dataset: unknown data set 'pears' {hint}; did you mean 'pairs'?" in message
     config = build_config(helpers.values({"model": {"backbone": "thin_vat", "backbone_options": {}}}), "the test")
-    with pytest.raises(UserError, match=r"'thin_vat' is no .*; did you mean 'thin_vit'"):
+    with pytest.raises(UserError, match=r"'thin_vat' is not .*; did you mean 'thin_vit'"):
         build_network(config.model, helpers.CLASSES, 32)
 
 
@@ -234,7 +234,7 @@ def test_a_name_cannot_be_registered_twice(tmp_path, plugin):
 
 @pytest.mark.parametrize(("registry", "name"), [(LOSSES, "affinity"), (DATASETS, "voc")])
 def test_the_package_s_own_names_cannot_be_taken(plugin, registry, name):
-    with pytest.raises(UserError, match=f"fsr_fast itself has a .* {name!r}; take another name"):
+    with pytest.raises(UserError, match=f"fsr_fast itself has a .* {name!r}; choose another name"):
         registry.register(name)(refusal)
     assert name not in registry
 
@@ -269,7 +269,7 @@ def test_a_plugin_that_is_not_there_says_where_python_looks(plugin, name):
 
 @pytest.mark.parametrize("name", ["my_losses.py", "../mine", ".mine", "a b"])
 def test_a_path_is_no_module(name):
-    with pytest.raises(UserError, match=r"is no name of a module; expected one such as"):
+    with pytest.raises(UserError, match=r"is not a module name; expected one such as"):
         load_plugins([name])
 
 
@@ -284,5 +284,5 @@ def test_a_loss_that_is_no_scalar_is_refused(plugin):
 def test_the_reference_refuses_losses_that_it_does_not_know(plugin):
     load_plugins([plugin])
     config = helpers.config({"run": {"engine": "reference"}, "loss": {"extra": {"spread": 1.0}}})
-    with pytest.raises(UserError, match=r"loss\.extra: the reference knows the paper's losses alone"):
+    with pytest.raises(UserError, match=r"loss\.extra: the reference only has the paper's losses"):
         build_step(helpers.network(config), config, 2)

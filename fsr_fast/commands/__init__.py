@@ -1,1 +1,1 @@
-"""The verbs of `fsr-fast`, one module for each, with `main(arguments)`; their command lines stand in parsers.py."""
+"""The verbs of `fsr-fast`, one module each, with `main(arguments)`; their command lines are in parsers.py."""

@@ -1,8 +1,7 @@
 """Run the rows of one of the paper's tables: `fsr-fast ablate --table 4 --config F.yaml [--seeds 0 1 2]`.
 
 A row is a recipe with a few keys changed. Each row and seed has a run folder of its own below the output folder. The
-same command goes on where it stopped: finished runs are read, not repeated. `table.md` and `table.json` are written
-anew after every run.
+same command resumes: finished runs are read, not repeated. `table.md` and `table.json` are rewritten after every run.
 """
 
 import json
@@ -26,7 +25,7 @@ ABSENT = "\u2013"
 PAPER_COLUMN = "paper (VOC val, not ours)"
 
 Scores = Mapping[tuple[str, int], dict[str, Any] | None]
-"""Scores of each row and seed; none where the run is not finished."""
+"""Scores of each row and seed; None if the run is not finished."""
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -37,7 +36,7 @@ def main(arguments: Sequence[str]) -> None:
     _check_changes(options.table, changes)
     base = user_config(options.config, changes)
     if base.data.val_list is None:
-        raise UserError("data.val_list: none; a table needs scores, and so a list of images with masks")
+        raise UserError("data.val_list: none; a table needs scores, hence a list of images with masks")
     output = options.output or base.run.output.with_name(f"{base.run.output.name}_table_{options.table}")
     seeds = list(dict.fromkeys(options.seeds))
     rows = TABLES[options.table].rows
@@ -75,7 +74,7 @@ def row_config(base: Config, changes: Changes, folder: Path, seed: int) -> Confi
         seed: its seed.
 
     Raises:
-        UserError: the recipe and the row do not go together.
+        UserError: the recipe and the row are incompatible.
     """
     values = base.model_dump(mode="json")
     for section, content in {**changes, "run": {"output": str(folder), "seed": seed}}.items():
@@ -90,10 +89,10 @@ def read_finished(config: Config) -> dict[str, Any] | None:
         config: of the run.
 
     Returns:
-        Mean IoU of each kind, as in its summary.json; none where the run is to be started or to go on.
+        Mean IoU of each kind, as in its summary.json; None if the run is still to be started or resumed.
 
     Raises:
-        UserError: the run folder holds another run, one that is evaluated otherwise, or a damaged summary.
+        UserError: the run folder holds another run, one that was evaluated differently, or a damaged summary.
     """
     folder = config.run.output
     claim_run_folder(config)
@@ -101,8 +100,8 @@ def read_finished(config: Config) -> dict[str, Any] | None:
         return None
     if build_config(read_yaml(folder / CONFIG_FILE), str(folder)).evaluate != config.evaluate:
         raise UserError(
-            f"{folder} was last started with other values of evaluate: a table compares like with like; give another "
-            "--output, delete the folder, or repeat the values that made it"
+            f"{folder} was last started with other evaluate settings, but a table compares equal ones; give another "
+            "--output, delete the folder, or repeat those settings"
         )
     try:
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
@@ -110,18 +109,18 @@ def read_finished(config: Config) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (ValueError, TypeError, KeyError):
-        raise UserError(f"{folder / 'summary.json'}: damaged; delete it, and the row is evaluated again") from None
+        raise UserError(f"{folder / 'summary.json'}: damaged; delete it to evaluate the row again") from None
 
 
 def write_table(folder: Path, number: int, base: Config, seeds: Sequence[int], scores: Scores) -> None:
     """Write table.md and table.json.
 
     Args:
-        folder: where to.
+        folder: of the table.
         number: of the paper's table.
         base: the recipe.
-        seeds: those of each row.
-        scores: what is known of each row and seed.
+        seeds: of each row.
+        scores: of each row and seed so far.
     """
     table = TABLES[number]
     content = {
@@ -205,7 +204,7 @@ def _choose_rows(number: int, names: Sequence[str] | None) -> list[str]:
 
 
 def _check_place(folder: Path, number: int) -> None:
-    """Refuse to write over a table that is none of this one's."""
+    """Refuse to overwrite another table."""
     for name in ("table.json", "table.md"):
         text = (folder / name).read_text(encoding="utf-8", errors="replace") if (folder / name).is_file() else ""
         if (folder / name).exists() and TABLES[number].title not in text:

@@ -1,7 +1,7 @@
 """Compare two evaluations of the same pictures: `fsr-fast compare FIRST SECOND`.
 
-Both folders hold what `fsr-fast evaluate` wrote. The intervals are paired bootstraps over the pictures: they say how
-far the change may be an accident of which pictures are on the list, not of the seed of the training.
+Both folders hold what `fsr-fast evaluate` wrote. The intervals are paired bootstraps over the pictures: they account
+for the choice of pictures on the list, not for the seed of the training.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,7 +26,7 @@ def main(arguments: Sequence[str]) -> None:
     """Compare as the arguments say."""
     options = parsers.compare().parse_args(arguments)
     if options.draws < 100:
-        raise UserError(f"--draws: {options.draws} resamples give no interval; expected 100 or more")
+        raise UserError(f"--draws: {options.draws} resamples are too few for an interval; expected 100 or more")
     if options.seed < 0:
         raise UserError(f"--seed: {options.seed}; expected 0 or more")
     images, differences = compare(options.first, options.second, draws=options.draws, seed=options.seed)
@@ -53,7 +53,7 @@ def compare(
         seed: of the draws.
 
     Returns:
-        Number of images that both have, and for each kind of result that both have the differences by measure.
+        Number of common images, and the differences by measure for each common kind of result.
 
     Raises:
         UserError: a folder without evaluation, other classes, no common image or no common kind of result.
@@ -83,7 +83,7 @@ def compare(
 def markdown(first: Path, second: Path, images: int, differences: Mapping[str, Mapping[str, Difference]]) -> str:
     """Write the comparison as a table."""
     lines = [
-        f"Comparison of {first} (first) and {second} (second) on the {images} images that both have scored.",
+        f"Comparison of {first} (first) and {second} (second) on the {images} images scored by both.",
         "Percent; the interval holds 95 % of the paired bootstrap's resamples of the images.\n",
         "| result | measure | first | second | change | 95 % interval | second is better in |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: |",

@@ -1,4 +1,4 @@
-"""Look after data sets: check them, derive image labels, build masks, pack shards."""
+"""Prepare data sets: check them, derive image labels, build masks, pack shards."""
 
 import argparse
 import json
@@ -37,24 +37,24 @@ from fsr_fast.runtime.files import write_json
 from fsr_fast.runtime.terminal import track
 
 RECIPES = {"own": "own", "voc": "voc_vit_b", "coco": "coco_vit_b"}
-"""What trains on a data set."""
-EXAMPLES = 3  # messages of a kind that are printed
+"""Recipe for each kind of data set."""
+EXAMPLES = 3  # number of printed messages per kind
 MEGABYTE = 10**6
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Do what the sub-verb says."""
+    """Run the sub-verb."""
     options = parsers.data().parse_args(arguments)
     actions = {"check": check, "import": import_labels, "labels": labels, "masks": masks, "pack": pack_lists}
     actions[options.action](options)
 
 
 def check(options: argparse.Namespace) -> None:
-    """Check a data set: print tables, write JSON and clean lists; exit code 1 where anything was found."""
+    """Check a data set: print tables, write JSON and clean lists; exit code 1 if anything was found."""
     config, parts = _open(options)
     if options.json and options.json.exists() and not _is_report_of(options.json, config):
         raise UserError(
-            f"--json: {options.json} exists and is no report of {config.root}; delete it or give another name"
+            f"--json: {options.json} exists and is not a report of {config.root}; delete it or give another name"
         )
     report = check_dataset(config, parts, options.accept, track=track)
     _print(report)
@@ -104,7 +104,7 @@ def masks(options: argparse.Namespace) -> None:
     """Build VOC's augmented masks from SBD, or write the masks of a list as files."""
     if options.sbd:
         count, listed = build_augmented_masks(options.source, options.sbd, track=track)
-        print(f"{options.source}: {count} masks in SegmentationClassAug; {listed} images are to train on")
+        print(f"{options.source}: {count} masks in SegmentationClassAug; {listed} training images")
         return
     if not options.output:
         raise UserError("command line: --sbd FOLDER (VOC) or --output FOLDER (MS COCO) is missing")
@@ -121,7 +121,7 @@ def pack_lists(options: argparse.Namespace) -> None:
     names = {part: list_stem(str(config.train_list if part == "train" else config.val_list)) for part in parts}
     if len(set(names.values())) < len(parts):
         raise UserError(
-            f"--train, --val: both lists are called {names['val']!r}; rename one, their shards bear its name"
+            f"--train, --val: both lists are called {names['val']!r}; rename one, since shards are named after it"
         )
     for part in parts:
         split = open_split(config, training=part == "train", with_masks=part == "val")
@@ -149,7 +149,7 @@ def _classes(options: argparse.Namespace) -> tuple[str, ...] | None:
 
 
 def _open(options: argparse.Namespace) -> tuple[DataConfig, list[str]]:
-    """Return the section `data` that reads the folder, and which of `train` and `val` there are."""
+    """Return the section `data` that reads the folder, and which of the lists `train` and `val` exist."""
     changes = given(options) | {"data.root": Given("ROOT", str(options.source))}
     dataset = changes["data.dataset"].value if "data.dataset" in changes else detect_dataset(options.source)
     lists = default_lists(options.source, dataset)
@@ -158,14 +158,14 @@ def _open(options: argparse.Namespace) -> tuple[DataConfig, list[str]]:
     parts = [part for part in ("train", "val") if getattr(config, f"{part}_list")]
     if not parts:
         raise UserError(
-            f"{options.source}: no list of images; name one by --train LIST, or make one of a spreadsheet, of folders "
-            f"named by class or of a labelling tool's export: fsr-fast data import EXPORT --output {options.source}"
+            f"{options.source}: no list of images; name one by --train LIST, or make one from a spreadsheet, folders "
+            f"named by class or a labelling tool's export: fsr-fast data import EXPORT --output {options.source}"
         )
     return config, parts
 
 
 def _rows(split: Split, seen: set[str]) -> Iterator[tuple[str, list[str]]]:
-    """Return the rows of a list, without images of the lists before it."""
+    """Return the rows of a list, without images of previous lists."""
     check_names(split.ids, split.origin, "data labels")
     names = [name for name in split.ids if name not in seen]
     seen.update(names)
@@ -208,7 +208,7 @@ def _print(report: Report) -> None:
 
 
 def _is_report_of(path: Path, config: DataConfig) -> bool:
-    """Return whether a file is what an earlier check of this data set has written."""
+    """Return whether a file was written by an earlier check of this data set."""
     try:
         content: Any = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
         return content["root"] == str(config.root) and "findings" in content

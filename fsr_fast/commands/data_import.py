@@ -1,4 +1,4 @@
-"""`fsr-fast data import`: what a labelling tool or a spreadsheet wrote becomes the table of an own data set."""
+"""`fsr-fast data import`: turn a labelling tool's export or a spreadsheet into the table of an own data set."""
 
 import argparse
 from collections.abc import Iterable
@@ -14,11 +14,11 @@ from fsr_fast.runtime.terminal import track
 
 
 def import_labels(options: argparse.Namespace) -> None:
-    """Turn what a labelling tool or a spreadsheet wrote into the table of own pictures, which lie in ROOT/images."""
+    """Turn a labelling tool's export or a spreadsheet into the table of own pictures in ROOT/images."""
     source, root, notes = options.source, options.output, Notes()
     images, target = root / "images", root / f"{options.list}.csv"
     if not images.is_dir():
-        raise UserError(f"{images}: no such folder; put the pictures there first, in folders if you like")
+        raise UserError(f"{images}: no such folder; put the pictures there first, in subfolders if you like")
     for path in (target, root / "masks"):
         if path.exists() and (path == target or (source / LABELMAP).is_file()):
             raise UserError(f"{path} exists; delete it, or give another --list NAME")
@@ -31,7 +31,7 @@ def import_labels(options: argparse.Namespace) -> None:
     shown = export.shown
     if export.silent and options.empty is None:
         raise UserError(
-            f"{source}: of {len(export.silent)} of {len(shown)} pictures it says nothing, for example of "
+            f"{source}: says nothing about {len(export.silent)} of {len(shown)} pictures, for example "
             f"{export.silent[0]!r}: give --empty background (they show no class) or --empty skip (not labelled yet)"
         )
     if options.empty == "skip":
@@ -47,7 +47,7 @@ def import_labels(options: argparse.Namespace) -> None:
 
 
 def _agree_on_classes(root: Path, found: list[str]) -> list[str]:
-    """Return the classes of classes.txt, which is written where there is none."""
+    """Return the classes of classes.txt, which is written if there is none."""
     path = root / "classes.txt"
     for name in found:
         refuse_background(name, "the export")

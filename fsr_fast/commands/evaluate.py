@@ -78,7 +78,7 @@ def _evaluate(
         name, message = next(iter(evaluation.failed.items()))
         raise UserError(
             f"{len(evaluation.failed)} of {len(evaluation.failed) + evaluation.images} images could not be "
-            f"evaluated and are missing in the scores; the first is {name!r}: {message}"
+            f"evaluated and are missing from the scores; the first is {name!r}: {message}"
         )
 
 
@@ -86,7 +86,7 @@ def _report(folder: Path, evaluation: Evaluation, settings: dict[str, Any], clas
     metrics, report = write_report(folder, evaluation, settings, classes)
     rich_print(score_table(evaluation.results))
     print(f"metrics: {metrics}\nreport: {report}")
-    if evaluation.examples:  # all may have been evaluated before an interruption
+    if evaluation.examples:  # empty if all were evaluated before an interruption
         picture = folder / "evaluation.png"
         write_png(picture, evaluation_grid(evaluation.examples, classes))
         print(f"picture: {picture}")
@@ -95,7 +95,7 @@ def _report(folder: Path, evaluation: Evaluation, settings: dict[str, Any], clas
 
 
 def _header(network: Network, config: Config) -> dict[str, Any]:
-    """Describe what is evaluated: two evaluations with equal headers give the same counts."""
+    """Describe what is evaluated: two evaluations with equal headers have the same counts."""
     return {
         "classes": list(network.classes),
         "list": config.data.val_list,

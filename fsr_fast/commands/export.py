@@ -1,7 +1,7 @@
 """Write a trained network for other programs: `fsr-fast export --checkpoint RUN --to onnx --output network.onnx`.
 
 safetensors: a folder with weights, description and a card with the scores, for `fsr_fast.from_pretrained(folder)`.
-onnx, torch: one function of pictures of any number and size, checked against the network after it was written.
+onnx, torch: one function of pictures of any number and size, compared with the network after writing.
 official: the state dict of the official code.
 """
 
@@ -53,7 +53,7 @@ _REMARKS = {
     "safetensors": "read it by fsr_fast.from_pretrained",
     "onnx": "{} in 0…1, (B, {}, H, W), of any number and size, to segmentation, scores and cams",
     "torch": "read it by torch.export.load; {} in 0…1, (B, {}, H, W), to segmentation, scores and cams",
-    "official": "images are normalised by ImageNet's mean and deviation; the file holds no names of the classes",
+    "official": "images are normalised by ImageNet's mean and standard deviation; the file holds no class names",
 }
 
 

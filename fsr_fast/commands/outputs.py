@@ -1,4 +1,4 @@
-"""Where the results of a verb go when no --output is given: to the run that the checkpoint belongs to."""
+"""Where the results of a verb go without --output: to the run that the checkpoint belongs to."""
 
 from pathlib import Path
 
@@ -13,12 +13,12 @@ def run_of(checkpoint: Path) -> Path | None:
 
 
 def default_output(checkpoint: Path, name: str) -> Path:
-    """Return where results of this name go: into the run, else into the folder that one is in."""
+    """Return where results of this name go: into the run, else into the current folder."""
     return (run_of(checkpoint) or Path()) / name
 
 
 def evaluation_folder(checkpoint: Path) -> Path:
-    """Return where an evaluation goes: of a run into the run, of a file into a folder there, or beside the file."""
+    """Return where an evaluation goes: a run's into the run, a file's into a folder there, or beside the file."""
     if checkpoint.is_dir():
         return run_of(checkpoint) or checkpoint
     return (run_of(checkpoint) or checkpoint.parent) / "evaluations" / checkpoint.stem

@@ -1,16 +1,16 @@
-"""The paper's Tables 3, 4 and 5: what each row changes in a recipe, and the scores that the paper gives for it."""
+"""The paper's Tables 3, 4 and 5: what each row changes in a recipe, and the paper's scores for it."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 Changes = dict[str, dict[str, Any]]
-"""Values that a row gives to keys, by section."""
+"""Values that a row sets, by section and key."""
 
 KINDS = ("pseudo", "seg")
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5)
 
 Score = dict[str, float | None]
-"""`mean` and `std`, mean IoU in percent; `std` is None where there is none."""
+"""`mean` and `std`, mean IoU in percent; `std` is None if there is none."""
 
 
 class PaperTable(NamedTuple):
@@ -19,7 +19,7 @@ class PaperTable(NamedTuple):
     title: str
     rows: dict[str, Changes]
     paper: dict[str, dict[str, Score]]
-    """What the paper gives for its rows, by kind: on PASCAL VOC val, without CRF."""
+    """The paper's scores for its rows, by kind: on PASCAL VOC val, without CRF."""
 
 
 def _augment(**changes: Any) -> Changes:
@@ -87,7 +87,7 @@ TABLES = {
         },
     ),
     5: PaperTable(
-        "further augmentation; a learned policy takes the place of colour jitter, but for the rows named jitter",
+        "further augmentation; a learned policy replaces colour jitter, except in the rows named jitter",
         {
             "none": _augment(),
             "blur": _augment(blur=0.1),

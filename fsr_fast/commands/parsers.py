@@ -1,7 +1,7 @@
 """The command lines of all verbs, in one place and without torch: one function for each, which builds its parser.
 
-Verbs that open a trained network share their first options, and take the keys of the configuration that decide about
-what they do: the checkpoint's own configuration, over it a recipe (`--config`), over it `--section.key value`.
+Verbs that open a trained network share their first options, and accept the configuration keys that apply to them:
+the checkpoint's own configuration, overridden by a recipe (`--config`), overridden by `--section.key value`.
 """
 
 import argparse
@@ -20,25 +20,25 @@ EXPORTS = ("safetensors", "onnx", "torch", "official")
 LABEL_KINDS = ("pseudo", "seg", "seg+crf")
 
 _DEVICE = {"--device": Short("run.device", "auto, cpu or cuda")}
-_ROOT = {"--root": Short("data.root", "folder or address of the data set, if not that of the training")}
+_ROOT = {"--root": Short("data.root", "folder or URL of the data set, if not the training's")}
 _INFERENCE = {
     "--scales": Short("evaluate.scales", "scales of the segmentation"),
     "--side": Short(
         "evaluate.side",
         "longest side, in pixels, at which pictures pass through the network; larger ones are scaled down, their masks "
-        "brought back to their size; auto: twice the training's image_size, at least 512; none: every pixel",
+        "scaled back; auto: twice the training's image_size, at least 512; none: every pixel",
     ),
     "--tile": Short(
         "evaluate.tile",
-        "side of the tiles of larger pictures, which --side alone scales down; auto: above 16,384 patches; none: never",
+        "side of the tiles of pictures that are larger after --side; auto: above 16,384 patches; none: never",
     ),
-    "--overlap": Short("evaluate.overlap", "least part of a tile that it shares with the next one, 0 to 0.75 (0.25)"),
-    "--no-flip": Short("evaluate.flip", "leave the mirror images of the segmentation out", "false"),
+    "--overlap": Short("evaluate.overlap", "smallest share of a tile that overlaps the next one, 0 to 0.75 (0.25)"),
+    "--no-flip": Short("evaluate.flip", "segment without mirror images", "false"),
 }
 _MAPS = {
     **_INFERENCE,
     "--threshold": Short("evaluate.threshold", "background score of the pseudo labels"),
-    "--limit": Short("evaluate.limit", "take only the first images"),
+    "--limit": Short("evaluate.limit", "use only the first images"),
 }
 
 
@@ -51,7 +51,7 @@ def evaluate() -> Parser:
             **_ROOT,
             "--list": Short("data.val_list", "name of the list, if not the validation list of the training"),
             "--protocol": Short(
-                "evaluate.protocol", "sizes of the pictures: own, or official, as the official scripts have them (own)"
+                "evaluate.protocol", "sizes of the pictures: own, or official, as in the official scripts (own)"
             ),
             **_MAPS,
             **_DEVICE,
@@ -81,10 +81,10 @@ def pseudo_labels() -> Parser:
 Write label maps of a whole list, for multi-stage methods or the PASCAL VOC test server.
 
     OUTPUT/labels/NAME.png        PNG with VOC's palette; its values are the labels: 0 background, 1… the classes
-    OUTPUT/confidence/NAME.png    8-bit greyscale, how sure each label is: 0 to 255 for 0 to 1
+    OUTPUT/confidence/NAME.png    8-bit greyscale, how certain each label is: 0 to 255 for 0 to 1
     OUTPUT/classes.txt            names of the labels from 0 on, one per line
 
-An interrupted command goes on where it stopped, with the same weights and settings alone.""",
+Repeating an interrupted command resumes it, given the same weights and settings.""",
     )
     _add_trained(
         parser,
@@ -97,7 +97,7 @@ An interrupted command goes on where it stopped, with the same weights and setti
         },
     )
     parser.add_argument("--output", type=Path, help="folder for the results; by default pseudo_labels in the run")
-    parser.add_argument("--kind", choices=LABEL_KINDS, default="pseudo", help="what is written (pseudo)")
+    parser.add_argument("--kind", choices=LABEL_KINDS, default="pseudo", help="what to write (pseudo)")
     parser.add_argument("--unlabelled", action="store_true", help="the list has no image labels, as VOC's test list")
     parser.add_argument("--found", action="store_true", help="pseudo labels of the classes that the classifier finds")
     parser.add_argument("--layout", choices=("plain", "mmseg"), default="plain", help="folders of the results (plain)")
@@ -110,8 +110,8 @@ def predict() -> Parser:
     parser = Parser(
         "predict",
         description="""\
-Segment pictures: masks (palette PNG: the pixel value is the class), overlays, a heat map for each class that is taken
-to be there, and the probability and area of each class (scores.json, results.csv).""",
+Segment pictures: masks (palette PNG: the pixel value is the class), overlays, a heat map for each class that is
+found, and the probability and area of each class (scores.json, results.csv).""",
     )
     parser.add_argument("images", nargs="+", help="pictures, folders of pictures, or patterns such as 'trip/*.jpg'")
     _add_trained(parser, {**_INFERENCE, **_DEVICE})
@@ -128,11 +128,11 @@ def serve() -> Parser:
     parser = Parser(
         "serve",
         description="""\
-Try a network in the browser: open the page and drop a picture on it. It answers this machine alone unless --host says
+Try a network in the browser: open the page and drop a picture on it. It only answers this machine unless --host says
 otherwise. Pictures stay in memory; nothing is written.""",
     )
     _add_trained(parser, {**{name: _INFERENCE[name] for name in ("--scales", "--no-flip")}, **_DEVICE})
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; others than this let others in")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; any other lets other machines in")
     parser.add_argument("--port", type=int, default=8000, help="0: any free one")
     parser.add_argument("--max-mib", type=int, default=16, help="largest picture file, MiB")
     parser.add_argument("--side", type=int, default=1024, help="pictures are scaled down to this longer side, pixels")
@@ -147,7 +147,7 @@ def export() -> Parser:
 Write a trained network for other programs.
 
 safetensors: a folder with weights, description and a card with the scores, for `fsr_fast.from_pretrained(folder)`.
-onnx, torch: one function of pictures of any number and size, checked against the network after it was written.
+onnx, torch: one function of pictures of any number and size, compared with the network after writing.
 official: the state dict of the official code.""",
     )
     _add_checkpoint(parser)
@@ -188,8 +188,8 @@ def compare() -> Parser:
         description="""\
 Compare two evaluations of the same pictures, as `fsr-fast evaluate` wrote them.
 
-The intervals are paired bootstraps over the pictures: they say how far the change may be an accident of which pictures
-are on the list, not of the seed of the training.""",
+The intervals are paired bootstraps over the pictures: they account for the choice of pictures on the list, not for the
+seed of the training.""",
     )
     parser.add_argument("first", type=Path, help="folder of an evaluation")
     parser.add_argument("second", type=Path, help="folder of another evaluation of the same list")
@@ -206,8 +206,8 @@ def ablate() -> Parser:
         description="""\
 Run the rows of one of the paper's tables. A row is a recipe with a few keys changed.
 
-Each row and seed has a run folder of its own below the output folder. The same command goes on where it stopped:
-finished runs are read, not repeated. `table.md` and `table.json` are written anew after every run.""",
+Each row and seed has a run folder of its own below the output folder. The same command resumes: finished runs
+are read, not repeated. `table.md` and `table.json` are rewritten after every run.""",
         epilog="--section.key value changes the recipe of all rows.",
     )
     parser.add_argument("--table", type=int, choices=sorted(TABLES), required=True, help="number of the paper's table")
@@ -233,15 +233,13 @@ fish: `fsr-fast completion fish > ~/.config/fish/completions/fsr-fast.fish`.""",
 
 def data() -> Parser:
     """Build the parser of `data`."""
-    parser = Parser(
-        "data", description="Look after data sets: check them, derive image labels, build masks, pack shards."
-    )
+    parser = Parser("data", description="Prepare data sets: check them, derive image labels, build masks, pack shards.")
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION", parser_class=_ActionParser)
 
     action = actions.add_parser(
         "check",
         help="find every fault",
-        description="Check a data set: print tables, write JSON and clean lists; exit code 1 where anything was found.",
+        description="Check a data set: print tables, write JSON and clean lists; exit code 1 if anything was found.",
     )
     _add_data(action)
     action.add_argument("--json", type=Path, metavar="FILE", help="write all findings to this file")
@@ -250,14 +248,13 @@ def data() -> Parser:
     )
     kinds = "; ".join(f"{kind} ({text})" for kind, text in KINDS.items())
     action.add_argument(
-        "--accept", nargs="+", default=[], choices=KINDS, metavar="KIND", help=f"findings that are no fault: {kinds}"
+        "--accept", nargs="+", default=[], choices=KINDS, metavar="KIND", help=f"kinds of findings to accept: {kinds}"
     )
 
     action = actions.add_parser(
         "import",
-        help="read what labelling tools and spreadsheets write",
-        description="Turn what a labelling tool or a spreadsheet wrote into the table of own pictures, which lie in "
-        "ROOT/images.",
+        help="read the exports of labelling tools, and spreadsheets",
+        description="Turn a labelling tool's export or a spreadsheet into the table of own pictures in ROOT/images.",
     )
     action.add_argument(
         "source",
@@ -267,10 +264,10 @@ def data() -> Parser:
     )
     action.add_argument("--output", type=Path, required=True, metavar="ROOT", help="own data set, with images/ in it")
     action.add_argument("--list", default="train", metavar="NAME", help="name of the table (%(default)s)")
-    action.add_argument("--empty", choices=("background", "skip"), help="pictures of which the tool says nothing")
+    action.add_argument("--empty", choices=("background", "skip"), help="pictures about which the tool says nothing")
     action.add_argument("--image-column", metavar="NAME", help="column of a table that names the pictures")
     action.add_argument("--encoding", metavar="NAME", help="of a table, if not UTF-8 or UTF-16, e.g. cp1252")
-    action.add_argument("--separator", metavar="CHARACTER", help="between the columns of a table, if it is not certain")
+    action.add_argument("--separator", metavar="CHARACTER", help="between the columns of a table, if ambiguous")
 
     action = actions.add_parser(
         "labels",
@@ -328,7 +325,7 @@ def _add_data(parser: Parser, source: str = "folder of the data set") -> None:
     parser.add_sections(
         {"data": SECTIONS["data"]},
         {
-            "--dataset": Short("data.dataset", "layout, voc, coco or own; by default told from the folder"),
+            "--dataset": Short("data.dataset", "layout, voc, coco or own; by default inferred from the folder"),
             "--classes": Short("data.classes", "names of all classes, if not the data set's own"),
             "--labels": Short("data.labels", "source of the labels: auto, xml, csv or masks"),
             "--train": Short("data.train_list", "training list; by default train_aug or train"),

@@ -1,8 +1,7 @@
 """Segment pictures: `fsr-fast predict --checkpoint RUN PICTURES… --output DIR`.
 
-Writes masks (palette PNG: the pixel value is the class), overlays, a heat map for each class that is taken to be
-there, and the probability and area of each class as scores.json and results.csv. The mask of a GeoTIFF is written as
-GeoTIFF, too.
+Writes masks (palette PNG: the pixel value is the class), overlays, a heat map for each class that is found, and the
+probability and area of each class as scores.json and results.csv. The mask of a GeoTIFF is also written as GeoTIFF.
 """
 
 import argparse
@@ -63,10 +62,10 @@ def main(arguments: Sequence[str]) -> None:
 def _write_all(
     network: Network, pictures: dict[str, Path], options: argparse.Namespace, config: Config
 ) -> list[UserError]:
-    """Write all results; scores.json, the last of them, says that they are complete.
+    """Write all results; scores.json, written last, marks them as complete.
 
     Returns:
-        What kept pictures from being read.
+        Why pictures could not be read.
 
     Raises:
         UserError: none of them could be read.
@@ -78,7 +77,9 @@ def _write_all(
     results = _predict(network, pictures, options.batch, config, failed)
     for name, picture, prediction in track(results, "predicting", len(pictures)):
         if not scores:
-            (options.output / "scores.json").unlink(missing_ok=True)  # of an earlier run, whose results go now
+            (options.output / "scores.json").unlink(
+                missing_ok=True
+            )  # of an earlier run, whose results are replaced now
         map_of = partial(map_name, name, pictures=pictures, classes=network.classes)
         draw = partial(write_views, options.output, name, map_of=map_of, opacity=options.opacity, legend=legend)
         if isinstance(picture, Large):
@@ -127,7 +128,7 @@ def write_views(
         cams: (H, W), float32, by name of the class.
         map_of: returns the name of a class's CAM, without suffix.
         opacity: of mask and CAM over the picture, 0 to 1.
-        legend: names of the classes, to be put above the overlay; none: no legend.
+        legend: names of the classes, for a legend above the overlay; None: no legend.
     """
     shown = overlay(image, mask, opacity)
     shown = outline(shown, mask) if opacity else shown
@@ -142,8 +143,8 @@ def write_views(
 def map_name(name: str, class_name: str, pictures: Collection[str], classes: Iterable[str]) -> str:
     """Return the name of a heat map's file, without suffix: `NAME_CLASS`.
 
-    Where that is too long, or also stands for another class or picture, such as the classes `a/b` and `a_b`, or the
-    pictures `a` and `a_b` with the classes `b_c` and `c`, it ends with a digest of both.
+    If that is too long or ambiguous, such as for the classes `a/b` and `a_b`, or the pictures `a` and `a_b` with the
+    classes `b_c` and `c`, it ends with a digest of both.
 
     Args:
         name: of the picture.
@@ -167,7 +168,7 @@ def _in_one_name(class_name: str) -> str:
 
 
 def _table(rows: Iterable[Sequence[str]]) -> str:
-    """Lay out rows as CSV, for spreadsheets."""
+    """Format rows as CSV, for spreadsheets."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
     return text.getvalue()
@@ -176,7 +177,7 @@ def _table(rows: Iterable[Sequence[str]]) -> str:
 def _predict(
     network: Network, pictures: dict[str, Path], batch: int, config: Config, failed: list[UserError]
 ) -> Iterator[tuple[str, np.ndarray | Large, Prediction | None]]:
-    """Return the pictures with what they show; those that are written in bands, without."""
+    """Return the pictures with their predictions; those that are written in bands, without."""
     for group in _batches(network, pictures, batch, config, failed):
         if isinstance(group[0][1], Large):
             yield from ((name, picture, None) for name, picture in group)

@@ -1,4 +1,4 @@
-"""Results of `fsr-fast predict` for a picture that is written in bands."""
+"""Results of `fsr-fast predict` for pictures that are written in bands."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from fsr_fast.models import Network
 
 
 class Large(NamedTuple):
-    """A picture that is read by region, and how it is cut."""
+    """A picture that is read by region, and its tiles."""
 
     pixels: Pixels
     cut: Cut
     ground: list[GeoTag]
-    """Ties it to the ground; empty: nothing does."""
+    """GeoTIFF tags; empty without a georeference."""
 
     @property
     def size(self) -> tuple[int, int]:
@@ -65,7 +65,7 @@ def write_large(
 
     Args:
         folder: the mask goes to its `masks`.
-        name: of the file, without ending.
+        name: of the file, without extension.
         large: the picture.
         network: in eval mode.
         config: sections `evaluate`, `cam` and `run.amp`.

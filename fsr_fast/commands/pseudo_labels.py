@@ -1,13 +1,13 @@
 """Write label maps of a whole list, for multi-stage methods or the PASCAL VOC test server: `fsr-fast pseudo-labels`.
 
     OUTPUT/labels/NAME.png        PNG with VOC's palette; its values are the labels: 0 background, 1… the classes
-    OUTPUT/confidence/NAME.png    8-bit greyscale, how sure each label is: 0 to 255 for 0 to 1
+    OUTPUT/confidence/NAME.png    8-bit greyscale, how certain each label is: 0 to 255 for 0 to 1
     OUTPUT/classes.txt            names of the labels from 0 on, one per line
 
-With `--layout mmseg` the folder is one that mmsegmentation and lightly-train train on as it is: the pictures are in
-img_dir/LIST, the labels in ann_dir/LIST, as greyscale PNG; what to write into their configuration is printed.
+With `--layout mmseg`, mmsegmentation and lightly-train can train on the folder as it is: the pictures are in
+img_dir/LIST, the labels in ann_dir/LIST, as greyscale PNG; the lines for their configuration are printed.
 
-An interrupted run goes on where it stopped, with the same weights and settings alone.
+Repeating an interrupted command resumes it, given the same weights and settings.
 """
 
 import argparse
@@ -84,7 +84,7 @@ def main(arguments: Sequence[str]) -> None:
         if process.is_main and options.archive is not None and not failed:
             _write_archive(options, images, network, config.evaluate.limit)
         if process.is_main and options.layout == "plain" and not failed:
-            print(f"next: look at {options.output / part}; --layout mmseg lays them out for the training of a network")
+            print(f"next: look at {options.output / part}; --layout mmseg lays them out for training another network")
         if failed and process.is_main:
             name, message = next(iter(failed.items()))
             raise UserError(f"{len(failed)} images have no label map; the first is {name!r}: {message}")
@@ -116,10 +116,10 @@ def write_labels(
         part: folder of the label maps inside `folder`; they have colours in `labels` and are grey elsewhere.
 
     Returns:
-        What kept images from being labelled, by name; complete on the first process, empty on the others.
+        Why images could not be labelled, by name; complete on the first process, empty on the others.
 
     Raises:
-        UserError: two images of the list would share a file, or one's would lie outside of the folder.
+        UserError: two images of the list would share a file, or one's would be outside the folder.
     """
     settings = config.evaluate.model_dump(mode="json", exclude={"crf_workers", "training_limit", "limit"})
     header: dict[str, Any] = {"classes": list(network.classes), "kind": kind, "found": found, "amp": config.run.amp}
@@ -181,7 +181,7 @@ def _open_images(trained: Trained, *, labelled: bool) -> ImageSet:
     data = trained.config.data
     if not labelled:
         if data.dataset == "voc":
-            data = data.model_copy(update={"labels": "masks"})  # opened on demand, and nothing here demands them
+            data = data.model_copy(update={"labels": "masks"})  # opened on demand, which never happens here
         split = open_split(data, training=True, with_masks=False)
         classes = trained.network.classes
         labels = np.zeros((len(split.ids), len(classes)), np.float32)
@@ -215,7 +215,9 @@ def _check_names(names: Sequence[str]) -> None:
         check_name(name)
         other = first.setdefault(bare_name(name), name)
         if other != name:
-            raise UserError(f"{name!r} and {other!r}: their label maps would have one name; rename one of the images")
+            raise UserError(
+                f"{name!r} and {other!r}: their label maps would have the same name; rename one of the images"
+            )
 
 
 def _check_archive_options(options: argparse.Namespace, network: Network) -> None:
@@ -225,7 +227,7 @@ def _check_archive_options(options: argparse.Namespace, network: Network) -> Non
         raise UserError("--archive: the test server scores segmentations; add --kind seg or --kind seg+crf")
     if len(network.classes) != len(VOC_CLASSES):
         raise UserError(
-            f"--archive: the network knows {len(network.classes)} classes; the test server expects the "
+            f"--archive: the network has {len(network.classes)} classes; the test server expects the "
             f"{len(VOC_CLASSES)} of PASCAL VOC"
         )
     if options.archive.suffix not in (".tar", ".tgz", ".gz"):

@@ -31,10 +31,10 @@ def main(arguments: Sequence[str]) -> None:
     runs = [read_run(folder) for folder in options.runs]
     names = [run.name for run in runs]
     if len(set(names)) < len(names):
-        raise UserError(f"runs: two of them have one name: {', '.join(names)}; rename a folder")
+        raise UserError(f"runs: two of them have the same name: {', '.join(names)}; rename a folder")
     output = options.output or runs[0].folder / "report.html"
     if options.output is not None and output.exists() and not is_page_of(output, runs):
-        raise UserError(f"--output: {output} exists and is no report of these runs; delete it or give another name")
+        raise UserError(f"--output: {output} exists and is not a report of these runs; delete it or give another name")
     galleries: dict[str, Gallery] = {}
     classes: tuple[str, ...] = ()
     for run in runs:

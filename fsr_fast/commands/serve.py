@@ -1,6 +1,6 @@
 """Try a network in the browser: `fsr-fast serve --checkpoint RUN`, then drop a picture on the page.
 
-The page answers this machine alone unless --host says otherwise. Pictures stay in memory; nothing is written.
+The page only answers this machine unless --host says otherwise. Pictures stay in memory; nothing is written.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Class activation maps of a picture that is larger than what is held at a time."""
+"""Class activation maps of a picture too large to be held whole."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from fsr_fast.kernels import MergedCams
 from fsr_fast.runtime.files import naming
 
 PREVIEW = 2048
-"""Longest side, in pixels, of the activation maps that are kept for pictures."""
+"""Longest side, in pixels, of the activation maps that are kept for display."""
 SPOOL_BYTES = 2**27
-"""Activation maps of more bytes lie in a file."""
+"""Activation maps of more bytes are kept in a file."""
 
 
 class Activations:
-    """CAMs of a picture before they are normalised: written band by band, read back when their extremes are known.
+    """CAMs of a picture before they are normalised: written band by band, read back once their extremes are known.
 
     Args:
         size: height and width of the picture.
         classes: (M,), int64, numbers of the classes.
-        live: (M,), bool, which of them are there.
-        keep: the maps will be read back, not their preview alone.
+        live: (M,), bool, which of them are present.
+        keep: the maps will be read back, not only their preview.
     """
 
     def __init__(self, size: tuple[int, int], classes: Tensor, live: Tensor, *, keep: bool) -> None:
@@ -38,7 +38,7 @@ class Activations:
         self._low, self._high = (torch.full((len(classes),), value) for value in (math.inf, -math.inf))
 
     def add(self, rows: slice, values: Tensor) -> None:
-        """Take the next rows, (M, h, W)."""
+        """Add the next rows, (M, h, W)."""
         values = values.cpu()
         self._low, self._high = values.amin((1, 2)).minimum(self._low), values.amax((1, 2)).maximum(self._high)
         first, step = -rows.start % self.step, self.step
@@ -51,7 +51,7 @@ class Activations:
                 self._file.write(values.contiguous().numpy().data)
 
     def bands(self) -> Iterator[tuple[slice, MergedCams]]:
-        """Return the normalised CAMs, values (1, M, h, W), as they were added."""
+        """Return the normalised CAMs, values (1, M, h, W), band by band."""
         assert self._file is not None
         self._file.seek(0)
         for rows in self._rows:

@@ -19,7 +19,7 @@ FOLDER = "results/VOC2012/Segmentation/comp6_test_cls"
 
 
 def write_archive(path: Path, labels: Path, sizes: Mapping[str, tuple[int, int]], classes: int) -> None:
-    """Write the archive and read it back as the server would; it bears its name only if nothing is wrong with it.
+    """Write the archive and read it back as the server would; it gets its name only if it is valid.
 
     Args:
         path: .tar, or .tgz / .tar.gz, which is compressed.
@@ -48,13 +48,13 @@ def check_archive(file: BinaryIO, path: Path, sizes: Mapping[str, tuple[int, int
 
     Args:
         file: the archive.
-        path: what messages call it.
+        path: its name in messages.
         sizes: width and height of each image of the list.
         classes: highest label; 255 is not allowed.
 
     Raises:
-        UserError: a file is missing, one too many, damaged, of another size than its image, without VOC's palette, or
-            holds a label out of range.
+        UserError: a file is missing, surplus, damaged, of another size than its image, without VOC's palette, or holds
+            a label out of range.
     """
     missing = dict(sizes)
     with tarfile.open(fileobj=file) as archive:
@@ -63,7 +63,7 @@ def check_archive(file: BinaryIO, path: Path, sizes: Mapping[str, tuple[int, int
             size = missing.pop(name, None)
             content = archive.extractfile(entry)
             if size is None or content is None or entry.name != f"{FOLDER}/{name}.png":
-                raise UserError(f"{path}: {entry.name} does not belong to an image of the list, or stands there twice")
+                raise UserError(f"{path}: {entry.name} does not belong to an image of the list, or is a duplicate")
             fault = _fault(content.read(), size, classes)
             if fault:
                 raise UserError(f"{path}: {entry.name}: {fault}; delete the folder of the labels and write them again")

@@ -11,7 +11,7 @@ CHUNK = 64
 
 
 class Difference(NamedTuple):
-    """Mean IoU of two evaluations of the same images, percent, and what resampling the images says of its change."""
+    """Mean IoU of two evaluations of the same images, percent, and the bootstrap's interval of their difference."""
 
     first: float
     second: float

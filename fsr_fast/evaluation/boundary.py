@@ -12,7 +12,7 @@ DILATION_RATIO = 0.02
 """Width of the band, as a share of the image's diagonal."""
 IGNORE_INDEX = 255
 PIXELS = 2**22
-"""Larger images are looked at in parts of so many pixels, and the rows around that decide about them."""
+"""Larger images are processed in parts of this many pixels, with the rows around that affect them."""
 
 
 def band_width(height: int, width: int) -> int:
@@ -25,7 +25,7 @@ def contour_band(labels: Tensor, width: int) -> Tensor:
 
     Args:
         labels: (H, W), integers.
-        width: number of erosions by a square of 3 by 3 pixels, at least 1; beyond the image no class goes on.
+        width: number of erosions by a square of 3 by 3 pixels, at least 1; classes end at the image's border.
 
     Returns:
         (H, W), bool. Source: Boundary IoU, "mask to boundary", for all classes at once.
@@ -39,7 +39,7 @@ def boundary_counts(prediction: Tensor, truth: Tensor, classes: int) -> Tensor:
 
     Args:
         prediction: (H, W), integers, 0 to C.
-        truth: (H, W), integers, 0 to C, or 255 where nothing is known; nothing is predicted there, either.
+        truth: (H, W), integers, 0 to C, or 255 where it is unknown; predictions there are ignored, too.
         classes: C.
 
     Returns:
@@ -50,7 +50,7 @@ def boundary_counts(prediction: Tensor, truth: Tensor, classes: int) -> Tensor:
     step = max(4 * band, PIXELS // width)
     for top in range(0, height, step):
         bottom = min(top + step, height)
-        first, last = max(0, top - band), min(height, bottom + band)  # what decides about the rows top to bottom
+        first, last = max(0, top - band), min(height, bottom + band)  # the rows that affect top to bottom
         inner = slice(top - first, bottom - first)
         there = truth[first:last]
         found = torch.where(there == IGNORE_INDEX, there, prediction[first:last].to(truth.dtype))
@@ -77,7 +77,7 @@ def boundary_iou(counts: Tensor) -> Tensor:
 
 
 def _largest_around(labels: Tensor, width: int) -> Tensor:
-    """Largest label within `width` pixels along both axes, by doubling; the padding of that width falls away."""
+    """Largest label within `width` pixels along both axes, by doubling; padding of that width is cropped."""
     for axis in (0, 1):
         reach = 1
         while reach < 2 * width + 1:

@@ -44,13 +44,13 @@ def dense_crf(
         probabilities: (C+1,H,W) float32, softmax over the classes; values below 1e-5 count as 1e-5.
         backend: `pydensecrf` filters by a permutohedral lattice, an approximation, and leaves out classes that are
             nowhere likelier than 1e-4 (its time grows with the classes; their result is 0); `exact` filters by exact
-            Gaussians, which for a photograph takes a CPU's core more than a minute.
+            Gaussians, which takes a CPU core more than a minute per photograph.
         device: where `exact` computes.
         iterations: mean-field iterations.
         gaussian_weight: weight of the smoothness term.
-        gaussian_sigma: its width, pixels.
+        gaussian_sigma: its width, in pixels.
         bilateral_weight: weight of the appearance term.
-        bilateral_sigma_xy: its width in space, pixels.
+        bilateral_sigma_xy: its width in space, in pixels.
         bilateral_sigma_rgb: its width in colour, of 0 to 255.
 
     Returns:
@@ -95,7 +95,7 @@ def dense_crf(
     field.addPairwiseBilateral(
         sxy=bilateral_sigma_xy,
         srgb=bilateral_sigma_rgb,
-        rgbim=np.array(image, order="C"),  # a copy: a read-only array is refused
+        rgbim=np.array(image, order="C"),  # a copy, since a read-only array is refused
         compat=bilateral_weight,
     )
     marginals = np.zeros_like(probabilities, order="C")
@@ -114,22 +114,22 @@ def require_pydensecrf() -> None:
     except ImportError:
         raise UserError(
             "the dense CRF needs the package pydensecrf2, which is not installed: `pip install pydensecrf2`, "
-            "or take --evaluate.crf_backend exact (a GPU is advised), or leave the CRF out"
+            "or give --evaluate.crf_backend exact (best on a GPU), or leave out the CRF"
         ) from None
 
 
 class CrfPool:
     """The dense CRF of many images, in processes of its own.
 
-    Use as a context manager. While the network works on a GPU, the processes work beside it. On a CPU, where both would
-    fight for the cores, they take turns: as many images as there are processes, then the CRF of these at once. What is
-    exact on a GPU is computed there, in this process.
+    Use as a context manager. While the network works on a GPU, the processes work in parallel. On a CPU, where both
+    would compete for the cores, they take turns: as many images as there are processes, then the CRF of these at once.
+    The exact CRF on a GPU is computed there, in this process.
 
     Args:
         backend: as in `dense_crf`.
         device: of the network.
-        workers: processes; 0: none but this one. None: one a CPU core that falls to this process.
-        images: how many there will be at most; no more processes than those are started.
+        workers: number of processes; 0: only this one; None: one per CPU core available to this process.
+        images: largest number of images; no more processes than that are started.
     """
 
     def __init__(self, backend: Backend, device: torch.device, *, workers: int | None, images: int) -> None:
@@ -143,7 +143,7 @@ class CrfPool:
 
     def __enter__(self) -> Self:
         if self._workers:
-            context = multiprocessing.get_context("forkserver")  # a fork of a process with threads and CUDA may hang
+            context = multiprocessing.get_context("forkserver")  # forking a process with threads and CUDA may hang
             self._pool = ProcessPoolExecutor(
                 self._workers, mp_context=context, initializer=_prepare, initargs=(self._backend,)
             )
@@ -159,14 +159,14 @@ class CrfPool:
     def refine(
         self, items: Iterable[tuple[Item, np.ndarray | None, np.ndarray | None]]
     ) -> Iterator[tuple[Item, np.ndarray | None, Exception | None]]:
-        """Refine images in order, while further ones are drawn from `items`.
+        """Refine images in order, while more are drawn from `items`.
 
         Args:
-            items: anything, (H, W, 3) uint8 RGB, and (C+1, H, W) float32 probabilities; or anything, none and none,
-                which keeps its place. No more are drawn ahead than two per process.
+            items: anything, (H, W, 3) uint8 RGB, and (C+1, H, W) float32 probabilities; or anything, None and None,
+                which keeps its place. At most two per process are drawn ahead.
 
         Returns:
-            The item, its marginals (C+1, H, W) float32, and none; or the item, none, and what went wrong.
+            The item, its marginals (C+1, H, W) float32, and None; or the item, None, and what went wrong.
 
         Raises:
             UserError: a process died.
@@ -175,7 +175,7 @@ class CrfPool:
             yield from self._refine(items)
         except BrokenProcessPool:
             raise UserError(
-                "a process of the dense CRF died; often the memory is short: lower --evaluate.crf_workers, or look at "
+                "a process of the dense CRF died, often for lack of memory: lower --evaluate.crf_workers, or look at "
                 "the kernel's log"
             ) from None
 
@@ -237,7 +237,7 @@ def _in_turns(items: Iterable[Item], count: int) -> Iterator[list[Item]]:
 
 
 def _cores() -> int:
-    """CPU cores that fall to this process, of those that the processes of this machine share."""
+    """Return this process's share of the machine's CPU cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 

@@ -53,11 +53,11 @@ class Evaluation:
     examples: list[Example] = field(default_factory=list)
     """The first images of the list that this process has evaluated."""
     tallies: dict[str, Tally] = field(default_factory=dict)
-    """What the scores are made of."""
+    """Counts behind the scores."""
     images: int = 0
-    """Number of images that the scores are over."""
+    """Number of images that were scored."""
     failed: dict[str, str] = field(default_factory=dict)
-    """What kept the other images from being evaluated, by name."""
+    """Why the other images could not be evaluated, by name."""
 
 
 def evaluate_network(
@@ -79,10 +79,10 @@ def evaluate_network(
         process: this process.
         examples: how many images to keep for pictures.
         during_training: take no more than `evaluate.training_limit` images, spread over the list.
-        journal: where each image is written down; what stands there already is not evaluated again.
+        journal: records each image; images already in it are not evaluated again.
 
     Raises:
-        UserError: there is no image, not one could be evaluated, or pydensecrf is wanted and missing.
+        UserError: there is no image, none could be evaluated, or pydensecrf is required and missing.
 
     Source: paper, evaluation.
     """
@@ -134,8 +134,8 @@ def choose_images(count: int, config: Config, *, during_training: bool = False) 
     Args:
         count: length of the list.
         config: `evaluate.limit`: only the first ones; `evaluate.training_limit`: every n-th of them, so that there are
-            no more.
-        during_training: whether `training_limit` counts.
+            no more than that.
+        during_training: whether `training_limit` applies.
     """
     count = min(count, config.evaluate.limit or count)
     limit = config.evaluate.training_limit
@@ -155,7 +155,7 @@ def _resume(journal: Journal, tallies: dict[str, Tally]) -> int:
 
 
 def _count(result: Result | Failure, classes: int, device: torch.device) -> dict[str, Any]:
-    """Make the journal's line of an image."""
+    """Make an image's line in the journal."""
     if isinstance(result, Failure):
         return {"name": result.name, "error": result.message}
     sample = result.sample
@@ -166,7 +166,7 @@ def _count(result: Result | Failure, classes: int, device: torch.device) -> dict
 
 
 def _example(result: Result) -> Example:
-    """Keep an image for pictures; of a large one, every n-th pixel."""
+    """Keep an image for display; of a large one, every n-th pixel."""
     sample = result.sample
     assert sample.truth is not None
     step = -(-max(sample.truth.shape) // PREVIEW)
@@ -199,7 +199,7 @@ def _first(items: Iterable[tuple[str, str]], count: int) -> list[tuple[str, str]
 
 @contextmanager
 def in_eval_mode(network: Network) -> Iterator[None]:
-    """Put the network into eval mode for a while."""
+    """Put the network into eval mode within this context."""
     was_training = network.training
     network.eval()
     try:

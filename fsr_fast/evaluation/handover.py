@@ -1,6 +1,6 @@
 """Label maps in the layout that other trainers read: pictures and masks side by side, and the configuration for them.
 
-    FOLDER/img_dir/LIST/NAME.jpg    links to the pictures; or PNG of their own, see `lay_out_pictures`
+    FOLDER/img_dir/LIST/NAME.jpg    links to the pictures, or PNG copies, see `lay_out_pictures`
     FOLDER/ann_dir/LIST/NAME.png    8-bit greyscale: 0 background, 1… the classes, 255 ignored
 
 mmsegmentation's BaseSegDataset and lightly-train's semantic segmentation take these folders as they are.
@@ -26,20 +26,20 @@ Track = Callable[[Iterable[int], str, int], Iterable[int]]
 
 
 def lay_out_pictures(images: ImageSet, indices: Sequence[int], folder: Path, list_name: str, *, track: Track) -> str:
-    """Put the pictures beside their masks, all of one ending, as mmsegmentation wants it.
+    """Put the pictures beside their masks, all with one extension, as mmsegmentation requires.
 
-    They are links to the files themselves where those have one ending and 8 bits and need not be turned upright; else
-    PNG files, of the channels that people see.
+    They are links to the files themselves if those have one extension and 8 bits and need not be turned upright; else
+    PNG files of the preview channels.
 
     Args:
         images: the list.
         indices: which images.
         folder: of the results.
-        list_name: of the list, without ending.
-        track: shows progress: of the numbers, a description and their count.
+        list_name: of the list, without extension.
+        track: shows progress; takes the numbers, a description and their count.
 
     Returns:
-        The ending.
+        The extension.
     """
     files = [images.image_path(index) for index in indices] if isinstance(images, SegmentationDataset) else []
     endings = {path.suffix for path in files}
@@ -63,8 +63,8 @@ def configuration(folder: Path, list_name: str, ending: str, classes: Sequence[s
 
     Args:
         folder: of the results.
-        list_name: of the list, without ending.
-        ending: of the pictures.
+        list_name: of the list, without extension.
+        ending: extension of the pictures.
         classes: names of the foreground classes.
     """
     names = ("background", *classes)

@@ -31,12 +31,12 @@ from fsr_fast.runtime.precision import autocast
 
 @dataclass(frozen=True)
 class Inference:
-    """What the network says of images of one size."""
+    """The network's outputs for images of one size."""
 
     class_logits: Tensor
     """(B, C), of the classifier at scale 1.0."""
     labels: Tensor
-    """(B, C), 0 or 1: the classes whose CAMs were made."""
+    """(B, C), 0 or 1: the classes whose CAMs were computed."""
     cams: MergedCams
     """Normalised multi-scale CAMs, values (B, M, H, W)."""
     seg_logits: Tensor
@@ -69,12 +69,12 @@ def infer(
     amp: str = "auto",
     size: tuple[int, int] | None = None,
 ) -> Inference:
-    """Run the network at every scale; a scale that CAMs and segmentation share is run once.
+    """Run the network at every scale; a scale shared by CAMs and segmentation is run once.
 
     Args:
         network: in eval mode.
         images: (B, 3, H, W), normalised, any size: each scale is rounded to whole patches.
-        labels: (B, C), 0 or 1, classes whose CAMs are wanted; none: the likeliest, and all that are
+        labels: (B, C), 0 or 1, classes whose CAMs are wanted; None: the likeliest, and all that are
             likelier than not.
         cam_scales: scales of the CAMs; the first is 1.0.
         scales: scales of the segmentation.
@@ -102,7 +102,7 @@ def infer_like(
     amp: str,
     sizes: Sequence[tuple[int, int]] | None = None,
 ) -> Iterator[Inference]:
-    """Run the network on images of different sizes that are alike in whole patches at every scale, in one batch.
+    """Run the network, in one batch, on images of different sizes whose grids of patches are equal at every scale.
 
     Args:
         network: in eval mode.
@@ -121,7 +121,7 @@ def infer_like(
     with autocast(device, amp):
         passed = pass_scales(network, [image[None] for image in images], cam_scales, scales, flip)
     for index, (image, present) in enumerate(zip(images, labels, strict=True)):
-        with autocast(device, amp):  # not while the caller has the result
+        with autocast(device, amp):  # ends before the caller gets the result
             wanted = None if present is None else present[None]
             size = sizes[index] if sizes else (image.shape[-2], image.shape[-1])
             result = _read_out(network, passed.take(index), wanted, size)
@@ -129,7 +129,7 @@ def infer_like(
 
 
 def _read_out(network: Network, passed: Passed, labels: Tensor | None, size: tuple[int, int]) -> Inference:
-    """Bring CAMs and logits to the resolution of the images, which are of one size."""
+    """Resize CAMs and logits to the resolution of the images, which are of one size."""
     class_logits = classify(network.encoder.norm(passed.cams[0].plain.tokens), network.top_classifier).float()
     if labels is None:
         best = class_logits == class_logits.amax(1, keepdim=True)
@@ -141,7 +141,7 @@ def _read_out(network: Network, passed: Passed, labels: Tensor | None, size: tup
 
 
 def inference_settings(config: Config) -> dict[str, Any]:
-    """Return what a configuration says of inference, as keywords of `infer`."""
+    """Return the inference settings of a configuration, as keyword arguments of `infer`."""
     return {
         "cam_scales": config.cam.scales,
         "scales": config.evaluate.scales,
@@ -176,20 +176,20 @@ def segment(
     """Segment a picture, or several.
 
     Args:
-        network: as `load_network` gives it.
+        network: from `load_network`.
         image: a picture, an array (H, W, channels) or (H, W) of uint8, or a file, which is turned upright and whose
-            values are brought to the network's window; or a list of such.
+            values are mapped by the network's window; or a list of these.
         side: longest side, in pixels, at which the picture passes through the network, as `evaluate.side` of the
             configuration; None: every pixel.
-        tile: side of the tiles in which a picture passes that is larger after that, as `evaluate.tile`; None: never.
-        overlap: least part of a tile that it shares with the next one, 0 to 0.75.
+        tile: side of the tiles for a picture that is still larger, as `evaluate.tile`; None: never.
+        overlap: smallest share of a tile that overlaps the next one, 0 to 0.75.
 
     Returns:
         `mask`, (H, W) uint8, 0 background, 1… the classes in the order of `network.classes`; `scores`, the probability
-        of each class by name; `cams` by name; `probabilities`, (C + 1, H, W). For a list, one for each picture.
+        of each class by name; `cams` by name; `probabilities`, (C + 1, H, W). For a list, one per picture.
 
     Raises:
-        UserError: a file is missing or is no picture, or an array is of another shape or dtype.
+        UserError: a file is missing or not a picture, or an array has another shape or dtype.
     """
     for name, value in (("side", side), ("tile", tile)):
         if value not in ("auto", None) and not (isinstance(value, int) and value >= 1):
@@ -209,13 +209,13 @@ def segment_batch(
     *,
     evaluate: EvaluateConfig | None = None,
 ) -> list[Prediction]:
-    """Segment pictures of one size, in one pass if they are not cut into tiles.
+    """Segment pictures of one size, in one pass unless they are cut into tiles.
 
     Args:
-        network: as `load_network` gives it.
+        network: from `load_network`.
         images: pictures, at least one, or arrays (H, W, channels) of uint8.
         config: sections `evaluate`, `cam` and `run.amp`; None: the paper's scales with mirror images.
-        evaluate: in place of the configuration, where there is none.
+        evaluate: used if there is no configuration.
     """
     settings = config.evaluate if config else evaluate or EvaluateConfig()
     options: dict[str, Any] = {"cam_scales": CamConfig().scales, "scales": settings.scales, "flip": True, "amp": "auto"}
@@ -281,7 +281,7 @@ def read_picture(source: Path | bytes, name: str = "", reading: Reading = COLOUR
 
     Args:
         source: file, or its content.
-        name: what messages call it; by default the path.
+        name: its name in messages; by default the path.
         reading: of the network.
 
     Raises:
@@ -293,10 +293,10 @@ def read_picture(source: Path | bytes, name: str = "", reading: Reading = COLOUR
 
 @contextmanager
 def another_picture() -> Iterator[None]:
-    """Name the remedy of one who gives pictures by hand, where that of a data set stands.
+    """Replace a data set's remedy by that for pictures given by hand.
 
     Raises:
-        UserError: in place of a `DamagedFileError`; an option that it names is kept.
+        UserError: instead of a `DamagedFileError`; an option that it names is kept.
     """
     try:
         yield

@@ -1,7 +1,7 @@
-"""The journal of an evaluation: one line per image, from which an interrupted evaluation goes on.
+"""The journal of an evaluation: one line per image, from which an interrupted evaluation resumes.
 
-Each process writes `images.RANK.partial.jsonl`: a line that says what is evaluated, then a line for each image. When
-all is done, the first process joins them into `images.jsonl`, which also serves the comparison of two evaluations.
+Each process writes `images.RANK.partial.jsonl`: a line that says what is evaluated, then a line per image. At the
+end the first process joins them into `images.jsonl`, which also serves the comparison of two evaluations.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ def fingerprint(network: nn.Module) -> str:
 
 
 class Journal:
-    """What one process writes, after what all of them wrote before an interruption.
+    """One process's part of the journal, and what all processes wrote before an interruption.
 
     Args:
-        folder: of the results; made where it is missing.
+        folder: of the results; created if missing.
         rank: number of this process. `found` must be read by all processes before one of them writes.
-        header: what is evaluated: weights, settings, list. Lines under another header do not count.
+        header: what is evaluated: weights, settings, list. Lines under another header are ignored.
 
     Attributes:
         folder: of the results.
@@ -55,13 +55,13 @@ class Journal:
             yield from self._read(path)
 
     def failed(self) -> dict[str, str]:
-        """Return what kept images from being done, by name; what failed before may have been fixed since."""
+        """Return why images failed, by name; they are tried again, since the cause may be fixed by now."""
         lines = list(self.lines())
         done = {line["name"] for line in lines if "error" not in line}
         return {line["name"]: line["error"] for line in lines if "error" in line and line["name"] not in done}
 
     def open(self) -> None:
-        """Begin to write; a line that an interruption cut short goes."""
+        """Begin to write; drop a line that an interruption cut short."""
         kept = [line for line in self._read(self._path) if "error" not in line] if self._path.is_file() else []
         write_text(self._path, "".join(map(_text, [self._header, *kept])))
         self._file = self._path.open("a", encoding="utf-8")
@@ -78,7 +78,7 @@ class Journal:
             os.fsync(self._file.fileno())
 
     def join(self) -> Path:
-        """Make one file of all, once every process has closed its own; to be called by one of them."""
+        """Join all parts into one file, once every process has closed its own; to be called by one of them."""
         path = self.folder / FILE
         with atomic_file(path) as file:
             file.write(_text(self._header).encode())
@@ -129,7 +129,7 @@ def _text(line: Mapping[str, Any]) -> str:
 
 
 def _parse(text: str) -> dict[str, Any] | None:
-    """Read a line; none where it was cut short."""
+    """Read a line; None if it was cut short."""
     try:
         line = json.loads(text)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Label maps, and how they are read off the network's results."""
+"""Label maps, and how they follow from the network's outputs."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ Kind = Literal["pseudo", "seg", "seg+crf"]
 
 @dataclass(frozen=True)
 class Labels:
-    """A label map, or some rows of it, and how sure it is."""
+    """A label map, or some rows of it, and its confidence."""
 
     labels: np.ndarray
     """(H, W), uint8: 0 background, class + 1."""
     confidence: np.ndarray | None = None
-    """(H, W), float32 in 0…1, of the label given: activation or 1 - activation of the pseudo label, probability of the
-    others; where asked for."""
+    """(H, W), float32 in 0…1, of the chosen label: activation or 1 - activation for pseudo labels, probability for the
+    others; if requested."""
 
 
 def labels_of_cams(cams: MergedCams, threshold: float, *, confidence: bool) -> Labels:
-    """Read pseudo labels off the normalised CAMs of one image; up to the threshold a pixel is background."""
+    """Derive pseudo labels from the normalised CAMs of one image; up to the threshold a pixel is background."""
     labels, cam = merged_labels(cams, high=threshold, low=threshold)[0], cams.values[0].amax(0)
     sure = torch.where(labels == 0, 1 - cam, cam).cpu().numpy() if confidence else None
     return Labels(labels.to(torch.uint8).cpu().numpy(), sure)
 
 
 def labels_of_logits(logits: Tensor, *, confidence: bool) -> Labels:
-    """Read the likeliest class off the decoder's logits (C+1, H, W)."""
+    """Take the likeliest class of the decoder's logits (C+1, H, W)."""
     best = logits.softmax(0).max(0) if confidence else logits.max(0)
     return Labels(best.indices.to(torch.uint8).cpu().numpy(), best.values.cpu().numpy() if confidence else None)
 
 
 def labels_of_marginals(marginals: np.ndarray, *, confidence: bool) -> Labels:
-    """Read the likeliest class off the probabilities (C+1, H, W) after the dense CRF."""
+    """Take the likeliest class of the probabilities (C+1, H, W) after the dense CRF."""
     return Labels(marginals.argmax(0).astype(np.uint8), marginals.max(0) if confidence else None)

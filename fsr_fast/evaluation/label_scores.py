@@ -1,4 +1,4 @@
-"""Scores that image labels alone allow: how well the classifier tells which classes a picture shows."""
+"""Scores from image labels alone: how well the classifier tells which classes a picture shows."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def score_labels(network: Network, dataset: ImageSet, config: Config, process: P
         process: this process.
 
     Returns:
-        As `label_scores`, and `images`, how many were looked at.
+        As `label_scores`, and `images`, their number.
     """
     share = choose_images(len(dataset), config, during_training=True)[process.rank :: process.world_size]
     found: list[tuple[NDArray[np.float32], NDArray[np.float32]]] = []
@@ -76,7 +76,7 @@ def label_scores(logits: NDArray[Any], labels: NDArray[Any], class_names: Sequen
 def average_precision(scores: NDArray[Any], shown: NDArray[np.bool_]) -> float | None:
     """Return the mean of the precision at the rank of each picture that shows the class, percent; None without such.
 
-    Pictures of one score share a rank, the last of theirs.
+    Pictures with equal scores share the last of their ranks.
     """
     if not shown.any():
         return None

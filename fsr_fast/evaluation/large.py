@@ -1,8 +1,8 @@
-"""Inference on a picture of any size: tiles pass through the network, and bands of rows of the result leave it.
+"""Inference on a picture of any size: tiles pass through the network, and the result comes out in bands of rows.
 
-What is held at a time does not grow with the height of the picture: the tiles of the rows that overlap, on the
+The memory does not grow with the height of the picture: it holds the tiles of the rows that overlap, on the
 network's own grids, and one band of pixels. Class activation maps are normalised by their minimum and maximum over the
-whole picture (METHOD, "Class activation maps"), which are known only at the end: until then they lie in a temporary
+whole picture (METHOD, "Class activation maps"), which are known only at the end: until then they wait in a temporary
 file, and the network passes over the picture once.
 """
 
@@ -38,16 +38,16 @@ from fsr_fast.models.network import activate
 from fsr_fast.runtime.precision import autocast
 
 AUTO_PATCHES = 16_384
-"""`evaluate.tile: auto` cuts pictures of more patches: 128 by 128, that is 2,048 pixels a side in patches of 16."""
+"""`evaluate.tile: auto` cuts pictures of more patches: 128 by 128, that is 2,048 pixels per side in patches of 16."""
 WHOLE_PIXELS = 2**24
-"""The results of larger pictures leave the network in bands, even where the picture passes as a whole."""
+"""The results of larger pictures are computed in bands, even if the picture passes as a whole."""
 BATCH_PIXELS = {"cpu": 2**18, "cuda": 2**22}
-"""Pixels of the tiles that go through the network together."""
+"""Pixels of the tiles that pass through the network together."""
 
 
 @dataclass(frozen=True)
 class Cut:
-    """How a picture passes: in its own pixels, the tiles of the network and those of the dense CRF."""
+    """How a picture passes: the tiles of the network and of the dense CRF, in the picture's own pixels."""
 
     network: Plan
     crf: Plan
@@ -58,12 +58,12 @@ class Cut:
 def plan_picture(evaluate: EvaluateConfig, network: Network, size: tuple[int, int]) -> Cut | None:
     """Decide how a picture passes.
 
-    First it is scaled down to `evaluate.side`; what is then larger than `evaluate.tile` is cut. With a number for
-    `tile`, `side: auto` stands for every pixel.
+    First it is scaled down to `evaluate.side`; if it is still larger than `evaluate.tile`, it is cut. With a number
+    for `tile`, `side: auto` means every pixel.
 
     Args:
         evaluate: side, tile, overlap and protocol.
-        network: whose patches count.
+        network: determines the size of a patch.
         size: height and width of the picture.
 
     Returns:
@@ -99,18 +99,18 @@ class LargePicture:
 
     Args:
         network: in eval mode.
-        pixels: (H, W, 3) uint8, or what is sliced like that; regions are read as they are needed.
+        pixels: (H, W, 3) uint8, or anything sliced likewise; regions are read when needed.
         cut: its tiles.
         labels: (C,), 0 or 1, classes whose CAMs are wanted; None: the likeliest, and all that are likelier than not,
-            which takes a pass of its own at the first scale.
+            which takes an extra pass at the first scale.
         cam_scales: scales of the CAMs; the first is 1.0.
         scales: scales of the segmentation.
         flip: add the mirror image to the segmentation; the CAMs always do.
         amp: as in `infer`.
-        cams: what is made of the CAMs: nothing, a preview, or maps to be read back.
+        cams: what is kept of the CAMs: nothing, a preview, or maps to be read back.
 
     Attributes:
-        class_logits: (C,), of the classifier over all tiles; complete when the bands are drawn.
+        class_logits: (C,), of the classifier over all tiles; complete once the bands have been drawn.
         activations: the CAMs, likewise.
     """
 
@@ -158,7 +158,7 @@ class LargePicture:
         """Run the network, from the top of the picture to its bottom.
 
         Returns:
-            Rows, and the logits of the segmentation there, (C+1, h, W), float32; none where there are no scales.
+            Rows, and the logits of the segmentation there, (C+1, h, W), float32; nothing without scales.
 
         Raises:
             ValueError: the network's result is not finite.
@@ -177,13 +177,13 @@ class LargePicture:
     def strips(
         self, kinds: Sequence[Kind], threshold: float, *, pool: CrfPool | None = None, confidence: bool = False
     ) -> Iterator[Strip]:
-        """Read label maps off. The strips of a kind come in order, those of pseudo labels after all others.
+        """Compute label maps. The strips of a kind come in order, those of pseudo labels after all others.
 
         Args:
             kinds: which label maps.
             threshold: background score of the pseudo labels.
-            pool: of the dense CRF, where a kind asks for it.
-            confidence: also say how sure the maps are.
+            pool: of the dense CRF, if a kind needs it.
+            confidence: also return the confidence of the maps.
         """
         ready: deque[Strip] = deque()
 
@@ -209,7 +209,7 @@ class LargePicture:
                 yield Strip("pseudo", rows, labels_of_cams(cams, threshold, confidence=confidence))
 
     def _look(self) -> None:
-        """Pass the tiles at the first scale, for the classifier alone."""
+        """Pass the tiles at the first scale, only for the classifier."""
         for images in self._batches():
             size = scaled_size(
                 (images.shape[-2], images.shape[-1]), self._cam_scales[0], self._network.encoder.patch_size
@@ -241,7 +241,7 @@ class LargePicture:
         return activate(self._network.encoder.norm(features.tokens), self._network.top_classifier, features.grid)
 
     def _batches(self) -> Iterator[Tensor]:
-        """Read the tiles, normalised, at the size at which they pass: (B, 3, h, w)."""
+        """Read the tiles, normalised, at the size of the pass: (B, 3, h, w)."""
         rows, columns = self._cut.network.rows.side, self._cut.network.columns.side
         height, width = (max(1, round(length / self._cut.factor)) for length in (rows, columns))
         count = max(1, BATCH_PIXELS[self._device.type] // (height * width))
@@ -257,7 +257,7 @@ class LargePicture:
             yield _Pixels(torch.from_numpy(marginals))
 
     def _windows(self, bands: Iterator[tuple[slice, Tensor]]) -> Iterator[tuple[None, np.ndarray, np.ndarray]]:
-        """Cut the tiles of the CRF out of the blended segmentation: the picture there, and the probabilities."""
+        """Cut the CRF's tiles out of picture and blended segmentation: pixels and probabilities."""
         plan = self._cut.crf
         held: list[tuple[slice, Tensor]] = []
         for rows in map(plan.rows.slice, range(len(plan.rows))):
@@ -273,7 +273,7 @@ class LargePicture:
 
 @dataclass(frozen=True)
 class _Tile:
-    """What the network says of a tile, on the grids of its scales; resized only where a band asks for it."""
+    """The network's outputs for a tile, on the grids of its scales; resized only where a band needs it."""
 
     logits: list[Tensor]
     """(C+1, h, w) per scale, to be merged by the maximum."""
@@ -300,7 +300,7 @@ class _Pixels:
 
 
 def _resize(values: Tensor, size: tuple[int, int], rows: slice) -> Tensor:
-    """Resize maps (K, h, w) bilinearly to `size`, and return some rows of that."""
+    """Resize maps (K, h, w) bilinearly to `size`, and return some rows of the result."""
     down = _matrix(values.shape[-2], size[0], values.dtype, values.device)[:, rows].T
     return (down @ values) @ _matrix(values.shape[-1], size[1], values.dtype, values.device)
 

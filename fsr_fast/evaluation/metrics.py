@@ -78,11 +78,11 @@ class ConfusionMatrix:
         return self.iou().nanmean().item()
 
     def precision(self) -> Tensor:
-        """Share of a class's predicted pixels that are right: (C+1,) float64, percent; nan where none are."""
+        """Return the share of a class's predicted pixels that are right: (C+1,) float64, percent; nan without any."""
         return self._share(self.counts.sum(0))
 
     def recall(self) -> Tensor:
-        """Return the share of a class's true pixels that are found: (C+1,) float64, percent; nan where it has none."""
+        """Return the share of a class's true pixels that are found: (C+1,) float64, percent; nan without any."""
         return self._share(self._true)
 
     def pixel_accuracy(self) -> float:
@@ -110,7 +110,7 @@ class ConfusionMatrix:
 
 
 def scores(matrix: ConfusionMatrix, class_names: Sequence[str]) -> dict[str, Any]:
-    """Return all scores as plain values that JSON can hold.
+    """Return all scores as plain values for JSON.
 
     Args:
         matrix: counts over C foreground classes.
@@ -141,7 +141,7 @@ def scores(matrix: ConfusionMatrix, class_names: Sequence[str]) -> dict[str, Any
 
 
 def plain(value: float) -> float | None:
-    """Return a number as JSON can hold it: None for nan."""
+    """Return a number for JSON: None for nan."""
     return None if math.isnan(value) else value
 
 

@@ -1,7 +1,7 @@
-"""Inference as the official scripts score a network, which differs from ours in sizes alone.
+"""Inference as in the official scripts, which differs from ours only in sizes.
 
 Pseudo labels come from CAMs on a square of the training's size, stretched to the picture. For the segmentation a
-picture is scaled to whole pixels; what is left over of a patch is cut off, and the result stretched over it.
+picture is scaled to whole pixels; partial patches are cut off, and the result is stretched to the picture.
 """
 
 from collections.abc import Sequence

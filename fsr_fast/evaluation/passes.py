@@ -1,4 +1,4 @@
-"""The passes of a picture through trunk and decoder, and the sizes that it has there."""
+"""The passes of a picture through trunk and decoder, and its sizes there."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def working_size(size: tuple[int, int], side: int | None) -> tuple[int, int]:
 
     Args:
         size: its height and width.
-        side: largest side, in pixels; None: any.
+        side: longest side, in pixels; None: unlimited.
     """
     if side is None or max(size) <= side:
         return size
@@ -35,7 +35,7 @@ def working_size(size: tuple[int, int], side: int | None) -> tuple[int, int]:
 
 
 def largest_side(side: Side, network: Network) -> int | None:
-    """Return what `evaluate.side` means for a network: the longest side in pixels, or None."""
+    """Resolve `evaluate.side` for a network: the longest side in pixels, or None."""
     return max(512, 2 * network.image_size) if side == "auto" else side
 
 
@@ -54,7 +54,7 @@ def scale_pixels(pixels: np.ndarray, side: int | None) -> np.ndarray:
 
 
 def patch_sizes(size: tuple[int, int], scales: Sequence[float], patch_size: int) -> tuple[tuple[int, int], ...]:
-    """Return the sizes, in pixels, that an image of `size` has at the scales: whole patches."""
+    """Return the sizes, in pixels, of an image at the scales: whole patches."""
     return tuple(scaled_size(size, scale, patch_size) for scale in scales)
 
 
@@ -64,7 +64,7 @@ class Passed(NamedTuple):
     cams: list[ScalePass]
     """Features at the scales of the CAMs."""
     logits: list[Tensor]
-    """(B, C+1, h, w), of each scale of the segmentation, mirror images added."""
+    """(B, C+1, h, w), decoder logits at each scale of the segmentation, mirror images added."""
 
     def take(self, index: int) -> Passed:
         """Return one image of the batch, B = 1."""
@@ -80,7 +80,7 @@ class Passed(NamedTuple):
 def pass_scales(
     network: Network, images: Sequence[Tensor], cam_scales: Sequence[float], scales: Sequence[float], flip: bool
 ) -> Passed:
-    """Run trunk and decoder on images (B, 3, H, W), of one or more sizes that are alike in whole patches."""
+    """Run trunk and decoder on images (B, 3, H, W), of one or more sizes whose grids of patches are equal."""
 
     def decode(features: Features) -> Tensor:
         return network.decoder(to_map(network.encoder.norm(features.tokens), features.grid)).float()
@@ -99,7 +99,7 @@ def pass_scales(
 
 
 def run_trunk(network: Network, views: Sequence[Tensor]) -> list[Features]:
-    """Pass images of several sizes (B, 3, h, w): on a GPU all at once, on a CPU one by one, as its caches like it."""
+    """Pass images of several sizes (B, 3, h, w): all at once on a GPU; one by one on a CPU, which is cache-friendly."""
     if views[0].is_cuda:
         return network.encoder.forward_packed(views)
     found = [[network.encoder(image[None]) for image in view] for view in views]

@@ -15,7 +15,7 @@ from fsr_fast.models.network import activate, classify, to_map
 
 OUTPUTS = ("segmentation", "scores", "cams")
 AGREEMENT = 0.999
-"""Share of the pixels whose class an exported file must give as the network itself does."""
+"""Share of the pixels on which an exported file must agree with the network."""
 
 
 class PortableNetwork(nn.Module):
@@ -62,21 +62,21 @@ def export_program(network: Network) -> torch.export.ExportedProgram:
     Args:
         network: in eval mode, on the CPU.
     """
-    side = 3 * network.encoder.patch_size + 1  # no special size: nothing of it may become a constant
+    side = 3 * network.encoder.patch_size + 1  # not a special size, so that nothing becomes a constant
     example = torch.zeros(2, network.config.in_chans, side, side + network.encoder.patch_size + 1)
     sizes = {0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
     return torch.export.export(PortableNetwork(network).eval(), (example,), dynamic_shapes=(sizes,), strict=False)
 
 
 def write_onnx(network: Network, path: Path) -> None:
-    """Write an ONNX file and hold it against the network.
+    """Write an ONNX file and compare it with the network.
 
     Args:
         network: in eval mode, on the CPU.
         path: the file.
 
     Raises:
-        UserError: ONNX's packages are missing, or the file does not say what the network says.
+        UserError: ONNX's packages are missing, or the file disagrees with the network.
     """
     try:
         import onnx
@@ -100,16 +100,16 @@ def write_onnx(network: Network, path: Path) -> None:
 
 
 def write_program(network: Network, path: Path) -> None:
-    """Write a torch.export program (`torch.export.load` reads it) and hold it against the network.
+    """Write a torch.export program (`torch.export.load` reads it) and compare it with the network.
 
     Args:
         network: in eval mode, on the CPU.
         path: the file.
 
     Raises:
-        UserError: the program does not say what the network says.
+        UserError: the program disagrees with the network.
     """
-    with path.open("x+b") as file:  # by its name it would have to end in .pt2
+    with path.open("x+b") as file:  # given a name, torch would require .pt2
         torch.export.save(export_program(network), file, extra_files=describe(network))
         file.seek(0)
         module: Any = torch.export.load(file).module()
@@ -117,7 +117,7 @@ def write_program(network: Network, path: Path) -> None:
 
 
 def describe(network: Network) -> dict[str, str]:
-    """What a reader of an exported file must know."""
+    """Return what a reader of an exported file must know."""
     channels, window = network.config.in_chans, network.reading.window
     kind = "RGB" if channels == 3 else "channels"
     known = {"classes": ",".join(network.classes), "background": "0", "input": f"{kind} in 0…1, (B, {channels}, H, W)"}

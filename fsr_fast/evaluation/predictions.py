@@ -1,4 +1,4 @@
-"""Label maps of many images in one stream: read, pass in batches of like size, refine, one image after another."""
+"""Label maps of many images in one stream: read, pass in batches of similar size, refine, one image after another."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from fsr_fast.evaluation.samples import Failure, Sample, batches_of_like_size, r
 from fsr_fast.models import Network
 
 BATCH_PIXELS = {"cpu": 2**18, "cuda": 2**22}
-"""Pixels of the images that go through the network together, at their own resolution."""
+"""Pixels of the images that pass through the network together, at their own resolution."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """What the network says of one image."""
+    """The network's outputs for one image."""
 
     sample: Sample
     cam: np.ndarray
-    """(h, w), float32, largest activation over the classes; of a large picture, at every n-th pixel,
-    and 0 where no pseudo labels are wanted."""
+    """(h, w), float32, largest activation over the classes; of a large picture, at every n-th pixel;
+    0 if no pseudo labels are wanted."""
     class_logits: np.ndarray
     """(C,), float32, of the classifier."""
     maps: dict[Kind, Labels] = field(default_factory=dict)
@@ -52,17 +52,17 @@ def predict_images(
 ) -> Iterator[Result | Failure]:
     """Return the label maps of images, each once, in an order that depends on their sizes.
 
-    No more images are held than a window of readers, a batch and the processes of the CRF take.
+    Only as many images are held as the readers' window, a batch and the processes of the CRF need.
 
     Args:
         network: in eval mode, on the device.
-        images: where they are.
+        images: the data set.
         indices: which ones.
         config: sections `evaluate`, `cam`, `data` and `run.amp`.
         device: of the network.
         kinds: which maps.
         labelled: pseudo labels show the true classes of each image; else those that the classifier finds.
-        confidence: also say how sure the maps are.
+        confidence: also return the confidence of the maps.
     """
     evaluate = config.evaluate
     pool = None
@@ -94,7 +94,7 @@ def predict_images(
 
 
 Inferred = tuple[Result | Failure, np.ndarray | None, np.ndarray | None]
-"""Result without CRF, the image and its probabilities, if the CRF is wanted."""
+"""Result without CRF; the image and its probabilities, if the CRF is wanted."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class _Stream:
     pool: CrfPool | None
 
     def infer(self, batch: list[Sample] | Failure) -> Iterator[Inferred]:
-        """Pass a batch; if memory runs out or an image cannot be done, each of the rest by itself."""
+        """Pass a batch; if memory runs out or an image fails, pass each of the rest by itself."""
         if isinstance(batch, Failure):
             yield batch, None, None
             return
@@ -171,7 +171,7 @@ class _Stream:
         labels = [self._shown(sample) for sample in batch]
         evaluate, cam_scales = self.config.evaluate, self.config.cam.scales
         options: dict[str, Any] = {
-            "cam_scales": cam_scales if "pseudo" in self.kinds else cam_scales[:1],  # no pass that nothing is read of
+            "cam_scales": cam_scales if "pseudo" in self.kinds else cam_scales[:1],  # no pass whose result is unused
             "scales": evaluate.scales if self._decodes else cam_scales[:1],
             "flip": evaluate.flip,
             "amp": self.config.run.amp,

@@ -42,7 +42,7 @@ def write_report(
         class_names: of the foreground classes.
 
     Returns:
-        metrics.json and report.md; beside them lies `confusion_KIND.png` for each kind of result.
+        metrics.json and report.md; `confusion_KIND.png` is written beside them for each kind of result.
     """
     pictures = {}
     for kind, tally in evaluation.tallies.items():
@@ -76,7 +76,7 @@ def markdown(evaluation: Evaluation, settings: Mapping[str, Any], pictures: Mapp
 
 
 def draw_confusion(counts: Tensor, class_names: Sequence[str], title: str, path: Path) -> None:
-    """Draw a confusion matrix: for each true class (row), the share of its pixels that is given to each class.
+    """Draw a confusion matrix: for each true class (row), the share of its pixels assigned to each class.
 
     Args:
         counts: (C+1, C+1), pixels.

@@ -1,4 +1,4 @@
-"""Images to evaluate: read ahead, each once, in batches of like size."""
+"""Images to evaluate: read ahead, each once, in batches of similar size."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fsr_fast.errors import UserError
 from fsr_fast.runtime.loading import Deaths, deaths_raise
 
 WINDOW = 64
-"""Images that wait for others of their size; bounds the memory whatever the length of the list."""
+"""Images that may wait for others of their size; bounds the memory for lists of any length."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,17 +27,17 @@ class Sample:
     """Its number in the data set."""
     name: str
     image: NDArray[np.uint8]
-    """(H, W, 3), RGB, as people see it."""
+    """(H, W, 3), RGB, as displayed."""
     labels: NDArray[np.float32]
     """(C,), 1 where the image shows the class, else 0."""
     truth: NDArray[np.uint8] | None
-    """(H, W): 0 background, 1…C the classes, 255 ignored; none where there is no mask."""
+    """(H, W): 0 background, 1…C the classes, 255 ignored; None without a mask."""
     channels: NDArray[np.uint8] | None = None
-    """(H, W, channels), as the network takes it; None: it takes `image`."""
+    """(H, W, channels), input of the network; None: it is `image`."""
 
     @property
     def pixels(self) -> NDArray[np.uint8]:
-        """(H, W, channels), as the network takes it."""
+        """(H, W, channels), input of the network."""
         return self.image if self.channels is None else self.channels
 
 
@@ -53,15 +53,15 @@ def read_samples(dataset: ImageSet, indices: Sequence[int], workers: int) -> Ite
     """Read images and masks.
 
     Args:
-        dataset: where they are.
+        dataset: the data set.
         indices: which ones, in this order.
         workers: processes that read ahead; 0: this one reads.
 
     Returns:
-        A sample for each index, or what kept it from being read. A process that dies is replaced.
+        A sample for each index, or why it could not be read. A process that dies is replaced.
 
     Raises:
-        UserError: processes die again and again.
+        UserError: processes keep dying.
     """
     deaths = Deaths()
     done = 0
@@ -83,15 +83,15 @@ def read_samples(dataset: ImageSet, indices: Sequence[int], workers: int) -> Ite
 def batches_of_like_size(
     samples: Iterable[Sample | Failure], key: Callable[[tuple[int, int]], Hashable], pixels: int
 ) -> Iterator[list[Sample] | Failure]:
-    """Gather samples that can go through the network together.
+    """Gather samples that can pass through the network together.
 
     Args:
-        samples: as they come.
-        key: what must be alike, of height and width.
-        pixels: largest sum of a batch; a larger image goes alone.
+        samples: in any order.
+        key: function of height and width that must be equal within a batch.
+        pixels: largest sum over a batch; a larger image goes alone.
 
     Returns:
-        Batches; failures are handed through.
+        Batches; failures are passed through.
     """
     waiting: dict[Hashable, list[Sample]] = {}
     for sample in samples:

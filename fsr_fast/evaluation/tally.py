@@ -1,4 +1,4 @@
-"""What is kept of an evaluated image, and the sums over all of them: no more than counts, whatever the images' size."""
+"""What is kept of an evaluated image, and the sums over all of them: only counts, whatever the images' size."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from fsr_fast.evaluation.metrics import ConfusionMatrix, plain, scores
 ROWS = 512
 """Rows of an image that are counted at a time."""
 Counts = dict[str, list[list[int]]]
-"""Of one image and one kind of result. `cells`: true class, predicted class, pixels; `bands`: class, pixels in both
-bands, in the band of the truth, in that of the prediction. Entries of 0 pixels are left out."""
+"""Counts of one image and one kind of result. `cells`: true class, predicted class, pixels; `bands`: class, pixels in
+both bands, in the band of the truth, in that of the prediction. Entries of 0 pixels are left out."""
 
 
 def count_image(prediction: np.ndarray, truth: np.ndarray, classes: int, device: torch.device) -> Counts:
@@ -87,7 +87,7 @@ class Tally:
 
 
 def class_counts(counts: Mapping[str, list[list[int]]], classes: int) -> np.ndarray:
-    """Return what both IoUs of an image are made of.
+    """Return the counts behind both IoUs of an image.
 
     Returns:
         (2, C+1, 3), int64: pixels (first) and band pixels (second) in both, in the truth, in the prediction.
@@ -103,7 +103,7 @@ def class_counts(counts: Mapping[str, list[list[int]]], classes: int) -> np.ndar
 
 
 def _entries(counts: Tensor, *, rows: bool = False) -> list[list[int]]:
-    """Where the counts are not 0: indices and count; or index and whole row."""
+    """Return the nonzero counts: indices and count, or index and whole row."""
     if rows:
         return [[label, *row] for label, row in enumerate(counts.tolist()) if any(row)]
     places = counts.nonzero()

@@ -1,7 +1,7 @@
-"""Where the tiles of a large picture lie, how much each counts at every pixel, and their sum, band by band.
+"""Tiles of a large picture: their places, their weight at every pixel, and their sum, band by band.
 
-Rows and columns are planned alike and apart: a tile is one span of each. Tiles are weighted by a Hann window over the
-weights of all tiles there, so that the weights of every pixel sum to one and none ends at a seam.
+Rows and columns are planned separately, in the same way: a tile is one span of each. Tiles are weighted by Hann
+windows, normalised so that the weights at every pixel sum to one and there are no seams.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 BAND_VALUES = 2**23
-"""Values of a band: 32 MiB of float32."""
+"""Number of values in a band: 32 MiB of float32."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Spans:
         return slice(self.starts[number], self.starts[number] + self.side)
 
     def weights(self, number: int) -> Tensor:
-        """Return how much a span counts at each of its pixels, (side,) float32; those of all spans sum to one."""
+        """Return the weight of a span at each of its pixels, (side,) float32; those of all spans sum to one."""
         window = _hann(self.side)
         total = torch.zeros(self.length, dtype=torch.float64)
         for other in range(len(self)):
@@ -77,8 +77,8 @@ def plan_spans(length: int, side: int, overlap: float, patch: int) -> Spans:
     Args:
         length: of the picture, in pixels.
         side: of a tile, in pixels; a shorter picture is one span.
-        overlap: least part of a span that it shares with the next, 0 ≤ overlap < 1.
-        patch: spans begin at whole patches of so many pixels, but for the last one, which ends with the picture.
+        overlap: smallest share of a span that overlaps the next, 0 ≤ overlap < 1.
+        patch: spans begin at multiples of this many pixels, except the last one, which ends with the picture.
     """
     if length <= side:
         return Spans(length, length, (0,))
@@ -94,7 +94,7 @@ def plan_tiles(size: tuple[int, int], side: int, overlap: float, patch: int = 1)
     Args:
         size: its height and width.
         side: of a tile, in pixels.
-        overlap: least part of a tile that it shares with the next one.
+        overlap: smallest share of a tile that overlaps the next one.
         patch: as in `plan_spans`.
     """
     height, width = size
@@ -102,7 +102,7 @@ def plan_tiles(size: tuple[int, int], side: int, overlap: float, patch: int = 1)
 
 
 class TileValues(Protocol):
-    """What is known of a tile, (K, height, width) values in all."""
+    """The values of a tile, (K, height, width) in all."""
 
     def band(self, rows: slice) -> Tensor:
         """Return the values of some rows of the tile, (K, rows, width), float32."""
@@ -114,8 +114,8 @@ def blend(
 ) -> Iterator[tuple[slice, Tensor]]:
     """Add up the tiles by their weights, from the top of the picture to its bottom.
 
-    No more tiles are drawn than the present band needs, and those that it has passed are dropped: what is held is
-    what the rows of tiles that overlap know, and one band.
+    Only the tiles that the present band needs are drawn, and those above it are dropped: memory holds the values of
+    the rows of tiles that overlap, and one band.
 
     Args:
         plan: where the tiles lie.

@@ -1,1 +1,1 @@
-"""The paper: views → CAMs → mask → student → teacher → losses; `step` tells it in order."""
+"""The paper: views → CAMs → mask → student → teacher → losses; `step` runs them in order."""

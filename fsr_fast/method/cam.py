@@ -1,4 +1,4 @@
-"""Class activation maps: multi-scale passes and the labels that are read off them."""
+"""Class activation maps: multi-scale passes and the labels read off them."""
 
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
@@ -35,7 +35,7 @@ def multi_scale_passes(
         encoder: the trunk.
         images: (B, 3, H, W), normalised.
         scales: the first is 1.0.
-        first: features of the images at scale 1.0, where they are known already.
+        first: features of the images at scale 1.0, where already known.
         drop_path: stochastic depth of each scale's images, (depth, 2, 2B): images first, then mirror images.
         aux_only: stop after the auxiliary block.
         float8: round the factors of the blocks' linear layers to float8.
@@ -58,7 +58,7 @@ def scaled_views(images: Tensor, scales: Sequence[float], patch_size: int, *, kn
         known: leave out the images at the first scale, whose features are known.
 
     Returns:
-        One (2B, 3, h, w) per scale, images first; without `known` images (B, 3, h, w) at the first.
+        One (2B, 3, h, w) per scale, images first; (B, 3, h, w) at the first scale without the `known` images.
     """
     size = (images.shape[-2], images.shape[-1])
     scaled = [resize_images(images, scaled_size(size, scale, patch_size)) for scale in scales]
@@ -67,7 +67,7 @@ def scaled_views(images: Tensor, scales: Sequence[float], patch_size: int, *, kn
 
 
 def pair_mirrored(features: Sequence[Features], first: Features | None = None) -> list[ScalePass]:
-    """Part the features of `scaled_views` into those of images and of mirror images.
+    """Split the features of `scaled_views` into those of images and of mirror images.
 
     Args:
         features: of each scale.
@@ -98,12 +98,12 @@ def merge_passes(
 
     Args:
         network: whose classifier reads the features.
-        passes: as `multi_scale_passes` gives them.
+        passes: from `multi_scale_passes`.
         labels: (B, C), 0 or 1.
         classifier: which of the two classifiers, on which of the two feature maps.
         max_classes: M, at least the largest number of classes that an image has.
-        size: H and W at which the maps are added and normalised.
-        output_size: size to which they are resized after that; none: `size`.
+        size: H and W at which the maps are summed and normalised.
+        output_size: size to which they are resized after that; None: `size`.
 
     Returns:
         Values (B, M, *output_size), float32 in 0…1. Source: paper, CAM; official code for the merging.

@@ -50,7 +50,7 @@ class Distillation(nn.Module):
             weight = None if masked.weight is None else masked.weight.flatten()
             loss = self._compare(student.flatten(0, 1), targets, self.patch_centre, heads, temperature, weight)
         else:
-            loss = student.sum()  # 0: the ratio is too small for one patch
+            loss = student.sum()  # 0: the ratio is too small to mask a patch
         self._move(self.patch_centre, teacher.mean((0, 1)), heads[1])
         return loss
 
@@ -83,7 +83,7 @@ class Distillation(nn.Module):
             teacher,
             heads[0].head,
             heads[1].head,
-            centre.clone(),  # it moves before backward
+            centre.clone(),  # the centre moves before the backward pass
             student_temperature=self.student_temperature,
             teacher_temperature=temperature,
             weight=weight,

@@ -1,4 +1,4 @@
-"""All that is random in a step, drawn ahead of it on the CPU."""
+"""Everything random in a step, drawn ahead of it on the CPU."""
 
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ class Draws(NamedTuple):
     student: Tensor
     """(depth, 2, 2B), stochastic depth of the student: view 1, then masked view 2."""
     teacher: Tensor | None = None
-    """(depth, 2, 2B), of the teacher; none: not drawn."""
+    """(depth, 2, 2B), of the teacher; None: not drawn."""
     mask_cam: list[Tensor] | None = None
     """(depth, 2, 2B) per scale, of the CAM passes of view 2."""
     cam: list[Tensor] | None = None
@@ -31,9 +31,9 @@ def draw_step(
     Args:
         encoder: whose stochastic depth is drawn.
         batch: images B.
-        blocks: blocks that the mask is drawn over.
+        blocks: number of blocks that the mask chooses from.
         generator: on the CPU.
-        device: where the numbers are wanted; the host does not wait for the copies.
+        device: destination of the numbers; the host does not wait for the copies.
         passes: scales of a CAM whose stochastic depth, with the teacher's, is drawn; 0: the student's alone.
     """
 

@@ -37,10 +37,10 @@ def affinity_loss(features: Tensor, labels: Tensor, normalise: Normalise = "glob
     Args:
         features: (B, N, D), top features of this process's images.
         labels: (B, N), int64: 0 background, class + 1, 255 ignored.
-        normalise: as `loss.normalise` says.
+        normalise: `loss.normalise` of the configuration.
 
     Returns:
-        Scalar, float32. Its mean over the processes is L_aff: of the whole batch, or the mean of theirs.
+        Scalar, float32. Its mean over the processes is L_aff: of the whole batch, or the mean over the processes' own.
     """
     same, same_count, different, different_count = _share_counts(affinity_sums(features, labels), normalise)
     return 0.5 * (1 - same / (same_count + 1)) + 0.5 * different / (different_count + 1)
@@ -52,10 +52,10 @@ def segmentation_loss(logits: Tensor, labels: Tensor, normalise: Normalise = "gl
     Args:
         logits: (B, C+1, h, w), decoder.
         labels: (B, H, W), uint8; 255 ignored. A set without pixels counts 0.
-        normalise: as `loss.normalise` says.
+        normalise: `loss.normalise` of the configuration.
 
     Returns:
-        Scalar, float32. Its mean over the processes is L_seg: of the whole batch, or the mean of theirs.
+        Scalar, float32. Its mean over the processes is L_seg: of the whole batch, or the mean over the processes' own.
     """
     background, background_count, foreground, foreground_count = _share_counts(
         segmentation_sums(logits, labels), normalise
@@ -88,6 +88,6 @@ def _share_counts(sums: Tensor, normalise: Normalise) -> tuple[Tensor, Tensor, T
     if normalise == "process":
         return first, first_count, second, second_count
     # DDP averages gradients over the processes: sums are multiplied by their number, counts are those of all.
-    # The whole batch then weighs every pair and pixel alike, however the classes fall to the processes.
+    # Every pair and pixel of the whole batch then weighs the same, however the classes are spread over the processes.
     counts = sum_over_ranks(torch.stack([first_count, second_count]).detach())
     return first * world_size(), counts[0], second * world_size(), counts[1]

@@ -27,7 +27,7 @@ class MaskedPatches:
     index: Tensor
     """(B, k), int64, patches to compare; k is the same for all images."""
     weight: Tensor | None
-    """(B, k), float32, weight of each of them in the batch mean; None: all alike."""
+    """(B, k), float32, weight of each of them in the batch mean; None: equal weights."""
     passes: tuple[TrunkPass, ...] = ()
     """Of the trunk, made to choose them."""
 
@@ -39,7 +39,7 @@ class MaskShape:
     grid: tuple[int, int]
     """h and w, patches."""
     blocks: int
-    """Number of blocks that are drawn over."""
+    """Number of blocks to choose from."""
     count: int
     """Number of blocks that are masked."""
 
@@ -59,7 +59,7 @@ def mask_shape(config: MaskConfig, grid: tuple[int, int]) -> MaskShape:
 
 
 class MaskSelector:
-    """Chooses view 2's masked patches by the map of the student that the recipe names.
+    """Chooses view 2's masked patches by the student's map that the recipe names.
 
     Args:
         student: the network whose CAM guides.
@@ -84,7 +84,7 @@ class MaskSelector:
 
         Args:
             view2: (B, 3, H, W), normalised.
-            unmasked: its features, where they are known.
+            unmasked: its features, where already known.
             labels: (B, C), 0 or 1.
             draws: of the step.
             random: whether the iteration is one of those that mask at random.
@@ -131,8 +131,8 @@ def mask_randomly(uniform: Tensor, shape: MaskShape, config: MaskConfig) -> Mask
 
     Args:
         uniform: (B, blocks), u of Eq. 3.
-        shape: as `mask_shape` gives it.
-        config: for the size of a block.
+        shape: from `mask_shape`.
+        config: size of a block.
     """
     return _compare_masked(top_k_mask(uniform, k=shape.count, grid=shape.grid, block=config.block))
 
@@ -147,7 +147,7 @@ def mask_from_features(
         weight: (C, D), the classifier.
         labels: (B, C), 0 or 1.
         uniform: (B, N), u of Eq. 3.
-        shape: as `mask_shape` gives it.
+        shape: from `mask_shape`.
         config: thresholds.
     """
     thresholds = {"low": config.low, "high": config.high}
@@ -155,13 +155,13 @@ def mask_from_features(
 
 
 def mask_from_cam(cam: Tensor, labels: Tensor, uniform: Tensor, shape: MaskShape, config: MaskConfig) -> MaskedPatches:
-    """Mask by a ready, normalised CAM: the most uncertain blocks, or exactly the uncertain patches (`cam_strict`).
+    """Mask by a given normalised CAM: the most uncertain blocks, or exactly the uncertain patches (`cam_strict`).
 
     Args:
         cam: (B, C, H, W), normalised.
         labels: (B, C), 0 or 1.
         uniform: (B, blocks), u of Eq. 3.
-        shape: as `mask_shape` gives it.
+        shape: from `mask_shape`.
         config: strategy, thresholds, block.
     """
     if config.strategy == "cam_strict":
@@ -189,7 +189,7 @@ def find_edges(images: Tensor, config: MaskConfig) -> Tensor:
         config: smoothing and thresholds.
 
     Returns:
-        (B, H, W), bool. The paper names the detector alone; smoothing and thresholds are this project's.
+        (B, H, W), bool. The paper only names the detector; smoothing and thresholds are this project's.
     """
     from kornia.filters import canny  # slow to import
 
@@ -204,8 +204,8 @@ def mask_edges(edges: Tensor, shape: MaskShape) -> MaskedPatches:
     """Mask exactly the patches that hold an edge (`edge_strict`).
 
     Args:
-        edges: (B, H, W), bool, as `find_edges` gives them.
-        shape: as `mask_shape` gives it.
+        edges: (B, H, W), bool, from `find_edges`.
+        shape: from `mask_shape`.
     """
     return _compare_exactly(F.adaptive_max_pool2d(edges.float()[:, None], shape.grid).flatten(1) > 0)
 

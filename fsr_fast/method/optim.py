@@ -11,7 +11,7 @@ NO_DECAY = ("encoder.pos_embed", "encoder.cls_token", "encoder.mask_token", "enc
 def build_optimiser(network: Network, config: OptimConfig) -> torch.optim.AdamW:
     """Group the parameters and build AdamW.
 
-    Vectors, biases, position embedding, class and mask token have no decay; everything outside of the encoder
+    Vectors, biases, position embedding, class and mask token have no weight decay; everything outside the encoder
     learns `head_factor` times as fast. Source: paper, implementation details.
     """
     groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
@@ -44,7 +44,7 @@ def fill_missing_gradients(optimiser: torch.optim.Optimizer) -> None:
     """Set a zero gradient on every parameter that no loss has reached.
 
     A stage that is skipped because its weight is 0 then moves its parameters as if it had been computed:
-    decay and the moments of AdamW go on.
+    weight decay and AdamW's moments continue.
     """
     for group in optimiser.param_groups:
         for parameter in group["params"]:

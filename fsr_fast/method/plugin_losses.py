@@ -1,4 +1,4 @@
-"""Losses that plug-ins register by `fsr_fast.plugins.register_loss`."""
+"""Losses that plug-ins register with `fsr_fast.plugins.register_loss`."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -11,8 +11,8 @@ from fsr_fast.plugins import LOSSES
 
 
 class LossInputs(NamedTuple):
-    """What a step knows of view 1, for the losses of plug-ins. Logits and features carry gradient, the rest does not;
-    in mixed precision they are bf16."""
+    """What a step knows about view 1, for the losses of plug-ins. Only logits and features carry gradient; in mixed
+    precision they are bf16."""
 
     images: Tensor
     """(B, 3, H, W), normalised."""
@@ -34,11 +34,11 @@ def plugin_losses(weights: Mapping[str, float], inputs: LossInputs) -> dict[str,
     """Compute the losses of plug-ins whose weight is not 0; one that returns None does not count in this step.
 
     Args:
-        weights: by name, as `loss.extra` gives them.
+        weights: by name, from `loss.extra`.
         inputs: of the step.
 
     Raises:
-        UserError: no such loss, or one that is no scalar.
+        UserError: no such loss, or one that is not a scalar.
     """
     losses = {}
     for name in (name for name, weight in weights.items() if weight > 0):

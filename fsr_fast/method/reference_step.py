@@ -19,11 +19,11 @@ from fsr_fast.models import Network
 from fsr_fast.runtime.distributed import world_size
 
 ACTIVATIONS = {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu", "SiLU": "silu"}
-"""The reference's names of timm's layers."""
+"""The reference's names for timm's layers."""
 
 
 class ReferenceStep(FSRStep):
-    """The fast step's weights, draws, teacher and centres; passes, maps, mask, labels and losses by the reference.
+    """The fast step's weights, draws, teacher and centres; passes, maps, mask, labels and losses from the reference.
 
     Args:
         student: the network.
@@ -31,17 +31,17 @@ class ReferenceStep(FSRStep):
         max_classes: largest number of classes that an image has.
 
     Raises:
-        UserError: the run is not one that the reference can do.
+        UserError: the reference does not support the run.
     """
 
     def __init__(self, student: Network, config: Config, max_classes: int) -> None:
         super().__init__(student, config, max_classes)
         if config.run.amp == "bf16":
-            raise UserError(f"run.amp: {config.run.amp!r}; the reference knows full precision alone: --run.amp off")
+            raise UserError(f"run.amp: {config.run.amp!r}; the reference only supports full precision: --run.amp off")
         if config.cam.fp8:
-            raise UserError("cam.fp8: true; the reference knows full precision alone: --cam.fp8 false")
+            raise UserError("cam.fp8: true; the reference only supports full precision: --cam.fp8 false")
         if config.loss.extra:
-            raise UserError("loss.extra: the reference knows the paper's losses alone; give --run.engine fast")
+            raise UserError("loss.extra: the reference only has the paper's losses; give --run.engine fast")
         if world_size() > 1:
             raise UserError(f"run.engine: the reference runs in one process, not in {world_size()}; start one alone")
         self.settings = reference_settings(config, student)
@@ -88,7 +88,7 @@ def reference_settings(config: Config, student: Network) -> reference.Settings:
 
     Args:
         config: the whole configuration.
-        student: for what the configuration leaves to the pretrained network.
+        student: source of what the configuration leaves to the pretrained network.
     """
     encoder, block = student.encoder, cast(Any, student.encoder.blocks[0])
     rotary = None if encoder.rotary is None else reference.Rotary(*encoder.rotary)

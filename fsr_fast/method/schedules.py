@@ -8,12 +8,12 @@ from fsr_fast.config import Config, LossConfig
 
 @dataclass(frozen=True)
 class Schedule:
-    """Values that hold at one iteration."""
+    """Values at one iteration."""
 
     learning_rate_factor: float
-    """Factor on every group's rate."""
+    """Factor on every group's learning rate."""
     encoder_momentum: float
-    """Momentum of the teacher's encoder; 0: the student's encoder is used."""
+    """Momentum of the teacher's encoder; 0: the teacher uses the student's encoder."""
     projector_momentum: float
     """Momentum of the teacher's projector."""
     teacher_temperature: float
@@ -63,6 +63,6 @@ def momentum(start: float, iteration: int, iterations: int) -> float:
 
 
 def teacher_temperature(temperature: tuple[float, float], iteration: int, rise: int) -> float:
-    """Rise linearly from the first to the second temperature over `rise` iterations, then stay."""
+    """Rise linearly from the first to the second temperature over `rise` iterations, then stay constant."""
     start, end = temperature
     return end if iteration >= rise else start + (end - start) * iteration / max(rise - 1, 1)

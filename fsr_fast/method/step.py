@@ -46,7 +46,7 @@ class StepOutput(NamedTuple):
     mask: Tensor | None
     """(B, N), bool, masked patches of view 2."""
     work: Work | None = None
-    """The trunk's passes; None where the reference made them."""
+    """The trunk's passes; None in the reference engine."""
 
 
 class Cams(NamedTuple):
@@ -106,7 +106,7 @@ class FSRStep(nn.Module):
         Args:
             views: two of (B, 3, H, W), normalised.
             labels: (B, C), float32, 0 or 1.
-            draws: as `draw` gives them.
+            draws: from `draw`.
             schedule: values of this iteration.
         """
         view1, view2 = views  # (B, 3, H, W)
@@ -114,7 +114,7 @@ class FSRStep(nn.Module):
         labels_pixels = weights.segmentation > 0 or weights.energy > 0
         distils = weights.uncertain > 0 or weights.class_token > 0
 
-        # An autocast region holds passes either all with gradient or all without: see `autocast`.
+        # All passes in an autocast region have a gradient, or none has: see `autocast`.
         with torch.no_grad(), self._autocast():
             unmasked1, unmasked2, scaled = self._pass_unmasked(view1, view2, draws, weights)
             random = schedule.random_mask
@@ -160,7 +160,7 @@ class FSRStep(nn.Module):
     def _pass_unmasked(
         self, view1: Tensor, view2: Tensor, draws: Draws, weights: LossConfig
     ) -> tuple[Features | None, Features | None, list[Features]]:
-        """Return views 1 and 2's features, where teacher and maps share them, and those of view 1's scaled images."""
+        """Return the features of views 1 and 2, where teacher and maps share them, and of view 1's scaled images."""
         encoder, cam = self.student.encoder, self.config.cam
         maps = weights.affinity > 0 or weights.segmentation > 0 or weights.energy > 0
         alone = {}
@@ -170,7 +170,7 @@ class FSRStep(nn.Module):
             alone[2] = view2
         scaled = scaled_views(view1, cam.scales, encoder.patch_size, known=self.shares_passes) if maps else []
         drop_path = torch.cat(draws.cam, dim=-1) if draws.cam else None  # (depth, 2, ΣB)
-        if cam.fp8:  # but not in passes that the teacher shares
+        if cam.fp8:  # except in passes that the teacher shares
             features = encoder.forward_packed([*alone.values()])
             features += encoder.forward_packed(scaled, drop_path, float8=True)
         else:

@@ -16,7 +16,7 @@ class Teacher(nn.Module):
     """Exponential moving average of the student.
 
     At momentum 0 the teacher's encoder and aggregator *are* the student's and no copy exists; only the projector
-    is averaged. Otherwise the whole network is. Source: paper, implementation details; official code.
+    is averaged. Otherwise the whole network is averaged. Source: paper, implementation details; official code.
 
     Args:
         student: copied at its present weights.

@@ -45,7 +45,7 @@ class AggregatorBlock(nn.Module):
         Args:
             class_token: (B, D).
             tokens: (B, N, D), output of the trunk's last block.
-            mask: (B, N), bool, masked patches; or none.
+            mask: (B, N), bool, masked patches; or None.
 
         Returns:
             (B, D).
@@ -54,7 +54,7 @@ class AggregatorBlock(nn.Module):
         return self._add_mlp(class_token + update)
 
     def attention(self, class_token: Tensor, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Update the class token and give its attention to the patches.
+        """Update the class token and return its attention to the patches.
 
         Returns:
             (B, D) class token and (B, heads, N) attention weights, float32. Source: paper, Fig. 7.
@@ -85,11 +85,11 @@ def pool_unmasked(tokens: Tensor, mask: Tensor | None, pooling: Literal["gap", "
 
     Args:
         tokens: (B, N, D), after the final norm.
-        mask: (B, N), bool, masked patches; or none.
+        mask: (B, N), bool, masked patches; or None.
         pooling: average (`gap`) or maximum (`gmp`).
 
     Returns:
-        (B, D); 0 for an image whose patches are all masked, as a strict strategy may choose them.
+        (B, D); 0 for an image whose patches are all masked, as under a strict strategy.
     """
     if mask is None:
         return tokens.mean(1) if pooling == "gap" else tokens.amax(1)

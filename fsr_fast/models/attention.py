@@ -27,7 +27,7 @@ class Backends(NamedTuple):
     packed: Backend
     """In training, images of several sizes."""
     evaluation: Backend
-    """Outside of it, where nearly every image has another size: one that plans nothing per size."""
+    """Outside training, where nearly every image has another size: one that plans nothing per size."""
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, groups: Groups, backend: Backend, packing: Any = None) -> Tensor:
@@ -39,9 +39,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, groups: Groups, backend: B
         value: like `query`.
         groups: sizes of the images in T.
         backend: `sdpa`, torch's own, one call per size; `xformers`, one call with a block-diagonal mask; `varlen`,
-            torch's own for sequences of any length, one call, CUDA and half precision alone.
-        packing: as `describe_packing` gives it; none: it is asked here, which a compiled block should not do, since
-            it would make and copy the tensors of it anew in every call.
+            torch's own for sequences of any length, one call, CUDA and half precision only.
+        packing: from `describe_packing`; None: it is made here, which a compiled block should avoid, since its
+            tensors would be made and copied in every call.
 
     Returns:
         (T, heads·d), in the dtype of `value`.
@@ -58,7 +58,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, groups: Groups, backend: B
 
 
 def describe_packing(groups: Groups, backend: Backend, device: torch.device) -> Any:
-    """Return what a backend's operator must know of packed images: a mask, boundaries, or nothing."""
+    """Return what a backend's operator needs to know about packed images: a mask, boundaries, or nothing."""
     if backend == "xformers" and len(groups) > 1:  # images of one size are a batch and need no mask
         return block_diagonal_mask(groups, device)
     return boundaries(groups, device) if backend == "varlen" else None
@@ -67,16 +67,16 @@ def describe_packing(groups: Groups, backend: Backend, device: torch.device) -> 
 def choose_backend(wanted: str, device: torch.device, half: bool) -> Backend:
     """Choose how attention is computed.
 
-    `auto` takes sdpa on a CPU, where it is the only one, and in full precision; for half precision on a GPU it takes
-    xformers where that is installed. A training asks `fastest_backend` instead.
+    `auto` uses sdpa on a CPU, where it is the only one, and in full precision; for half precision on a GPU it uses
+    xformers where that is installed. A training calls `fastest_backend` instead.
 
     Args:
-        wanted: as `run.attention` says.
+        wanted: `run.attention` of the configuration.
         device: of the passes.
         half: whether they run in half precision.
 
     Raises:
-        UserError: the backend cannot run there; says what can.
+        UserError: the backend cannot run there; names those that can.
     """
     if wanted == "auto":
         return "xformers" if device.type == "cuda" and half and _admit_xformers() else "sdpa"
@@ -109,7 +109,9 @@ def fastest_backend(groups: Groups, heads: int, width: int, device: torch.device
     from triton.testing import do_bench
 
     total = sum(images * tokens for images, tokens in groups)
-    generator = torch.Generator(device).manual_seed(0)  # its own: the run's draws do not depend on a measurement
+    generator = torch.Generator(device).manual_seed(
+        0
+    )  # its own, so that the run's draws do not depend on a measurement
     qkv = torch.randn(3, total, heads, width, device=device, dtype=torch.bfloat16, generator=generator)
     qkv.requires_grad_(gradient)
     times: dict[Backend, float] = {}
@@ -124,7 +126,7 @@ def fastest_backend(groups: Groups, heads: int, width: int, device: torch.device
 
         try:
             times[backend] = do_bench(call, warmup=5, rep=20, grad_to_none=[qkv])
-        except (RuntimeError, NotImplementedError) as error:  # no operator of it for this GPU
+        except (RuntimeError, NotImplementedError) as error:  # it has no operator for this GPU
             logger.info("attention: %s cannot run here: %s", backend, error)
     found = ", ".join(f"{name} {time:.3f} ms" for name, time in times.items())
     logger.info("attention of images times tokens %s%s: %s", groups, " with its gradient" * gradient, found)
@@ -141,16 +143,16 @@ def _half_precision_backends() -> list[Backend]:
 
 
 def _admit_xformers() -> bool:
-    """Return whether xformers is there and has an operator for GPUs.
+    """Return whether xformers is installed and has an operator for GPUs.
 
-    Its own library loads only beside the CUDA that it was built with. Where that fails, it refuses all operators, also
+    Its own library loads only with the CUDA that it was built for. Where that fails, it refuses all operators, even
     those that call torch's own and need no library: these are admitted here.
     """
     if not importlib.util.find_spec("xformers"):
         return False
     try:
         from xformers.ops.fmha import common, flash
-    except ImportError:  # this torch is too new for it
+    except ImportError:  # this torch is too new for xformers
         return False
     common._built_with_cuda = common._built_with_cuda or flash._USE_PT_FLASH_ATTN
     return bool(common._built_with_cuda)

@@ -19,7 +19,7 @@ from fsr_fast.models.positions import rotary_obstacle
 from fsr_fast.plugins import BACKBONES, HINT
 
 MODULES = {"vision_transformer", "deit", "eva"}
-"""Of timm: those that hold transformers of the families below."""
+"""timm's modules with transformers of the families below."""
 DEEPEST = 1000
 """Largest number of blocks."""
 PREFIX = ("cls_token", "dist_token", "reg_token")
@@ -44,18 +44,16 @@ def create_vit(config: ModelConfig) -> Any:
     for option in config.backbone_options:
         if option not in known:  # create_model takes more than sizes, `pretrained` among them
             raise UserError(
-                f"model.backbone_options: {option!r} is no argument of {kind.__name__}{nearest(option, known)}"
+                f"model.backbone_options: {option!r} is not an argument of {kind.__name__}{nearest(option, known)}"
             )
     depth = config.backbone_options.get("depth", 1)
     if not 1 <= depth <= DEEPEST:
-        raise UserError(
-            f"model.backbone_options: a depth of {depth} leaves no block, or too many; expected 1 to {DEEPEST}"
-        )
+        raise UserError(f"model.backbone_options: a depth of {depth} is out of range; expected 1 to {DEEPEST}")
     options: dict[str, Any] = {"num_classes": 0, "dynamic_img_size": True, "in_chans": config.in_chans}
     options |= config.backbone_options
     if options["in_chans"] != config.in_chans:
         raise UserError("model.backbone_options: in_chans; the channels of the pictures are model.in_chans")
-    distilled = "distilled" in name  # timm's class takes no other pooling; it has no part in the weights
+    distilled = "distilled" in name  # timm's class accepts no other pooling; it does not affect the weights
     try:
         vit: Any = timm.create_model(config.backbone, global_pool="token" if distilled else "", **options)
     except Exception as error:  # timm and torch raise many kinds
@@ -65,7 +63,7 @@ def create_vit(config: ModelConfig) -> Any:
     obstacle = _obstacle(vit)
     if obstacle:
         raise UserError(
-            f"model.backbone: {config.backbone} cannot be the encoder: {obstacle}; the nearest that can is "
+            f"model.backbone: {config.backbone} cannot be the encoder: {obstacle}; the closest that can is "
             f"{_substitute(name)!r}"
         )
     return vit
@@ -74,7 +72,7 @@ def create_vit(config: ModelConfig) -> Any:
 def _from_plugin(config: ModelConfig) -> Any:
     """Build the transformer of a plug-in."""
     if timm.is_model(config.backbone):
-        raise UserError(f"model.backbone: {config.backbone!r} is a plug-in's and timm's; rename that of the plug-in")
+        raise UserError(f"model.backbone: {config.backbone!r} is a plug-in's and timm's; rename the plug-in's")
     vit = BACKBONES[config.backbone](pretrained=config.pretrained == "hub", **config.backbone_options)
     if obstacle := _obstacle(vit):
         raise UserError(f"model.backbone: {config.backbone}, of a plug-in, cannot be the encoder: {obstacle}")
@@ -86,8 +84,8 @@ def _from_plugin(config: ModelConfig) -> Any:
 def keeps_prefix(vit: Any, config: ModelConfig) -> bool:
     """Decide whether the transformer's class and register tokens pass through the trunk.
 
-    `auto` keeps them where there are registers: such a network was trained to store what concerns the whole image
-    there, and without them stores it in patches. All others drop them, as the paper does.
+    `auto` keeps them where there are registers: such a network was trained to store information about the whole image
+    there, and without them would store it in patches. All others drop them, as the paper does.
 
     Raises:
         UserError: they are to be kept, but there are none.
@@ -107,7 +105,7 @@ def prefix_tokens(vit: Any) -> Tensor:
 def patch_positions(vit: Any) -> Tensor | None:
     """Return the transformer's position embedding with one entry in front of the patches', (1, 1 + N, D).
 
-    It is the class token's, or 0 where that has none; None: the transformer has no position embedding.
+    That entry is the class token's, or 0 if it has none; None: the transformer has no position embedding.
     """
     if vit.pos_embed is None:
         return None
@@ -125,17 +123,17 @@ def check_name(backbone: str) -> None:
     """Refuse a backbone that timm does not have.
 
     Raises:
-        UserError: unknown name or tag; the nearest is named.
+        UserError: unknown name or tag; the message names the closest.
     """
     name, _, tag = backbone.partition(".")
     if not timm.is_model(name):
         names = [known for module in MODULES for known in timm.list_models(module=module)]
         raise UserError(
-            f"model.backbone: {name!r} is no vision transformer of timm {HINT}{nearest(name, [*names, *BACKBONES])}"
+            f"model.backbone: {name!r} is not a vision transformer of timm {HINT}{nearest(name, [*names, *BACKBONES])}"
         )
     if not is_model_in_modules(name, MODULES):
         raise UserError(
-            f"model.backbone: {name!r} is no vision transformer of timm that the encoder can take over; "
+            f"model.backbone: {name!r} is not a vision transformer of timm that the encoder can take over; "
             f"one that can is {_substitute(name)!r}"
         )
     tags = [known.partition(".")[2] for known in timm.list_models(f"{name}.*", pretrained=True)]
@@ -162,11 +160,11 @@ def _obstacle(vit: Any) -> str | None:
         if getattr(attention, "num_kv_heads", attention.num_heads) != attention.num_heads:
             return "its heads share keys and values"
     if not isinstance(vit.norm, nn.LayerNorm) or not isinstance(vit.patch_embed.norm, nn.Identity):
-        return "it has no LayerNorm behind its blocks, or a norm of its patches"
+        return "it has no LayerNorm after its blocks, or a norm of its patches"
     if vit.patch_embed.patch_size[0] != vit.patch_embed.patch_size[1]:
         return "its patches are not square"
     if any(getattr(part, "p", getattr(part, "drop_prob", 0)) for part in vit.modules()):
-        return "it drops activations or blocks on its own; model.stochastic_depth is what there is"
+        return "it has dropout or stochastic depth of its own; use model.stochastic_depth"
     if getattr(vit, "rope", None) is not None:
         return rotary_obstacle(vit.rope)
     return None

@@ -1,4 +1,4 @@
-"""One block of a vision transformer over packed images, whatever family of timm it is of."""
+"""One block of a vision transformer over packed images, for every supported family of timm."""
 
 from contextlib import nullcontext
 from typing import Any
@@ -31,7 +31,7 @@ def run_block(
         backend: how attention is computed.
         float8: round the factors of the linear layers to float8.
         packing: as in `attend`.
-        rotary: (T, 1, 2d), sines and cosines by which queries and keys are rotated; None: they are not.
+        rotary: (T, 1, 2d), sines and cosines that rotate queries and keys; None: no rotation.
 
     Returns:
         (T, D).
@@ -50,8 +50,8 @@ def project(attention: Any, tokens: Tensor, rotary: Tensor | None) -> tuple[Tens
     """Project tokens to queries, keys and values; the first two normalised and rotated where the family does so.
 
     Args:
-        attention: of a timm block. Its projection is one layer, one layer whose biases stand beside it (the key's is a
-            constant 0), or three layers.
+        attention: of a timm block. Its projection is one layer, one layer with separate biases (the key's is a constant
+            0), or three layers.
         tokens: (T, D), normalised.
         rotary: as in `run_block`.
 

@@ -43,10 +43,10 @@ def build_network(
         config: the model's section.
         classes: names of the C foreground classes.
         image_size: side of the training views, in pixels.
-        measured: what was found over the training pictures; None: pictures of 8 bits.
+        measured: window, mean and std measured over the training pictures; None: pictures of 8 bits.
 
     Raises:
-        UserError: an unknown backbone, weights that cannot be had, an image size that does not fit.
+        UserError: an unknown backbone, unavailable weights, an image size that does not fit.
     """
     vit = create_vit(config)
     if config.initial is None:
@@ -79,7 +79,7 @@ def takes_measured(config: ModelConfig) -> bool:
 
 
 def without_start(config: ModelConfig) -> ModelConfig:
-    """The same network from random weights, for those of a checkpoint that will take their place."""
+    """Configuration of the same network with random weights, which a checkpoint's will replace."""
     return config.model_copy(update={"pretrained": "none", "initial": None})
 
 
@@ -89,14 +89,14 @@ class Trained(NamedTuple):
     network: Network
     """In eval mode, on the CPU."""
     config: Config
-    """Of its run, where the checkpoint holds it, with a recipe and the command line over it."""
+    """Its run's, if the checkpoint holds it, overridden by a recipe and the command line."""
     iteration: int | None
-    """That it was saved at; None where the file does not say."""
+    """Iteration at which it was saved; None if the file does not say."""
     named: bool
     """Whether the classes have the names that they were trained with: official checkpoints hold none."""
 
     def match_classes(self, classes: tuple[str, ...]) -> None:
-        """Check that the classes of a data set are the network's; one without names takes theirs.
+        """Check that the classes of a data set are the network's; a network without names takes the data set's.
 
         Args:
             classes: names of the data set's foreground classes, in its order.
@@ -115,7 +115,7 @@ def reading_of(config: Config, window: Window | None) -> Reading:
 
     Args:
         config: number of channels, preview, largest picture.
-        window: of pictures deeper than 8 bits, as it was given or found in training.
+        window: of pictures deeper than 8 bits, as given or measured in training.
     """
     preview = config.data.preview_channels
     shown = None if preview is None else tuple(channel - 1 for channel in preview)
@@ -123,7 +123,7 @@ def reading_of(config: Config, window: Window | None) -> Reading:
 
 
 APPLIED = ("run", "data", "cam", "evaluate")
-"""Sections that decide about the use of a trained network."""
+"""Sections that apply when a trained network is used."""
 
 
 def open_trained(
@@ -134,15 +134,15 @@ def open_trained(
     with_data: bool = False,
     teacher: bool = False,
 ) -> Trained:
-    """Open a trained network with the configuration of its use; the checkpoint is read once.
+    """Open a trained network with the configuration to use it with; the checkpoint is read once.
 
     Args:
         path: a run folder (its newest checkpoint is taken), a checkpoint file, a folder that `fsr-fast export` wrote,
             or an official `student.pth` or `teacher.pth`.
-        options: what the command line says of the configuration.
-        recipe: laid over the configuration of the checkpoint.
-        with_data: the data set will be opened; then the configuration must say which.
-        teacher: take the averaged network of a run. Where only the projector is averaged, the rest is the student's.
+        options: configuration keys from the command line.
+        recipe: overrides the configuration of the checkpoint.
+        with_data: the data set will be opened, so the configuration must name it.
+        teacher: open the averaged network of a run. Where only the projector is averaged, the rest is the student's.
 
     Raises:
         UserError: no checkpoint, one that is damaged or of another kind, no such recipe, a value out of range.
@@ -155,13 +155,13 @@ def open_trained(
     found = network.reading.window
     if with_data and recorded is None and recipe is None and "data.dataset" not in options:
         raise UserError(
-            f"{path}: does not say what data it is for; add the recipe and the folder, e.g. --config voc_official "
+            f"{path}: does not name its data set; add the recipe and the folder, e.g. --config voc_official "
             "--root VOCdevkit/VOC2012"
         )
     if recorded is not None:
         values = merge(recorded, {name: laid[name] for name in APPLIED if name in laid})
     else:
-        values = laid or {"data": {"dataset": "synthetic"}}  # the one that needs no folder
+        values = laid or {"data": {"dataset": "synthetic"}}  # the only one that needs no folder
         if network.config.in_chans != 3:
             values = merge(values, {"model": {"in_chans": network.config.in_chans}, "augment": {"policy": "none"}})
     config = build_config(values, origin, options)
@@ -169,8 +169,8 @@ def open_trained(
     asked_for = "data.root" in options or "root" in (laid.get("data") or {})
     if with_data and isinstance(config.data.root, str) and not asked_for:
         raise UserError(
-            f"{path}: names the address {config.data.root!r} for its data; checkpoints open no addresses by "
-            "themselves: give it, or a folder, by --root"
+            f"{path}: names the address {config.data.root!r} for its data; an address that only a checkpoint names is "
+            "not opened: give it, or a folder, by --root"
         )
     if iteration is not None and (reason := untrained_decoder(config, iteration)):
         LOGGER.warning("%s: %s", path, reason)
@@ -178,7 +178,7 @@ def open_trained(
 
 
 def _named_plugins(options: Mapping[str, Given], laid: dict[str, Any]) -> tuple[str, ...]:
-    """Return the plug-ins that the user names: those that a checkpoint names are never imported."""
+    """Return the plug-ins that the user names; those that a checkpoint names are never imported."""
     section = laid.get("run")
     of_recipe = section.get("plugins", ()) if isinstance(section, dict) else ()
     named = options.get("run.plugins", Given("run.plugins", of_recipe))
@@ -187,7 +187,7 @@ def _named_plugins(options: Mapping[str, Given], laid: dict[str, Any]) -> tuple[
 
 
 def _open(path: Path, teacher: bool) -> tuple[Network, dict[str, Any] | None, int | None, bool]:
-    """Read network, recorded configuration, iteration, and whether the classes have their names."""
+    """Read the network, the recorded configuration, the iteration, and whether the classes have their names."""
     if is_network_folder(path) and not teacher:
         return restore_folder(path), None, None, True
     weights = None if teacher or path.is_dir() or has_checksum(path) else read_official(path)
@@ -216,7 +216,7 @@ def load_network(path: str | Path) -> Network:
 
 
 def _averaged(teacher: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Name the teacher's weights as the network does."""
+    """Rename the teacher's weights to the network's names."""
     parts = ((name.partition("."), value) for name, value in teacher.items())
     return {rest if part == "network" else f"projector.{rest}": value for (part, _, rest), value in parts}
 
@@ -225,7 +225,7 @@ def restore_network(checkpoint: dict[str, Any], origin: str) -> Network:
     """Build the network that a checkpoint describes and fill it with its weights.
 
     Args:
-        checkpoint: as `read_checkpoint` gives it.
+        checkpoint: from `read_checkpoint`.
         origin: the file, for messages.
     """
     values, classes, weights = (checkpoint.get(key) for key in ("config", "classes", "student"))
@@ -250,10 +250,10 @@ def restore_network(checkpoint: dict[str, Any], origin: str) -> Network:
 
 
 def restore_official(weights: dict[str, Tensor], origin: str) -> Network:
-    """Build the network of an official checkpoint; its sizes are read off the tensors, its classes off their number.
+    """Build the network of an official checkpoint; its sizes come from the tensors, its class names from their number.
 
     Args:
-        weights: as `read_official` gives them.
+        weights: from `read_official`.
         origin: the file, for messages.
 
     Raises:
@@ -287,11 +287,9 @@ def restore_folder(folder: Path) -> Network:
 
 
 def _checked(network: Network, origin: str) -> Network:
-    """Refuse names that cannot be shown, and weights that find nothing."""
+    """Refuse names that cannot be shown, and weights that are not finite."""
     check_class_names(network.classes, origin)
     for name, value in network.state_dict().items():
         if not bool(value.isfinite().all()):
-            raise UserError(
-                f"{origin}: the weights {name!r} are not finite, so the network finds nothing; give another"
-            )
+            raise UserError(f"{origin}: the weights {name!r} are not finite, so the network is useless; give another")
     return network.eval()

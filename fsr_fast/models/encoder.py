@@ -19,7 +19,7 @@ from fsr_fast.models.work import TrunkPass, TrunkShape
 
 
 class Features(NamedTuple):
-    """What one pass through the trunk gives."""
+    """Result of one pass through the trunk."""
 
     tokens: Tensor
     """(B, N, D), output of the last block, before the final norm."""
@@ -28,18 +28,18 @@ class Features(NamedTuple):
     grid: tuple[int, int]
     """Rows h and columns w of patches, N = h·w."""
     source: TrunkPass
-    """The pass that gave them, together with those of the images that it was packed with."""
+    """The pass that computed them, shared with the images that were packed with theirs."""
 
 
 class Encoder(nn.Module):
     """Vision transformer over patch tokens, followed by the aggregator (paper, Eq. 5-7).
 
-    Patch tokens pass alone (the paper), or behind the transformer's own class and register tokens, which are taken off
-    afterwards. Names of parameters are timm's for the trunk; `cls_token` and `cls_blocks` belong to the aggregator.
+    Patch tokens pass alone (the paper), or after the transformer's own class and register tokens, which are removed
+    afterwards. Parameter names are timm's for the trunk; `cls_token` and `cls_blocks` belong to the aggregator.
     Entry 0 of `pos_embed` is the class token's, unused, as in official checkpoints.
 
     Args:
-        vit: the transformer, as `create_vit` gives it.
+        vit: the transformer, from `create_vit`.
         config: aggregation, mask mode, stochastic depth, auxiliary block.
         image_size: side of the training views in pixels; the position embedding is stored for its grid.
 
@@ -112,7 +112,7 @@ class Encoder(nn.Module):
 
     @property
     def shape(self) -> TrunkShape:
-        """Sizes that decide the arithmetic of a pass."""
+        """Sizes that determine the arithmetic of a pass."""
         layers = [layer for layer in self.blocks[0].modules() if isinstance(layer, nn.Linear)]
         weights = sum(layer.in_features * layer.out_features for layer in layers)
         patches = self.grid[0] * self.grid[1]
@@ -122,7 +122,7 @@ class Encoder(nn.Module):
     def compile_blocks(self) -> None:
         """Compile the blocks for training, one program for all of them; names and weights stay as they are."""
         self._run_block = torch.compile(run_block, dynamic=False)
-        # Dynamo would cut a block where a bucket of DDP ends, to overlap gradients; those of a block are few enough.
+        # Dynamo would split a block at DDP's bucket boundaries to overlap gradients; one block is too small to benefit.
         torch._dynamo.config.optimize_ddp = False
 
     def forward(
@@ -134,7 +134,7 @@ class Encoder(nn.Module):
             images: (B, channels, H, W), normalised; H and W multiples of the patch size.
             mask: (B, N), bool; the mask token replaces the embeddings of these patches.
             drop_path: (depth, 2, B), factors of the branches (stochastic depth); None: every branch counts.
-            aux_only: stop after the auxiliary block; `tokens` are then its output, too.
+            aux_only: stop after the auxiliary block; `tokens` are then also its output.
 
         Returns:
             Features of the last and of the auxiliary block.
@@ -171,7 +171,7 @@ class Encoder(nn.Module):
         tokens = embedded.flatten(2).transpose(1, 2)
         if mask is not None:
             tokens = torch.where(mask.unsqueeze(-1), self.mask_token.to(tokens.dtype), tokens)
-        # under autocast the residual stream of a training's passes without gradient is half as wide
+        # under autocast, training's passes without gradient keep the residual stream in bf16
         dtype = tokens.dtype if self.training and not torch.is_grad_enabled() else self.mask_token.dtype
         tokens = tokens.to(dtype)
         if self.pos_embed is not None:
@@ -211,13 +211,13 @@ class Encoder(nn.Module):
         depth = self.aux_block + 1 if aux_only else self.depth
         source = TrunkPass(groups, depth, torch.is_grad_enabled())
         tokens = torch.cat([one.flatten(0, 1) for one, _ in embedded])
-        # in half precision 1 / (1 - rate) would be off by up to 1/256, for all images alike
+        # in half precision 1 / (1 - rate) would be off by up to 1/256, the same for all images
         wide = torch.promote_types(tokens.dtype, torch.float32)
         factors = None if drop_path is None else _spread(drop_path.to(wide), groups)
         backend = self._backend(groups)
         packing = describe_packing(groups, backend, tokens.device)
         rotary = self.turn_angles([(one.shape[0], grid) for one, grid in embedded])
-        # an evaluation meets a new size with nearly every image: each would be compiled, until none is any more
+        # an evaluation meets a new size with nearly every image: each would be recompiled, up to Dynamo's limit
         run = self._run_block if self.training else run_block
         aux = tokens
         for index, block in enumerate(self.blocks[:depth]):

@@ -9,11 +9,11 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 LARGEST = 448.0
-"""Of the format e4m3: 4 bits of exponent, 3 of mantissa."""
+"""Largest value of e4m3: 4 bits of exponent, 3 of mantissa."""
 
 
 class Float8Linears(TorchFunctionMode):
-    """Within this context every linear layer rounds its factors to float8; whose layer it is does not matter."""
+    """Within this context every linear layer rounds its factors to float8, whichever module it belongs to."""
 
     def __torch_function__(
         self,
@@ -22,7 +22,7 @@ class Float8Linears(TorchFunctionMode):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Put `linear_float8` in the place of `torch.nn.functional.linear`."""
+        """Replace `torch.nn.functional.linear` by `linear_float8`."""
         return (linear_float8 if function is F.linear else function)(*args, **(kwargs or {}))
 
 

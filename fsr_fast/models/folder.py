@@ -20,14 +20,14 @@ WEIGHTS, DESCRIPTION = "model.safetensors", "config.json"
 
 
 class NetworkDescription(Section):
-    """What config.json says of a network."""
+    """Content of config.json."""
 
     classes: tuple[str, ...]
     """Names of the foreground classes."""
     image_size: int = Field(ge=32, le=4096)
     """Side of the training views, in pixels."""
     mean: tuple[float, ...]
-    """Of the input, for images in 0…1."""
+    """Mean of the input, for images in 0…1."""
     std: tuple[float, ...] = Field(validation_alias=AliasChoices("std", "deviation"))
     """Standard deviation of the input, likewise; earlier exports call it `deviation`."""
     model: ModelConfig
@@ -56,7 +56,9 @@ def write_network(network: Network, folder: Path) -> None:
         folder: exists.
     """
     weights = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
-    (folder / WEIGHTS).write_bytes(save(weights, {"format": "pt"}))  # save_file's file is readable by its owner alone
+    (folder / WEIGHTS).write_bytes(
+        save(weights, {"format": "pt"})
+    )  # save_file would make a file that only its owner can read
     known = {name: getattr(network, name) for name in ("classes", "image_size", "mean", "std")}
     known["window"] = network.reading.window
     description = {"format": FORMAT, **known, "model": network.config.model_dump(mode="json")}

@@ -1,8 +1,8 @@
-"""Weights of a vision transformer as people have them, told by their keys: brought to the names of timm.
+"""Weights of a vision transformer in the formats people have, recognised by their keys and renamed as in timm.
 
-Known are timm's own files (those of the official code among them), the original releases of DINO, DINOv2, DINOv3, MAE,
-DeiT and EVA-02, OpenAI's and OpenCLIP's CLIP, and the `transformers` package's ViT, DINOv2 (with or without registers),
-DINOv3, CLIP and SigLIP. Where timm has a filter for a release, the filter does the work.
+Supported are timm's own files (those of the official code among them), the original releases of DINO, DINOv2, DINOv3,
+MAE, DeiT and EVA-02, OpenAI's and OpenCLIP's CLIP, and the `transformers` package's ViT, DINOv2 (with or without
+registers), DINOv3, CLIP and SigLIP. Where timm has a filter for a release, the filter does the work.
 """
 
 import re
@@ -15,13 +15,13 @@ from torch import Tensor
 from fsr_fast.errors import UserError
 
 WRAPPERS = ("teacher", "model_ema", "state_dict", "model", "module")
-"""Keys below which training files hold the weights; the averaged ones first."""
+"""Keys under which training files hold the weights; averaged ones first."""
 _TIMM, _OPENAI = "patch_embed.proj.weight", "conv1.weight"
 _TRANSFORMERS = tuple(
     f"embeddings.{name}.weight" for name in ("patch_embeddings.projection", "patch_embeddings", "patch_embedding")
 )
 MARKS = (_TIMM, *_TRANSFORMERS, _OPENAI)
-"""Names of the patch projection; what stands before them stands before all names."""
+"""Names of the patch embedding; whatever prefix they have, all names have."""
 
 _RENAMES = tuple(
     (re.compile(pattern), new)
@@ -48,7 +48,7 @@ _RENAMES = tuple(
 
 
 def unwrap(content: Any) -> dict[str, Tensor] | None:
-    """Find the tensors by name in what a file holds; None: there are none."""
+    """Find the tensors by name in the content of a file; None: there are none."""
     while isinstance(content, dict) and not (content and all(isinstance(value, Tensor) for value in content.values())):
         inner = next((content[key] for key in WRAPPERS if isinstance(content.get(key), dict)), None)
         if inner is None:
@@ -58,14 +58,14 @@ def unwrap(content: Any) -> dict[str, Tensor] | None:
 
 
 def to_timm(weights: dict[str, Tensor], vit: Any) -> dict[str, Tensor] | None:
-    """Rename weights as timm names those of a transformer.
+    """Rename weights to timm's names.
 
     Args:
         weights: tensors by name, in any of the known formats.
-        vit: the transformer that they are for.
+        vit: the transformer that they are meant for.
 
     Returns:
-        Tensors by timm's names, of the shapes that they have in the file; None: of no known format.
+        Tensors by timm's names, with their shapes in the file; None: of no known format.
     """
     found = [(name, mark) for mark in MARKS for name in weights if name == mark or name.endswith(f".{mark}")]
     if not found:
@@ -86,7 +86,7 @@ def _from_transformers(weights: dict[str, Tensor], *, packed: bool) -> dict[str,
     parts: dict[str, dict[str, Tensor]] = {}
     gated = any(".mlp.gate_proj." in name for name in weights)
     for name, value in weights.items():
-        if gated:  # gate, value, and the way back
+        if gated:  # gate, value, and output projection
             for theirs, original in (("gate_proj", "w1"), ("up_proj", "w2"), ("down_proj", "w3")):
                 name = name.replace(f".mlp.{theirs}.", f".mlp.{original}.")
         for pattern, new in _RENAMES:
@@ -110,12 +110,12 @@ def _from_transformers(weights: dict[str, Tensor], *, packed: bool) -> dict[str,
 
 
 def _prepare(weights: dict[str, Tensor], vit: Any) -> dict[str, Tensor]:
-    """Meet what timm's filters expect of the original releases."""
+    """Provide what timm's filters expect of the original releases."""
     weights = {re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", name): value for name, value in weights.items()}
     if "register_tokens" in weights and isinstance(vit, eva.Eva):
         weights["storage_tokens"] = weights.pop("register_tokens")
     if "register_tokens" in weights or (not isinstance(vit, eva.Eva) and any(".mlp.w12." in name for name in weights)):
-        weights.setdefault("mask_token", torch.zeros(1))  # by which the filter knows DINOv2
+        weights.setdefault("mask_token", torch.zeros(1))  # by which the filter recognises DINOv2
     if "storage_tokens" in weights and getattr(vit.blocks[0].attn, "q_bias", None) is None:
         biases = [name for name in weights if name.endswith(".qkv.bias")]
         if any(weights[name].any() for name in biases):  # timm's filter would drop them
@@ -128,7 +128,7 @@ def _prepare(weights: dict[str, Tensor], vit: Any) -> dict[str, Tensor]:
 
 
 def _filter(weights: dict[str, Tensor], vit: Any) -> dict[str, Tensor]:
-    """Send weights through timm's filter, but leave positions as they are: the encoder resizes them once."""
+    """Apply timm's filter, but leave positions as they are: the encoder resizes them once."""
     positions, vit.pos_embed = vit.pos_embed, None
     try:
         if isinstance(vit, eva.Eva):

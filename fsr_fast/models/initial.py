@@ -1,4 +1,4 @@
-"""Start of a training from a trained network."""
+"""Starting a training from a trained network."""
 
 import logging
 
@@ -10,7 +10,7 @@ from fsr_fast.models.official import Normalisation, count_heads, renormalise_pat
 from fsr_fast.models.positions import resize_position_embedding
 
 CLASS_LAYERS = ("top_classifier.weight", "aux_classifier.weight", "decoder.conv8.weight")
-"""Layers whose channels are classes: they are taken over for the same classes only."""
+"""Layers whose channels are classes: they are only taken over for the same classes."""
 OWN_PARTS = ("encoder.cls_token", "encoder.cls_blocks.", "encoder.mask_token")
 """Parts of the encoder beside the trunk."""
 
@@ -20,18 +20,18 @@ logger = logging.getLogger(__name__)
 def start_from(network: Network, source: Network, origin: str) -> list[str]:
     """Take over the weights of a trained network wherever they fit; the encoder's trunk must.
 
-    The position embedding is resized to the grid, and the patch projection rewritten for the normalisation.
+    The position embedding is resized to the grid, and the patch embedding rewritten for the normalisation.
 
     Args:
         network: changed in place.
-        source: the trained network; of other classes, sizes of decoder, projector or aggregator, if need be.
-        origin: where it comes from, for messages.
+        source: the trained network; classes and sizes of decoder, projector and aggregator may differ.
+        origin: its source, for messages.
 
     Returns:
         Names of the weights that keep their random values; they are logged as a warning.
 
     Raises:
-        UserError: the trunk is another one.
+        UserError: the trunk differs.
     """
     weights = _adapted(source, network, origin)
     expected = network.state_dict()
@@ -47,7 +47,7 @@ def start_from(network: Network, source: Network, origin: str) -> list[str]:
     if trunk or heads != count_heads(network) or source.encoder.depth != network.encoder.depth:
         difference = f"{trunk[0]!r} does not fit" if trunk else f"{source.encoder.depth} blocks of {heads} heads"
         raise UserError(
-            f"model.initial: {origin} has another encoder than model.backbone: {difference}; "
+            f"model.initial: {origin} has a different encoder from model.backbone: {difference}; "
             "name the backbone (model.backbone, backbone_options, prefix_tokens) that it was trained with"
         )
     network.load_state_dict(taken, strict=False)

@@ -15,7 +15,7 @@ from fsr_fast.models.projector import Projector
 
 
 class NetworkOutput(NamedTuple):
-    """All that the network says of a batch of images."""
+    """All outputs of the network for a batch of images."""
 
     class_logits: Tensor
     """(B, C), image-level logits of the classifier on the top feature map."""
@@ -43,7 +43,7 @@ class Network(nn.Module):
         vit: the transformer whose blocks and weights the encoder takes over.
         classes: names of the C foreground classes.
         image_size: side of the training views, in pixels.
-        mean: of the input's channels, for images in 0…1.
+        mean: of each input channel, for images in 0…1.
         std: standard deviation, likewise.
     """
 
@@ -88,17 +88,17 @@ class Network(nn.Module):
             images: (B, channels, H, W), normalised.
 
         Returns:
-            (B, 3, H, W), float32, grey levels of 0…255, not rounded; of other than three channels those of the preview.
-            Source: official code, dense energy.
+            (B, 3, H, W), float32, grey levels of 0…255, not rounded; with other than three channels, of
+            the preview. Source: official code, dense energy.
         """
-        # The last bit of factor and shift decides where a grey level is rounded to: take their nearest float32.
+        # The last bit of factor and shift decides how a grey level is rounded: use the nearest float32.
         factor, shift = ((255 * value.double()).float() for value in (self.exact_std, self.exact_mean))
         levels = images.to(factor.device) * factor + shift
         shown = list(self.reading.shown)
         return levels if levels.shape[1] == 3 and shown == [0, 1, 2] else levels[:, shown]
 
     def denormalise(self, images: Tensor) -> Tensor:
-        """Undo the normalisation, with 8-bit steps: as `grey_levels`, rounded down to whole numbers of 0…255."""
+        """Undo the normalisation: as `grey_levels`, rounded down to whole numbers in 0…255."""
         return self.grey_levels(images).clamp(0, 255).floor()
 
     def forward(self, images: Tensor) -> NetworkOutput:
@@ -149,5 +149,5 @@ def activate(tokens: Tensor, classifier: nn.Conv2d, grid: tuple[int, int]) -> Te
 
 
 def to_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Lay tokens (B, N, D) out as a feature map (B, D, h, w)."""
+    """Arrange tokens (B, N, D) as a feature map (B, D, h, w)."""
     return tokens.transpose(1, 2).unflatten(2, grid)

@@ -1,8 +1,8 @@
 """Official checkpoints: `student.pth` and `teacher.pth` of the official code, plain state dicts of the whole network.
 
-Such a file holds tensors alone. What it does not say, a reader takes from the official code: attention heads of
-width 64, norms with ε = 1e-6, the auxiliary feature map from the third block from the end, images normalised by
-ImageNet's mean and deviation, and no mask in the aggregator. Parameters carry the same names here and there.
+Such a file only holds tensors. The rest is taken from the official code: attention heads of width 64, norms with
+ε = 1e-6, the auxiliary feature map from the third block from the end, images normalised by ImageNet's mean and
+standard deviation, and no mask in the aggregator. Parameters have the same names here and there.
 """
 
 import re
@@ -40,7 +40,7 @@ _MARKS = ("encoder.patch_embed.proj.weight", "top_classifier.weight")
 
 
 class Normalisation(NamedTuple):
-    """What is subtracted from images in 0…1, and what they are divided by, a value per channel."""
+    """What is subtracted from images in 0…1, and what they are divided by, one value per channel."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -50,7 +50,7 @@ IMAGENET = Normalisation(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 
 
 class OfficialSizes(NamedTuple):
-    """The network that an official checkpoint is of."""
+    """Sizes of the network of an official checkpoint."""
 
     model: ModelConfig
     classes: int
@@ -66,14 +66,14 @@ def read_official(path: Path) -> dict[str, Tensor] | None:
         path: any file or folder.
 
     Returns:
-        Its tensors by name; none where it is something else than tensors by name, or cannot be read at all.
+        Its tensors by name; None if it is anything other than tensors by name, or cannot be read at all.
 
     Raises:
         UserError: tensors by name, but of another network.
     """
     try:
         content = read_tensors(path, mmap=True)
-    except Exception:  # not for this reader; that of a run's checkpoints says what is wrong
+    except Exception:  # not for this reader; the reader of a run's checkpoints says what is wrong
         return None
     if not isinstance(content, dict) or not content or not all(isinstance(value, Tensor) for value in content.values()):
         return None
@@ -87,14 +87,14 @@ def read_official(path: Path) -> dict[str, Tensor] | None:
 
 
 def official_sizes(weights: dict[str, Tensor], origin: str) -> OfficialSizes:
-    """Read the sizes of the network off its tensors.
+    """Infer the sizes of the network from its tensors.
 
     Args:
-        weights: as `read_official` gives them.
+        weights: from `read_official`.
         origin: the file, for messages.
 
     Raises:
-        UserError: a tensor that says a size is missing or has another number of axes, or the size fits no network.
+        UserError: a tensor that determines a size is missing or has another number of axes, or no network has the size.
     """
 
     def shape(name: str, axes: int) -> tuple[int, ...]:
@@ -110,8 +110,8 @@ def official_sizes(weights: dict[str, Tensor], origin: str) -> OfficialSizes:
         raise UserError(f"{origin}: 'encoder.pos_embed' is for {patches} patches, expected a square grid")
     if width % HEAD_WIDTH or width > LARGEST_WIDTH:
         raise UserError(
-            f"{origin}: width {width} leaves the number of attention heads open; expected a multiple of {HEAD_WIDTH} "
-            f"up to {LARGEST_WIDTH}, whose heads have width {HEAD_WIDTH}"
+            f"{origin}: width {width} does not determine the number of attention heads; expected a multiple of "
+            f"{HEAD_WIDTH} up to {LARGEST_WIDTH}, whose heads have width {HEAD_WIDTH}"
         )
     prototypes, bottleneck = shape("projector.last_layer.weight_v", 2)
     model = ModelConfig(
@@ -138,7 +138,7 @@ def official_sizes(weights: dict[str, Tensor], origin: str) -> OfficialSizes:
 
 
 def class_names(count: int) -> tuple[str, ...]:
-    """Name the classes of a checkpoint that holds no names: those of PASCAL VOC (20), MS COCO (80), or numbers."""
+    """Return names for the classes of a checkpoint without names: PASCAL VOC's (20), MS COCO's (80), or numbers."""
     known = {len(names): names for names in (VOC_CLASSES, COCO_CLASSES)}
     return known.get(count) or tuple(f"class_{number}" for number in range(1, count + 1))
 
@@ -152,7 +152,9 @@ def fill_network(network: Network, weights: dict[str, Tensor], origin: str) -> N
     expected = network.state_dict()
     for name in {**expected, **weights}:
         if name not in expected:
-            raise UserError(f"{origin}: {name!r} belongs to no official checkpoint; expected that of a plain ViT")
+            raise UserError(
+                f"{origin}: {name!r} does not belong to an official checkpoint; expected that of a plain ViT"
+            )
         found = tuple(weights[name].shape) if name in weights else None
         if found != tuple(expected[name].shape):
             problem = "is missing" if found is None else f"has shape {found}"
@@ -163,9 +165,9 @@ def fill_network(network: Network, weights: dict[str, Tensor], origin: str) -> N
 
 
 def official_state_dict(network: Network) -> dict[str, Tensor]:
-    """Return the weights as an official checkpoint holds them.
+    """Return the weights in the form of an official checkpoint.
 
-    The patch projection is rewritten for ImageNet's normalisation where the network has another one.
+    The patch embedding is rewritten for ImageNet's normalisation if the network has another one.
 
     Args:
         network: student or teacher.
@@ -208,30 +210,30 @@ def official_state_dict(network: Network) -> dict[str, Tensor]:
 
 
 def renormalise_patches(weights: dict[str, Tensor], source: Normalisation, target: Normalisation, what: str) -> None:
-    """Rewrite the patch projection of a network's weights for images of another normalisation, in place.
+    """Rewrite the patch embedding of a network's weights for another normalisation, in place.
 
     Raises:
-        UserError: it has no bias, as with CLIP, and so cannot be rewritten.
+        UserError: it has no bias, as in CLIP, and so cannot be rewritten.
     """
     weight, bias = (f"encoder.patch_embed.proj.{kind}" for kind in ("weight", "bias"))
     if source == target:
         return
     if bias not in weights:
-        raise UserError(f"{what}: another normalisation, but the patch projection has no bias to make up for it")
+        raise UserError(f"{what}: another normalisation, but the patch embedding has no bias to compensate for it")
     weights[weight], weights[bias] = renormalise(weights[weight], weights[bias], source, target)
 
 
 def renormalise(weight: Tensor, bias: Tensor, source: Normalisation, target: Normalisation) -> tuple[Tensor, Tensor]:
-    """Rewrite a patch projection for images of another normalisation; its result stays the same.
+    """Rewrite a patch embedding for another normalisation; its result stays the same.
 
     Args:
         weight: (D, channels, p, p).
         bias: (D,).
-        source: that of the images that the projection was made for.
-        target: that of the images that it will see.
+        source: of the images that the embedding was made for.
+        target: of the images that it will see.
 
     Returns:
-        Weight and bias; those given where the two are equal.
+        Weight and bias; unchanged if the two are equal.
     """
     if source == target:
         return weight, bias

@@ -1,4 +1,4 @@
-"""Where a patch is: position embeddings that are added once, and rotary positions that turn queries and keys."""
+"""Positions of patches: embeddings that are added once, and rotary positions that rotate queries and keys."""
 
 import functools
 import math
@@ -11,20 +11,20 @@ from torch import Tensor
 
 
 class Rotary(NamedTuple):
-    """Rotary positions of a transformer: what their angles are computed from."""
+    """Parameters of a transformer's rotary positions."""
 
     frequencies: tuple[float, ...]
     """d/4 angles per unit of a coordinate; rows take the first half of the channels, columns the second."""
     centred: bool
-    """Coordinates run from -1 to 1 between the picture's edges (DINOv3); else they count patches from 0 (EVA-02)."""
+    """Whether coordinates run from -1 to 1 between the picture's edges (DINOv3) or count patches from 0 (EVA-02)."""
     reference: tuple[int, int] | None
-    """Grid that counted coordinates are scaled to; None: they are not."""
+    """Grid that counted coordinates are scaled to; None: not scaled."""
     halves: bool
-    """A channel is turned with that half the width away, not with its neighbour."""
+    """Whether a channel is paired with the one half the width away, not with its neighbour."""
 
 
 def read_rotary(rope: Any) -> Rotary:
-    """Read the rotary positions of a timm transformer off its module."""
+    """Read the rotary positions of a timm transformer from its module."""
     if type(rope) is RotaryEmbeddingDinoV3:
         periods: list[float] = cast(Tensor, rope.periods).double().tolist()
         return Rotary(tuple(2 * math.pi / period for period in periods), True, None, rope.rotate_half)
@@ -41,17 +41,17 @@ def rotary_obstacle(rope: Any) -> str | None:
     if isinstance(rope, RotaryEmbeddingCat) and (rope.in_pixels or rope.grid_type != "index"):
         return "its rotary positions are counted in pixels"
     if rope.aug_active or getattr(rope, "normalize_coords", "separate") != "separate":
-        return "its rotary positions are drawn at random, or scaled alike in both directions"
+        return "its rotary positions are random, or scaled by one factor for both directions"
     return None
 
 
 def turn_angles(rotary: Rotary, grid: tuple[int, int], before: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Sines and cosines of the rotary positions of a grid; the last grids are remembered.
+    """Return sines and cosines of the rotary positions of a grid; recent grids are cached.
 
     Args:
         rotary: of the transformer.
         grid: rows h and columns w of patches.
-        before: number of tokens in front of the patches, which are not turned.
+        before: number of tokens in front of the patches, which are not rotated.
         dtype: of the result; coordinates are computed in float32, as the released networks do.
         device: likewise.
 
@@ -87,12 +87,12 @@ def resize_position_embedding(embedding: Tensor, grid: tuple[int, int], size: tu
     Args:
         embedding: (1, 1 + grid rows · columns, D); the first entry belongs to the class token and is kept.
         grid: rows and columns that it was made for.
-        size: rows and columns that are wanted.
+        size: rows and columns of the result.
 
     Returns:
         (1, 1 + size rows · columns, D).
     """
-    if not torch.compiler.is_exporting() and tuple(grid) == tuple(size):  # an exported graph takes any size
+    if not torch.compiler.is_exporting() and tuple(grid) == tuple(size):  # an exported graph accepts any size
         return embedding
     patches = embedding[:, 1:].transpose(1, 2).unflatten(2, grid)
     patches = patches.to(torch.promote_types(patches.dtype, torch.float32))

@@ -24,13 +24,13 @@ from fsr_fast.runtime.tensors import read_tensors
 
 HUB_FILE = "model.safetensors"
 PATIENCE = 5.0
-"""Seconds in which the hub has to answer."""
+"""Seconds within which the hub must answer."""
 HEADS = re.compile(
     r"(head|head_dist|fc_norm|attn_pool|pooler|mask_token|logit_\w+|dino_head|ibot_head|local_cls_norm)\b"
 )
-"""What stands behind a transformer's blocks, or is of its own training alone."""
+"""Parameters after a transformer's blocks, or for its own pretraining only."""
 ROWS = 8
-"""Of a table of differences."""
+"""Largest number of rows in a table of differences."""
 
 logger = logging.getLogger(__name__)
 
@@ -39,13 +39,13 @@ class StartWeights(NamedTuple):
     """The pretrained weights that a training starts from."""
 
     name: str
-    """Of the backbone in timm, with the tag of the weights."""
+    """Name of the backbone in timm, with the tag of the weights."""
     file: str
     """Local path, or repository and file of the hub."""
     sha256: str | None
-    """Of the file; None: it is not on this machine yet."""
+    """SHA-256 of the file; None: it is not on this machine yet."""
     mean: tuple[float, ...]
-    """Of the images that the network has seen, in 0…1; empty for the backbone of a plug-in, which knows its own."""
+    """Mean of the images that the network has seen, in 0…1; empty for a plug-in's backbone, which has its own."""
     std: tuple[float, ...]
     """Likewise."""
 
@@ -57,7 +57,7 @@ class StartWeights(NamedTuple):
 
 
 def describe_start(config: ModelConfig) -> StartWeights | None:
-    """Describe which pretrained weights a configuration names, without fetching them; None: it names none.
+    """Describe the pretrained weights that a configuration names, without fetching them; None: it names none.
 
     Raises:
         UserError: timm has no such weights.
@@ -82,17 +82,17 @@ def describe_start(config: ModelConfig) -> StartWeights | None:
 def load_pretrained(vit: Any, config: ModelConfig) -> None:
     """Fill the transformer with the weights that `model.pretrained` names.
 
-    A file for another image size gives the transformer its grid of positions; the encoder resizes them.
+    A file for another image size determines the transformer's position grid; the encoder resizes it.
 
     Args:
-        vit: transformer as `create_vit` gives it; changed in place.
+        vit: transformer from `create_vit`; changed in place.
         config: `backbone`, `backbone_options` and `pretrained`.
 
     Raises:
         UserError: the hub cannot be reached, the file is missing, unreadable or of another network.
     """
     if config.pretrained == "none" or (config.pretrained == "hub" and config.backbone in BACKBONES):
-        return  # random ones, or those that the plug-in has loaded
+        return  # random ones, or those loaded by the plug-in
     path = _fetch(config) if config.pretrained == "hub" else Path(config.pretrained)
     found = read_weights(path)
     if "top_classifier.weight" in found:
@@ -102,10 +102,10 @@ def load_pretrained(vit: Any, config: ModelConfig) -> None:
     weights = to_timm(_with_channels(found, config.in_chans), vit)
     if weights is None:
         raise UserError(
-            f"model.pretrained: {path} is of no known format: no patch projection among its {len(found)} tensors "
+            f"model.pretrained: {path} is of no known format: no patch embedding among its {len(found)} tensors "
             f"({', '.join(list(found)[:3])}, …); expected a name that ends with {' or '.join(MARKS)}"
         )
-    if "norm.weight" not in weights:  # trained with a norm behind the average of the patches
+    if "norm.weight" not in weights:  # trained with a norm after the average of the patches
         weights = {re.sub(r"^fc_norm\.", "norm.", name): value for name, value in weights.items()}
     _fit_positions(vit, weights)
     _compare(vit.state_dict(), weights, origin)
@@ -126,7 +126,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         else:
             with torch.serialization.safe_globals([argparse.Namespace]):  # releases hold their command line
                 content = read_tensors(path)
-    except Exception as error:  # a broken file raises whatever its bytes happen to mean
+    except Exception as error:  # a broken file can raise anything
         first_line = str(error).partition("\n")[0]
         raise UserError(f"{path}: not a readable weights file ({type(error).__name__}: {first_line})") from None
     weights = unwrap(content)
@@ -147,14 +147,14 @@ def _source(config: ModelConfig) -> Any:
 
 
 def _fetch(config: ModelConfig) -> Path:
-    """Return the path of the hub's file for a backbone; what was fetched once stays on this machine."""
+    """Return the path of the hub's file for a backbone; once fetched, it stays on this machine."""
     repository: str = _source(config).hf_hub_id
     known = try_to_load_from_cache(repository, HUB_FILE)
     if isinstance(known, str):
         return Path(known)
     address = hf_hub_url(repository, HUB_FILE)
     try:
-        get_session().head(address, timeout=PATIENCE)  # a download tries again for half a minute
+        get_session().head(address, timeout=PATIENCE)  # a download would retry for half a minute
         return Path(hf_hub_download(repository, HUB_FILE))
     except Exception as error:  # the hub's client raises many kinds
         raise UserError(
@@ -170,7 +170,7 @@ def _digest(path: Path) -> str:
 
 
 def _with_channels(weights: dict[str, Tensor], channels: int) -> dict[str, Tensor]:
-    """Bring the projection of colour patches to another number of channels, as timm does."""
+    """Convert the patch embedding of colours to another number of channels, as timm does."""
     return {
         name: adapt_input_conv(channels, value) if _is_of_patches(name, value) and value.shape[1] == 3 else value
         for name, value in weights.items()
@@ -194,7 +194,7 @@ def _check_patches(weights: dict[str, Tensor], vit: Any, origin: str) -> None:
 
 
 def _fit_positions(vit: Any, weights: dict[str, Tensor]) -> None:
-    """Set the transformer to the grid of the file's positions."""
+    """Give the transformer the grid of the file's positions."""
     leading = position_entries(vit)
     if vit.pos_embed is None or "pos_embed" not in weights or weights["pos_embed"].ndim != 3:
         return
@@ -207,7 +207,7 @@ def _fit_positions(vit: Any, weights: dict[str, Tensor]) -> None:
 
 
 def _compare(expected: dict[str, Tensor], weights: dict[str, Tensor], origin: str) -> None:
-    """Raise an error with a table where a parameter is missing, of another shape, or of a block too many."""
+    """Raise an error with a table if a parameter is missing, has another shape, or belongs to a surplus block."""
     rows = []
     for name in {**expected, **weights}:
         found = tuple(weights[name].shape) if name in weights else "missing"
@@ -225,6 +225,6 @@ def _compare(expected: dict[str, Tensor], weights: dict[str, Tensor], origin: st
             f"{origin}: {name!r} {problem}, expected {wanted}; name the backbone that it was made for\n{table}{more}"
         )
     if unknown:
-        logger.warning("%s: left out, of no known use: %s", origin.partition(" does not")[0], ", ".join(unknown))
+        logger.warning("%s: unused, of no known purpose: %s", origin.partition(" does not")[0], ", ".join(unknown))
     elif left:
-        logger.info("%s: left out: %s", origin.partition(" does not")[0], ", ".join(left))
+        logger.info("%s: unused: %s", origin.partition(" does not")[0], ", ".join(left))

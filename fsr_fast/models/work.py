@@ -1,4 +1,4 @@
-"""How much arithmetic the passes through the trunk are."""
+"""Arithmetic of the passes through the trunk."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -14,29 +14,29 @@ class TrunkPass(NamedTuple):
     blocks: int
     """Number of blocks that were run."""
     gradient: bool
-    """Whether it is differentiated, too."""
+    """Whether it has a backward pass."""
 
 
 class Work(NamedTuple):
-    """The trunk's share of a step."""
+    """The trunk's arithmetic in a step."""
 
     passes: tuple[TrunkPass, ...]
-    """In the order in which they were made."""
+    """In the order in which they ran."""
     flops: float
     """Of all passes, gradients included."""
     units: float
-    """The same an image of the batch, in passes of one image at scale 1.0 without gradient."""
+    """The same per image of the batch, in passes of one image at scale 1.0 without gradient."""
 
 
 class TrunkShape(NamedTuple):
-    """Sizes that decide the arithmetic."""
+    """Sizes that determine the arithmetic."""
 
     width: int
     """D."""
     weights: int
-    """Values of the matrices of a block; 4·D² + 8·D² in a plain one."""
+    """Number of weights in the matrices of a block; 4·D² + 8·D² in a plain one."""
     patch_values: int
-    """Values of a patch, 3·p²."""
+    """Number of values in a patch, 3·p²."""
     depth: int
     """Number of blocks."""
     patches: int
@@ -45,7 +45,7 @@ class TrunkShape(NamedTuple):
     """Class and register tokens that pass with the patches."""
 
     def work(self, passes: Sequence[TrunkPass], *, images: int) -> Work:
-        """Add up the passes of a step on `images` images; one that is named twice was made once."""
+        """Add up the passes of a step on `images` images; one that is listed twice ran once."""
         passes = list({id(one): one for one in passes}.values())
         unit = TrunkPass(((images, self.patches + self.prefix),), self.depth, gradient=False)
         flops = self.flops(passes)

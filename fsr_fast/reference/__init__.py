@@ -1,4 +1,4 @@
-"""The whole method once more, written literally in plain torch: slow, and the oracle that the fast code is held to."""
+"""The whole method once more, written literally in plain torch: slow, and the oracle for the fast code."""
 
 from .attention import masked_cross_attention
 from .block import Rotary, Trunk

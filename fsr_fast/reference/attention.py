@@ -29,7 +29,7 @@ def masked_cross_attention(
     eps: float = 1e-6,
     return_attention: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Lets one class token per image read the patch tokens, with keys and values projected explicitly.
+    """Attend from one class token per image to the patch tokens, with keys and values projected explicitly.
 
     Args:
         class_token: (B, D) floating, before the norm.

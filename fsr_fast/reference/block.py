@@ -1,6 +1,6 @@
-"""The parts of a transformer's block as functions of a flat state dict; its keys say which parts a block has.
+"""The parts of a transformer's block as functions of a flat state dict; its keys determine which parts a block has.
 
-What they do not say is in `Trunk`: the epsilon of the norms, the activation, and rotary positions.
+`Trunk` holds the rest: the epsilon of the norms, the activation, and rotary positions.
 """
 
 from collections.abc import Mapping
@@ -15,12 +15,12 @@ EPS = 1e-6  # of every LayerNorm, unless the trunk has another
 
 
 class Rotary(NamedTuple):
-    """Rotary positions: each pair of a head's channels is turned by an angle that grows with row or column."""
+    """Rotary positions: each pair of a head's channels is rotated by an angle that grows with row or column."""
 
     frequencies: tuple[float, ...]
     """Angle per unit of a coordinate; used for rows, then again for columns."""
     centred: bool
-    """Coordinates run from -1 to 1 between the image's edges (DINOv3); else they count patches from 0 (EVA-02)."""
+    """Whether coordinates run from -1 to 1 between the image's edges (DINOv3) or count patches from 0 (EVA-02)."""
     reference: tuple[int, int] | None
     """Grid to which counted coordinates are scaled, or None."""
     halves: bool
@@ -28,10 +28,10 @@ class Rotary(NamedTuple):
 
 
 class Trunk(NamedTuple):
-    """What the weights of a transformer do not say; the defaults are the plain one's."""
+    """Properties of a transformer that its weights do not determine; the defaults are the plain one's."""
 
     eps: float = EPS
-    """Of its norms."""
+    """Epsilon of its norms."""
     activation: str = "gelu"
     """Of its perceptrons: "gelu", "gelu_tanh", "quick_gelu" (CLIP) or "silu"; a gated one always has silu."""
     rotary: Rotary | None = None
@@ -42,22 +42,22 @@ PLAIN = Trunk()
 
 
 def linear(state: State, name: str, vectors: Tensor) -> Tensor:
-    """Applies the linear layer of a name; its bias is optional."""
+    """Apply a named linear layer; its bias is optional."""
     return F.linear(vectors, state[f"{name}.weight"], state.get(f"{name}.bias"))
 
 
 def layer_norm(state: State, name: str, tokens: Tensor, eps: float = EPS) -> Tensor:
-    """Applies the LayerNorm of a name."""
+    """Apply a named LayerNorm."""
     return F.layer_norm(tokens, tokens.shape[-1:], state[f"{name}.weight"], state[f"{name}.bias"], eps)
 
 
 def optional_norm(state: State, name: str, tokens: Tensor, eps: float) -> Tensor:
-    """Applies the LayerNorm of a name that only some transformers have."""
+    """Apply a named LayerNorm that only some transformers have."""
     return layer_norm(state, name, tokens, eps) if f"{name}.weight" in state else tokens
 
 
 def layer_scale(state: State, block: str, branch: int, tokens: Tensor) -> Tensor:
-    """Scales the channels of a block's first or second branch, where the block has LayerScale."""
+    """Scale the channels of a block's first or second branch, where the block has LayerScale."""
     for name in (f"{block}.ls{branch}.gamma", f"{block}.gamma_{branch}"):
         if name in state:
             return tokens * state[name]
@@ -65,7 +65,7 @@ def layer_scale(state: State, block: str, branch: int, tokens: Tensor) -> Tensor
 
 
 def activate(hidden: Tensor, activation: str) -> Tensor:
-    """Applies the activation of a name."""
+    """Apply a named activation."""
     if activation == "quick_gelu":
         return hidden * torch.sigmoid(1.702 * hidden)
     if activation == "silu":
@@ -74,7 +74,7 @@ def activate(hidden: Tensor, activation: str) -> Tensor:
 
 
 def feed_forward(state: State, name: str, tokens: Tensor, trunk: Trunk = PLAIN) -> Tensor:
-    """Applies a block's two-layer perceptron; a gated one (SwiGLU) holds gate and value in two layers or in one."""
+    """Apply a block's two-layer perceptron; a gated one (SwiGLU) holds gate and value in two layers or in one."""
     if f"{name}.fc1_g.weight" in state:
         gate, value = linear(state, f"{name}.fc1_g", tokens), linear(state, f"{name}.fc1_x", tokens)
         hidden = activate(gate, "silu") * value
@@ -89,7 +89,7 @@ def feed_forward(state: State, name: str, tokens: Tensor, trunk: Trunk = PLAIN) 
 
 
 def project_tokens(state: State, name: str, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Projects tokens to queries, keys and values of all heads, by one layer or by three."""
+    """Project tokens to queries, keys and values of all heads, by one layer or by three."""
     if f"{name}.qkv.weight" not in state:
         return (
             linear(state, f"{name}.q_proj", tokens),
@@ -103,7 +103,7 @@ def project_tokens(state: State, name: str, tokens: Tensor) -> tuple[Tensor, Ten
 
 
 def rotary_angles(rotary: Rotary, grid: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """Computes the angles of every patch: (h * w, d / 2), those of its row, then those of its column.
+    """Compute the angles of every patch: (h * w, d / 2), those of its row, then those of its column.
 
     Coordinates are computed in float32, as the released networks do.
 
@@ -130,7 +130,7 @@ def rotary_angles(rotary: Rotary, grid: tuple[int, int], dtype: torch.dtype) -> 
 
 
 def rotate(vectors: Tensor, angles: Tensor, halves: bool) -> Tensor:
-    """Turns the pairs of channels of vectors (B, N, d) by angles (N, d / 2)."""
+    """Rotate the pairs of channels of vectors (B, N, d) by angles (N, d / 2)."""
     first, second = vectors.chunk(2, dim=2) if halves else (vectors[:, :, 0::2], vectors[:, :, 1::2])
     turned = first * angles.cos() - second * angles.sin(), second * angles.cos() + first * angles.sin()
     return torch.cat(turned, dim=2) if halves else torch.stack(turned, dim=3).flatten(2)
@@ -139,7 +139,7 @@ def rotate(vectors: Tensor, angles: Tensor, halves: bool) -> Tensor:
 def self_attention(
     state: State, name: str, tokens: Tensor, heads: int, trunk: Trunk = PLAIN, grid: tuple[int, int] = (0, 0)
 ) -> Tensor:
-    """Lets tokens attend to each other, the N x N attention written out.
+    """Attend from every token to all others, with the N x N attention written out.
 
     Args:
         state: flat state dict.
@@ -147,7 +147,7 @@ def self_attention(
         tokens: (B, N, D) floating, normed; the patches of the grid are the last h * w of them.
         heads: number of heads; divides D.
         trunk: for rotary positions and the epsilon of norms.
-        grid: h and w, where there are rotary positions.
+        grid: h and w, needed for rotary positions.
 
     Returns:
         (B, N, D), without the residual.

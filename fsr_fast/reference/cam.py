@@ -22,7 +22,7 @@ class MergedCams(NamedTuple):
 
 
 def class_activation_map(features: Tensor, weight: Tensor) -> Tensor:
-    """Projects feature maps on the classifier's weight and keeps what is positive.
+    """Project feature maps on the classifier's weight and keep what is positive.
 
     Args:
         features: (B, D, h, w) floating, top or aux feature maps.
@@ -42,7 +42,7 @@ def class_activation_map(features: Tensor, weight: Tensor) -> Tensor:
 
 
 def normalise_cam(cam: Tensor) -> Tensor:
-    """Min-max normalises every map by itself.
+    """Min-max normalise every map by itself.
 
     Args:
         cam: (..., H, W) floating, >= 0.
@@ -57,7 +57,7 @@ def normalise_cam(cam: Tensor) -> Tensor:
 
 
 def present_classes(labels: Tensor, *, max_classes: int) -> tuple[Tensor, Tensor]:
-    """Lists the first classes of every image in a fixed number of slots.
+    """List the first classes of every image in a fixed number of slots.
 
     Args:
         labels: (B, C), a class is present where it is > 0.
@@ -72,7 +72,7 @@ def present_classes(labels: Tensor, *, max_classes: int) -> tuple[Tensor, Tensor
     require_shape("labels", labels, "B", "C")
     if max_classes < 1:
         raise ValueError(
-            f"max_classes is {max_classes}, expected at least 1; give as many as an image can have classes"
+            f"max_classes is {max_classes}, expected at least 1; give the largest number of classes in an image"
         )
     index = torch.zeros(len(labels), max_classes, dtype=torch.int64, device=labels.device)
     live = torch.zeros(len(labels), max_classes, dtype=torch.bool, device=labels.device)
@@ -85,11 +85,11 @@ def present_classes(labels: Tensor, *, max_classes: int) -> tuple[Tensor, Tensor
 
 @torch.no_grad()
 def merge_scales(cams: Sequence[Tensor], flipped: Sequence[Tensor], *, size: tuple[int, int]) -> Tensor:
-    """Merges the maps of several scales and of the mirrored image into one normalised map per class.
+    """Merge the maps of several scales and of the mirrored image into one normalised map per class.
 
     Args:
         cams: one entry per scale, (B, C, h_s, w_s) floating, class activation maps before or after their ReLU.
-        flipped: the same of the mirrored image, still mirrored.
+        flipped: the same for the mirrored image, still mirrored.
         size: (H, W), the resolution at which maps are merged and normalised.
 
     Returns:
@@ -115,11 +115,11 @@ def merge_cams(
     size: tuple[int, int],
     output_size: tuple[int, int] | None = None,
 ) -> MergedCams:
-    """Merges the maps of several scales, see merge_scales, and keeps the classes that are present.
+    """Merge the maps of several scales, see merge_scales, and keep the classes that are present.
 
     Args:
         cams: one entry per scale, (B, C, h_s, w_s) floating, class activation maps before or after their ReLU.
-        flipped: the same of the mirrored image, still mirrored.
+        flipped: the same for the mirrored image, still mirrored.
         labels: (B, C), a class is present where it is > 0.
         max_classes: M, the number of class slots.
         size: (H, W), the resolution at which maps are merged and normalised.
@@ -155,7 +155,7 @@ def merge_cams(
 def cam_to_labels(
     cam: Tensor, labels: Tensor, *, high: float = 0.7, low: float = 0.25, ignore_index: int = 255
 ) -> Tensor:
-    """Thresholds a normalised class activation map into labels for the affinity loss.
+    """Threshold a normalised class activation map into labels for the affinity loss.
 
     Args:
         cam: (B, C, h, w) floating in [0, 1].

@@ -1,15 +1,15 @@
-"""The one check of arguments that every operation of the reference makes before it starts."""
+"""The check of arguments that every operation of the reference makes first."""
 
 from torch import Tensor
 
 
 def require_shape(name: str, tensor: Tensor, *sizes: int | str) -> None:
-    """Refuses a tensor whose shape is not the expected one.
+    """Refuse a tensor whose shape is not the expected one.
 
     Args:
         name: the argument's name, for the message.
         tensor: the argument.
-        *sizes: one entry a dimension: its exact size, or its letter in the legend where any size will do.
+        *sizes: one entry per dimension: its exact size, or its letter in the legend if any size is allowed.
 
     Raises:
         ValueError: if the number of dimensions or a fixed size differs.

@@ -1,6 +1,6 @@
 """Encoder and aggregator as functions of a flat state dict with the official checkpoint's keys (paper, Eq. 5-7).
 
-Weights go in as plain tensors, so autograd gives the gradient of every one of them.
+Weights are passed as plain tensors, so autograd differentiates every one of them.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ from .checks import require_shape
 
 
 def position_embedding(stored: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Resizes the patch position embedding to another grid.
+    """Resize the patch position embedding to another grid.
 
     Args:
         stored: (1, 1 + N, D), position of the class token (unused here), then of a square grid of patches.
@@ -40,13 +40,13 @@ def position_embedding(stored: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def embed_patches(state: State, images: Tensor, patch_size: int, mask: Tensor | None) -> tuple[Tensor, tuple[int, int]]:
-    """Cuts images into patch tokens; masked patches become the mask token before their position is added.
+    """Cut images into patch tokens; masked patches become the mask token before their position is added.
 
-    Where the state has `encoder.prefix_tokens`, these P tokens, their positions included, are put in front.
+    If the state has `encoder.prefix_tokens`, these P tokens, their positions included, are put in front.
 
     Args:
         state: flat state dict.
-        images: (B, 3, H, W) floating; what is left over of a whole number of patches is cut off.
+        images: (B, 3, H, W) floating; partial patches are cut off.
         patch_size: side of a patch, in pixels.
         mask: (B, N) bool, True = masked, or None.
 
@@ -78,7 +78,7 @@ def forward_trunk(
     trunk: Trunk = PLAIN,
     grid: tuple[int, int] = (0, 0),
 ) -> tuple[Tensor, Tensor]:
-    """Sends tokens through all blocks.
+    """Pass tokens through all blocks.
 
     Args:
         state: flat state dict.
@@ -87,7 +87,7 @@ def forward_trunk(
         drop_path: (depth, 2, B), factors of the two residual branches of every block: 1 / (1 - p) where the branch
             is kept, 0 where it is dropped; None keeps all.
         aux_block: the block whose output is the aux feature map, counted as in Python; -3: the 10th of 12.
-        trunk: what the state does not say.
+        trunk: what the state does not determine.
         grid: of the patches, for rotary positions.
 
     Returns:
@@ -122,7 +122,7 @@ def forward_trunk(
 def aggregate(
     state: State, tokens: Tensor, heads: int, mask: Tensor | None, mask_mode: str, eps: float = EPS
 ) -> Tensor:
-    """Gathers patch tokens in the class token.
+    """Gather patch tokens in the class token.
 
     Args:
         state: flat state dict.
@@ -164,7 +164,7 @@ def aggregate(
 
 
 def pool_unmasked(tokens: Tensor, mask: Tensor | None, aggregation: str) -> Tensor:
-    """Pools the unmasked patch tokens, in place of the aggregator.
+    """Pool the unmasked patch tokens, instead of the aggregator.
 
     Args:
         tokens: (B, N, D) floating, after the final norm.
@@ -187,5 +187,5 @@ def pool_unmasked(tokens: Tensor, mask: Tensor | None, aggregation: str) -> Tens
 
 
 def count_blocks(state: State, prefix: str) -> int:
-    """Counts the numbered blocks that a state dict holds under a prefix."""
+    """Count the numbered blocks that a state dict holds under a prefix."""
     return len({key[len(prefix) :].split(".")[0] for key in state if key.startswith(prefix)})

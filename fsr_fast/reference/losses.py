@@ -49,16 +49,16 @@ def distillation_loss(
 
     Args:
         student: (M, E) floating, L2-normalised bottleneck vectors.
-        teacher: (M, E) floating, the same of the teacher; no gradient.
+        teacher: (M, E) floating, the teacher's; no gradient.
         student_head: (K, E), directions of the student's prototypes; rows are L2-normalised here (gain 1).
-        teacher_head: (K, E), the same of the teacher; no gradient.
+        teacher_head: (K, E), the teacher's; no gradient.
         centre: (K), running centre of the teacher's logits; no gradient.
         student_temperature: > 0.
         teacher_temperature: > 0, a number or a 0-d tensor.
         weight: (M) weights of the vectors, or None for their mean.
 
     Returns:
-        0-d: the mean over the M vectors, or sum(weight * loss) where weight is given.
+        0-d: the mean over the M vectors, or sum(weight * loss) if weight is given.
 
     Raises:
         ValueError: if a shape does not fit.
@@ -83,7 +83,7 @@ def distillation_loss(
 
 
 def affinity_sums(features: Tensor, labels: Tensor, *, ignore_index: int = 255) -> Tensor:
-    """Sums |cosine similarity| over all pairs of patches with equal and with different labels.
+    """Sum |cosine similarity| over all pairs of patches with equal and with different labels.
 
     Args:
         features: (B, N, D) floating, patch features.
@@ -121,7 +121,7 @@ def affinity_sums(features: Tensor, labels: Tensor, *, ignore_index: int = 255) 
 
 
 def affinity_loss(features: Tensor, labels: Tensor, *, ignore_index: int = 255) -> Tensor:
-    """Draws patches of one class together and pushes those of different classes apart, L_aff.
+    """Draw patches of one class together and push those of different classes apart, L_aff.
 
     Args:
         features: (B, N, D) floating, patch features.
@@ -141,7 +141,7 @@ def affinity_loss(features: Tensor, labels: Tensor, *, ignore_index: int = 255) 
 
 
 def segmentation_sums(logits: Tensor, labels: Tensor, *, ignore_index: int = 255) -> Tensor:
-    """Sums the full-resolution cross-entropy over background and over foreground pixels.
+    """Sum the full-resolution cross-entropy over background and over foreground pixels.
 
     Args:
         logits: (B, C + 1, h, w) floating, the decoder's output; channel 0 is the background.
@@ -174,7 +174,7 @@ def segmentation_sums(logits: Tensor, labels: Tensor, *, ignore_index: int = 255
 
 
 def segmentation_loss(logits: Tensor, labels: Tensor, *, ignore_index: int = 255) -> Tensor:
-    """Averages the cross-entropy of background pixels and that of foreground pixels with equal say, L_seg.
+    """Average the cross-entropy of background pixels and that of foreground pixels with equal weight, L_seg.
 
     Args:
         logits: (B, C + 1, h, w) floating, the decoder's output; channel 0 is the background.
@@ -204,9 +204,9 @@ def dense_energy(
     sigma_xy: float = 50.0,
     ignore_index: int = 255,
 ) -> Tensor:
-    """Rewards similar class distributions at pixels that are near in place and colour, over every pair of pixels.
+    """Compute an energy over all pairs of pixels, low where pixels near in place and colour have similar distributions.
 
-    The gate is a constant. The gradient is that of the official code, dE/dS = -2 G * (K S) / B, which is the
+    The gate is treated as a constant. The gradient is that of the official code, dE/dS = -2 G * (K S) / B, which is the
     derivative of E only where the gates of the two pixels of a pair agree.
 
     Args:
@@ -274,11 +274,11 @@ def energy_loss(logits: Tensor, images: Tensor, labels: Tensor) -> Tensor:
 
 
 def gaussian_kernel(image: Tensor, y: int, x: int, sigma_rgb: float, sigma_xy: float) -> Tensor:
-    """Weighs all pixels of an image by their nearness in colour and place to one pixel.
+    """Weight all pixels of an image by their proximity in colour and place to one pixel.
 
     Args:
         image: (3, h, w) floating, RGB in 0..255.
-        y: row of the one pixel.
+        y: row of that pixel.
         x: its column.
         sigma_rgb: standard deviation in colour, in grey levels.
         sigma_xy: standard deviation in place, in pixels.

@@ -11,7 +11,7 @@ from .checks import require_shape
 
 
 class PatchSelection(NamedTuple):
-    """Which patches are masked, in both forms that the method reads."""
+    """Which patches are masked, in both forms that the method uses."""
 
     mask: Tensor
     """(B, N) bool, True = masked."""
@@ -23,7 +23,7 @@ class PatchSelection(NamedTuple):
 def uncertain_mask(
     features: Tensor, weight: Tensor, labels: Tensor, uniform: Tensor, *, k: int, low: float = 0.2, high: float = 0.7
 ) -> PatchSelection:
-    """Masks the k patches of the highest soft mask, the patches of uncertain activation first.
+    """Mask the k patches with the highest soft mask, patches of uncertain activation first.
 
     Args:
         features: (B, N, D) floating, patch features of the view that will be masked.
@@ -73,7 +73,7 @@ def uncertain_mask_from_cam(
     high: float = 0.7,
     block: int = 1,
 ) -> PatchSelection:
-    """Masks by a class activation map that is already normalised, at patch or block granularity.
+    """Mask by a normalised class activation map, at patch or block granularity.
 
     Args:
         cam: (B, C, h', w') floating in [0, 1], any resolution.
@@ -106,7 +106,7 @@ def uncertain_mask_from_cam(
 def exactly_uncertain_mask(
     cam: Tensor, labels: Tensor, *, grid: tuple[int, int], low: float = 0.2, high: float = 0.7
 ) -> Tensor:
-    """Masks exactly the patches of uncertain activation, however many they are.
+    """Mask exactly the patches of uncertain activation, however many there are.
 
     Args:
         cam: (B, C, h', w') floating in [0, 1], any resolution.
@@ -131,7 +131,7 @@ def exactly_uncertain_mask(
 
 @torch.no_grad()
 def edge_mask(edges: Tensor, patch_size: int) -> Tensor:
-    """Masks exactly the patches that hold a pixel of an edge, however it was found.
+    """Mask exactly the patches that contain an edge pixel, however it was found.
 
     Args:
         edges: (B, H, W) bool; H and W are whole patches.
@@ -154,7 +154,7 @@ def edge_mask(edges: Tensor, patch_size: int) -> Tensor:
 
 
 def sample_activation(cam: Tensor, labels: Tensor, size: tuple[int, int]) -> Tensor:
-    """Takes the largest activation of the present classes and samples its nearest pixel for every patch or block.
+    """Take the largest activation of the present classes and sample its nearest pixel for every patch or block.
 
     Args:
         cam: (B, C, h', w') floating in [0, 1], any resolution.
@@ -176,10 +176,10 @@ def sample_activation(cam: Tensor, labels: Tensor, size: tuple[int, int]) -> Ten
 
 
 def count_masked(blocks: int, ratio: float, block: int) -> int:
-    """Counts the blocks to mask in each image.
+    """Count the blocks to mask in each image.
 
     Args:
-        blocks: number of blocks of an image; of patches where block is 1.
+        blocks: number of blocks in an image; of patches if block is 1.
         ratio: r, the share that is masked, in [0, 1).
         block: patches along a block's side.
 
@@ -193,7 +193,7 @@ def count_masked(blocks: int, ratio: float, block: int) -> int:
 
 
 def soften(value: Tensor, uniform: Tensor, low: float, high: float) -> Tensor:
-    """Draws the soft mask M_s: u, plus 1 where the activation is uncertain.
+    """Draw the soft mask M_s: u, plus 1 where the activation is uncertain.
 
     Args:
         value: (B, blocks) floating, v of Eq. 3.
@@ -216,7 +216,7 @@ def soften(value: Tensor, uniform: Tensor, low: float, high: float) -> Tensor:
 
 @torch.no_grad()
 def top_k_mask(soft: Tensor, *, k: int, grid: tuple[int, int] | None = None, block: int = 1) -> PatchSelection:
-    """Makes the hard mask M_b: exactly the k highest entries of the soft mask, the lower index first among equals.
+    """Compute the hard mask M_b: exactly the k highest entries of the soft mask, the lower index first among equals.
 
     Args:
         soft: (B, blocks) floating, M_s.
@@ -254,7 +254,7 @@ def top_k_mask(soft: Tensor, *, k: int, grid: tuple[int, int] | None = None, blo
 
 
 def block_grid(grid: tuple[int, int], block: int) -> tuple[int, int]:
-    """Counts the blocks along both sides of a patch grid.
+    """Count the blocks along both sides of a patch grid.
 
     Args:
         grid: (h, w), patches along the sides.

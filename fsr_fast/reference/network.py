@@ -39,7 +39,7 @@ class NetworkOutput(NamedTuple):
 
 
 def decode(state: State, features: Tensor) -> Tensor:
-    """Predicts segmentation logits by two dilated convolutions and a projection.
+    """Predict segmentation logits by two dilated convolutions and a projection.
 
     Args:
         state: flat state dict.
@@ -56,7 +56,7 @@ def decode(state: State, features: Tensor) -> Tensor:
 
 
 def classify(features: Tensor, weight: Tensor) -> Tensor:
-    """Scores classes by the projection of the features' global maximum.
+    """Score classes by the projection of the features' global maximum.
 
     Args:
         features: (B, D, h, w) floating.
@@ -71,7 +71,7 @@ def classify(features: Tensor, weight: Tensor) -> Tensor:
 
 
 def project(state: State, tokens: Tensor) -> Tensor:
-    """Sends tokens through the projector up to its bottleneck.
+    """Pass tokens through the projector up to its bottleneck.
 
     Args:
         state: flat state dict.
@@ -88,7 +88,7 @@ def project(state: State, tokens: Tensor) -> Tensor:
 
 
 def prototype_logits(state: State, bottleneck: Tensor) -> Tensor:
-    """Compares bottleneck vectors with every prototype: the weight-normalised last layer, its gain fixed to 1.
+    """Compare bottleneck vectors with every prototype: the weight-normalised last layer, its gain fixed to 1.
 
     Args:
         state: flat state dict.
@@ -116,7 +116,7 @@ def forward_network(
     aux_block: int = -3,
     trunk: Trunk = PLAIN,
 ) -> NetworkOutput:
-    """Runs encoder, aggregator, classifiers and decoder on one view of each image.
+    """Run encoder, aggregator, classifiers and decoder on one view of each image.
 
     Args:
         state: flat state dict with the official checkpoint's keys.
@@ -124,11 +124,11 @@ def forward_network(
         heads: number of attention heads.
         patch_size: side of a patch, in pixels.
         mask: (B, N) bool, True = masked, or None for an unmasked view.
-        drop_path: (depth, 2, B), stochastic-depth factors, see forward_trunk, or None for none.
+        drop_path: (depth, 2, B), stochastic-depth factors, see forward_trunk; None keeps all branches.
         mask_mode: how the aggregator treats masked patches: "exclude", "multiply" or "none".
         aggregation: where the class token comes from: "mca" (the aggregator), "gap" or "gmp" (see pool_unmasked).
         aux_block: the block whose output is the aux feature map, see forward_trunk.
-        trunk: what the state does not say of the transformer.
+        trunk: what the state does not determine.
 
     Returns:
         The named outputs; the projector is applied to them by `project`.
@@ -171,7 +171,7 @@ def forward_network(
 
 
 class MultiScaleCams(NamedTuple):
-    """Class activation maps of several scales, one entry per scale, as merge_cams takes them."""
+    """Class activation maps of several scales, one entry per scale, for merge_cams."""
 
     cams: list[Tensor]
     """(B, C, h_s, w_s), top features."""
@@ -196,17 +196,17 @@ def multi_scale_cams(
     aux_block: int = -3,
     trunk: Trunk = PLAIN,
 ) -> MultiScaleCams:
-    """Makes class activation maps scale by scale, at every scale of the image and of its mirror image.
+    """Compute class activation maps at every scale of the image and of its mirror image.
 
     Args:
         state: flat state dict with the official checkpoint's keys.
         images: (B, 3, H, W) floating, normalised.
         heads: number of attention heads.
         patch_size: side of a patch, in pixels.
-        scales: of the images' sides; a scaled side is rounded to whole patches, of which it has at least one. (The
-            official code cuts off what is left over of a patch; at its 448 pixels nothing is.)
+        scales: of the images' sides; a scaled side is rounded to whole patches, at least one. (The official code cuts
+            off partial patches; at its 448 pixels there are none.)
         drop_path: one entry per scale, (depth, 2, 2B) stochastic-depth factors of the B images and then of their mirror
-            images, or None for none.
+            images; None keeps all branches.
         aggregation: see forward_network.
         aux_block: see forward_trunk.
 

@@ -1,9 +1,9 @@
 """The loss of one training step, pass by pass: views, maps, mask, student, teacher (paper, Figure 2 and Eq. 10).
 
-Two things belong to the definition and are no economy. Where the teacher's encoder is the student's (momentum 0) and
-stochastic depth is "shared", what the teacher and the maps of scale 1.0 see of view 1 is the student's own pass of it,
-with the stochastic depth that was drawn there. And a loss whose weight is 0 is not
-computed: the parameters that it alone would reach get a zero gradient, and its centre stays where it is.
+Two things are part of the definition, not optimisations. Where the teacher's encoder is the student's (momentum 0) and
+stochastic depth is "shared", the teacher and the maps of scale 1.0 read the student's own pass of view 1, with the
+stochastic depth that was drawn there. And a loss whose weight is 0 is not computed: parameters that only it would
+reach get a zero gradient, and its centre stays where it is.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ from .settings import Loss, Settings
 
 
 class Draws(NamedTuple):
-    """All that a step is given beside its views: what is random; stochastic depth as in forward_trunk."""
+    """The random inputs of a step; stochastic depth as in forward_trunk."""
 
     uniform: Tensor
     """(B, blocks) in [0, 1), u of Eq. 3."""
@@ -36,7 +36,7 @@ class Draws(NamedTuple):
     cam: Sequence[Tensor] | None = None
     """(depth, 2, 2B) per scale, of the maps of view 1, then of its mirror image."""
     edges: Tensor | None = None
-    """(B, H, W) bool, edges of view 2, for the strategy "edge_strict" alone; the paper does not define them."""
+    """(B, H, W) bool, edges of view 2, only for the strategy "edge_strict"; the paper does not define them."""
 
 
 class Centres(NamedTuple):
@@ -49,14 +49,14 @@ class Centres(NamedTuple):
 
 
 class StepLosses(NamedTuple):
-    """What the forward part of a step gives."""
+    """Results of the forward part of a step."""
 
     total: Tensor
     """0-d, with gradient (Eq. 10)."""
     losses: dict[str, Tensor]
     """Each loss that was computed, before its weight."""
     centres: Centres
-    """Moved by this step."""
+    """The centres, moved by this step."""
     mask: Tensor | None
     """(B, N) bool, masked patches of view 2."""
     cam: Tensor | None
@@ -78,10 +78,10 @@ def compute_losses(
     temperature: float,
     random_mask: bool,
 ) -> StepLosses:
-    """Computes every loss of a step whose weight is not 0.
+    """Compute every loss of a step whose weight is not 0.
 
     Args:
-        student: flat state dict; its gradient is that of the step.
+        student: flat state dict; receives the step's gradient.
         teacher: flat state dict; no gradient.
         centres: of the teacher's logits, before this step.
         views: two of (B, 3, H, W) floating, normalised.
@@ -129,7 +129,7 @@ def compute_losses(
 
 
 def label_pixels(view: Tensor, cam: Tensor, labels: Tensor, settings: Settings) -> Tensor:
-    """Makes the pseudo labels (B, H, W) of a view from its normalised map (B, C, H, W)."""
+    """Compute the pseudo labels (B, H, W) of a view from its normalised map (B, C, H, W)."""
     return generate_pseudo_labels(
         view,
         cam,
@@ -151,12 +151,12 @@ def normalised_cam(
     settings: Settings,
     source: str,
 ) -> Tensor:
-    """Makes the normalised multi-scale map (B, C, H, W) of a view, from the top or the aux features.
+    """Compute the normalised multi-scale map (B, C, H, W) of a view, from the top or the aux features.
 
     Args:
         student: flat state dict.
         view: (B, 3, H, W) floating, normalised.
-        known: the pass whose maps count as those of scale 1.0, or None for a pass of its own.
+        known: the pass that provides the maps of scale 1.0; None: they get a pass of their own.
         drop_path: stochastic depth, see multi_scale_cams.
         settings: scales and network.
         source: "top" or "aux".
@@ -174,7 +174,7 @@ def normalised_cam(
 def select_mask(
     student: State, view: Tensor, labels: Tensor, draws: Draws, settings: Settings, random_mask: bool
 ) -> Tensor:
-    """Chooses the patches of view 2 that are masked, by one of the strategies.
+    """Choose the patches of view 2 that are masked, by one of the strategies.
 
     Args:
         student: flat state dict.
@@ -225,14 +225,14 @@ def distil(
     weights: Loss,
     temperature: float,
 ) -> tuple[dict[str, Tensor], Centres]:
-    """Compares the student's masked view 2 with the teacher's unmasked views.
+    """Compare the student's masked view 2 with the teacher's unmasked views.
 
     Args:
         first: the student's pass of view 1.
         mask: (B, N) bool, masked patches of view 2.
 
     Returns:
-        L_u and L_c, where their weights are not 0, and the centres that their targets have moved.
+        L_u and L_c, if their weights are not 0, and the centres that their targets have moved.
 
     Source: paper, Eq. 8-9; official code for the centres.
     """
@@ -284,6 +284,6 @@ def teach(
 
 @torch.no_grad()
 def move_centre(centre: Tensor, teacher: State, bottleneck: Tensor, settings: Settings) -> Tensor:
-    """Moves a centre (K) towards the mean of the teacher's logits of some vectors (M, E)."""
+    """Move a centre (K) towards the mean of the teacher's logits of some vectors (M, E)."""
     mean = prototype_logits(teacher, bottleneck).mean(dim=0)
     return settings.teacher.centre_momentum * centre + (1 - settings.teacher.centre_momentum) * mean

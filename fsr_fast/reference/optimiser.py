@@ -43,7 +43,7 @@ def adamw_update(
     betas: tuple[float, float] = (0.9, 0.999),
     epsilon: float = 1e-8,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Updates one parameter, its weight decay apart from its gradient.
+    """Update one parameter, with decoupled weight decay.
 
     Args:
         parameter: any shape, floating.
@@ -70,7 +70,7 @@ def adamw_update(
 
 
 def clip_gradients(gradients: Mapping[str, Tensor], clip_norm: float) -> dict[str, Tensor]:
-    """Shortens all gradients alike where their common norm is larger than `clip_norm`."""
+    """Scale all gradients down alike if their common norm is larger than `clip_norm`."""
     norm = torch.stack([gradient.square().sum() for gradient in gradients.values()]).sum().sqrt()
     factor = (clip_norm / (norm + 1e-6)).clamp(max=1)
     return {name: gradient * factor for name, gradient in gradients.items()}
@@ -79,7 +79,7 @@ def clip_gradients(gradients: Mapping[str, Tensor], clip_norm: float) -> dict[st
 def follow_student(
     teacher: Mapping[str, Tensor], student: Mapping[str, Tensor], *, encoder_momentum: float, projector_momentum: float
 ) -> dict[str, Tensor]:
-    """Moves the teacher towards the student, θ ← m θ + (1 − m) θ_student; at m = 0 it becomes the student.
+    """Move the teacher towards the student, θ ← m θ + (1 − m) θ_student; at m = 0 it becomes the student.
 
     Args:
         teacher: flat state dict.

@@ -17,12 +17,12 @@ DIRECTIONS = ((-1, -1), (-1, 0), (-1, 1), (0, -1), (0, 1), (1, -1), (1, 0), (1, 
 def pixel_adaptive_refinement(
     images: Tensor, maps: Tensor, *, iterations: int = 10, dilations: Sequence[int] = DILATIONS
 ) -> Tensor:
-    """Replaces every pixel of the maps, again and again, by the mean of its neighbours, nearer colours weighing more.
+    """Replace, in every iteration, each pixel of the maps by a mean of its neighbours; similar colours weigh more.
 
     Args:
         images: (B, 3, h, w) floating, any range.
         maps: (B, M, h, w) floating.
-        iterations: how often.
+        iterations: their number.
         dilations: distances of the 8 neighbours, in pixels.
 
     Returns:
@@ -49,7 +49,7 @@ def pixel_adaptive_refinement(
 
 
 def unfold_neighbours(maps: Tensor, dilations: Sequence[int]) -> Tensor:
-    """Lays the neighbours of every pixel side by side; beyond the border the border's pixel repeats.
+    """Return the neighbours of every pixel side by side; beyond the border the border's pixel repeats.
 
     Args:
         maps: (B, M, h, w) floating.
@@ -82,7 +82,7 @@ def refine_pseudo_labels(
     dilations: Sequence[int] = DILATIONS,
     ignore_index: int = 255,
 ) -> Tensor:
-    """Refines the maps against a high and against a low background and keeps the labels on which both agree.
+    """Refine the maps against a high and a low background and keep the labels on which both agree.
 
     Args:
         images: (B, 3, h, w) floating, denormalised and halved.
@@ -128,7 +128,7 @@ def refine_pseudo_labels(
 
 @torch.no_grad()
 def grey_levels(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Undoes the normalisation.
+    """Undo the normalisation.
 
     Args:
         images: (B, 3, H, W) floating, normalised.
@@ -146,7 +146,7 @@ def grey_levels(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> 
 
 @torch.no_grad()
 def denormalise_images(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Undoes the normalisation, rounded down to whole grey levels.
+    """Undo the normalisation, rounded down to whole grey levels.
 
     Args:
         images: (B, 3, H, W) floating, normalised.
@@ -178,7 +178,7 @@ def generate_pseudo_labels(
     dilations: Sequence[int] = DILATIONS,
     ignore_index: int = 255,
 ) -> Tensor:
-    """Makes the pseudo labels of a view from its normalised class activation maps, start to end.
+    """Compute the pseudo labels of a view from its normalised class activation maps.
 
     Args:
         images: (B, 3, H, W) floating, the normalised view.

@@ -4,7 +4,7 @@ import math
 
 
 def learning_rate_factor(step: int, *, total: int, warmup: int = 1500, start: float = 0.1) -> float:
-    """Scales the base learning rate: linear warm-up, then half a cosine down to 0.
+    """Return the factor on the base learning rate: linear warm-up, then half a cosine down to 0.
 
     Args:
         step: the iteration, 0 <= step <= total.
@@ -23,7 +23,7 @@ def learning_rate_factor(step: int, *, total: int, warmup: int = 1500, start: fl
 
 
 def teacher_momentum(step: int, *, total: int, start: float) -> float:
-    """Raises the teacher's momentum along half a cosine to 1.
+    """Raise the teacher's momentum along half a cosine to 1.
 
     Args:
         step: the iteration, 0 <= step <= total.
@@ -41,7 +41,7 @@ def teacher_momentum(step: int, *, total: int, start: float) -> float:
 def teacher_temperature(
     step: int, *, total: int, start: float = 0.04, end: float = 0.07, warmup_fraction: float = 1 / 8
 ) -> float:
-    """Raises the teacher's temperature linearly over the first part of training, then holds it.
+    """Raise the teacher's temperature linearly over the first part of training, then hold it.
 
     Args:
         step: the iteration, 0 <= step < total.
@@ -62,14 +62,14 @@ def teacher_temperature(
 
 
 def loss_gate(step: int, *, start: int) -> float:
-    """Opens a loss that does not count at the beginning of training.
+    """Return 0 before a loss starts to count, then 1.
 
     Args:
         step: the iteration, >= 0.
         start: number of iterations for which the loss weighs 0.
 
     Returns:
-        0.0 or 1.0, to multiply the loss's weight with.
+        0.0 or 1.0, a factor on the loss's weight.
 
     Source: official code, training script.
     """

@@ -1,6 +1,6 @@
 """Everything that defines a step, and the two presets: the paper's recipe and the official code's.
 
-Sections and fields carry the names of the trainer's configuration.
+Sections and fields have the names of the trainer's configuration.
 """
 
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Model(NamedTuple):
-    """The network, beside what its weights say."""
+    """Properties of the network that its weights do not determine."""
 
     aux_block: int = -3
     """Block whose output is the aux feature map, counted as in Python; -3: the 10th of 12."""
@@ -46,7 +46,7 @@ class Mask(NamedTuple):
     block: int = 1
     """Patches along the side of a block that is masked as one."""
     random_fraction: float = 0.0
-    """Share of the training, from its start, that masks at random."""
+    """Share of the training, from its start, in which masks are random."""
 
 
 class PseudoLabel(NamedTuple):
@@ -57,7 +57,7 @@ class PseudoLabel(NamedTuple):
     low: float = 0.25
     """Background score below which background is certain."""
     iterations: int = 10
-    """Of the refinement."""
+    """Iterations of the refinement."""
     dilations: tuple[int, ...] = (1, 2, 4, 8, 12, 24)
     """Distances of its neighbours, in pixels of the halved image."""
 
@@ -78,23 +78,23 @@ class Loss(NamedTuple):
 
 
 class Teacher(NamedTuple):
-    """The teacher and the targets that it gives."""
+    """The teacher and its targets."""
 
     encoder_momentum: float = 0.0
-    """Of encoder and aggregator; it rises to 1, unless it is 0 and stays so."""
+    """Momentum of encoder and aggregator; it rises to 1, unless it is 0 and stays 0."""
     projector_momentum: float = 0.996
-    """Of the projector; it rises to 1."""
+    """Momentum of the projector; it rises to 1."""
     stochastic_depth: str = "never"
-    """In the teacher and the maps: "never", "always" (drawn anew), or "shared": they see the student's pass of view 1,
-    where the teacher's encoder is the student's (momentum 0)."""
+    """In the teacher and the maps: "never", "always" (drawn separately), or "shared": they read the student's pass of
+    view 1, if the teacher's encoder is the student's (momentum 0)."""
     student_temperature: float = 0.1
-    """Of the student's softmax."""
+    """Temperature of the student's softmax."""
     temperature: tuple[float, float] = (0.04, 0.07)
-    """Of the teacher's softmax, from start to end."""
+    """Temperature of the teacher's softmax, from start to end."""
     temperature_fraction: float = 0.125
     """Share of the training over which it rises."""
     centre_momentum: float = 0.9
-    """Of both centres."""
+    """Momentum of both centres."""
 
 
 class Optim(NamedTuple):
@@ -107,7 +107,7 @@ class Optim(NamedTuple):
     head_factor: float = 10.0
     """Factor on the rate of decoder, projector and classifiers."""
     weight_decay: float = 0.05
-    """Of the parameters that have one."""
+    """Weight decay of the parameters that have one."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay rates of AdamW's means."""
     warmup: int = 1500
@@ -119,16 +119,16 @@ class Optim(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """What a step depends on besides weights, views, labels and draws; the defaults are the paper's for VOC."""
+    """Everything a step depends on besides weights, views, labels and draws; the defaults are the paper's for VOC."""
 
     heads: int = 12
     """Attention heads."""
     patch_size: int = 16
     """Side of a patch, in pixels."""
     trunk: Trunk = PLAIN
-    """What the weights do not say of the transformer."""
+    """What the weights do not determine about the transformer."""
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
-    """Of the views' normalisation, for images in 0..1: the pretrained checkpoint's own."""
+    """Mean of the views' normalisation, for images in 0..1: the pretrained checkpoint's own."""
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
     """Likewise."""
     model: Model = Model()
@@ -141,12 +141,12 @@ class Settings(NamedTuple):
 
     @property
     def teacher_is_student(self) -> bool:
-        """Whether the teacher's encoder is the student's and sees what the student's own pass of view 1 saw."""
+        """Return whether the teacher's encoder is the student's and shares the student's pass of view 1."""
         return self.teacher.encoder_momentum == 0 and self.teacher.stochastic_depth == "shared"
 
     @property
     def network(self) -> dict[str, Any]:
-        """What a pass of the network depends on."""
+        """Return the arguments of a pass of the network."""
         return {
             "heads": self.heads,
             "patch_size": self.patch_size,

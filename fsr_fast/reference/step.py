@@ -1,6 +1,6 @@
 """One whole training step: losses, gradients, AdamW and the teacher (paper, Figure 2 and Eq. 10).
 
-`objective` holds the passes and the losses, and says what belongs to their definition.
+`objective` holds the passes and the losses, and their definition.
 """
 
 from collections.abc import Mapping
@@ -17,33 +17,33 @@ from .settings import Settings
 
 
 class TrainingState(NamedTuple):
-    """All that a training carries from step to step."""
+    """Everything that a training carries from step to step."""
 
     student: dict[str, Tensor]
     """Flat state dict with the official checkpoint's keys."""
     teacher: dict[str, Tensor]
-    """Likewise; the whole network, also where momentum 0 makes its encoder the student's."""
+    """Likewise; the whole network, even if momentum 0 makes its encoder the student's."""
     centres: Centres
-    """Of the distillation."""
+    """Centres of the distillation."""
     first: dict[str, Tensor]
     """AdamW's running mean of every gradient."""
     second: dict[str, Tensor]
     """AdamW's running mean of its square."""
     iteration: int
-    """Number of steps that were made."""
+    """Number of steps so far."""
 
 
 class StepRecord(NamedTuple):
-    """What a step did on its way."""
+    """Intermediate results of a step."""
 
     output: StepLosses
     """Losses, mask, maps, pseudo labels."""
     gradients: dict[str, Tensor]
-    """Of the loss with respect to every trained parameter, after clipping."""
+    """Gradient of the loss with respect to every trained parameter, after clipping."""
 
 
 def start_training(state: State) -> TrainingState:
-    """Begins a training: the teacher is a copy of the student, centres and AdamW's means are 0.
+    """Begin a training: the teacher is a copy of the student, centres and AdamW's means are 0.
 
     Args:
         state: flat state dict of the student with the official checkpoint's keys.
@@ -59,10 +59,10 @@ def start_training(state: State) -> TrainingState:
 def training_step(
     before: TrainingState, views: tuple[Tensor, Tensor], labels: Tensor, draws: Draws, settings: Settings
 ) -> tuple[TrainingState, StepRecord]:
-    """Makes one whole step: losses, gradients, AdamW, teacher.
+    """Run one whole step: losses, gradients, AdamW, teacher.
 
     Args:
-        before: as start_training or the last step left it.
+        before: from start_training or the previous step.
         views: two of (B, 3, H, W) floating, normalised.
         labels: (B, C), 1 = present, 0 = absent.
         draws: the step's random numbers.
@@ -124,7 +124,7 @@ def training_step(
 def update_student(
     before: TrainingState, gradients: Mapping[str, Tensor], settings: Settings
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-    """Updates every trained parameter by AdamW at this iteration's rate of its group.
+    """Update every trained parameter by AdamW at this iteration's rate of its group.
 
     Returns:
         The new student and AdamW's two new means.

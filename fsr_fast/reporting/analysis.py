@@ -1,4 +1,4 @@
-"""What the attention of a trained network looks at: numbers behind the paper's Figures 6 and 7."""
+"""Where a trained network attends: the numbers behind the paper's Figures 6 and 7."""
 
 from functools import partial
 from typing import Any
@@ -14,9 +14,9 @@ from fsr_fast.models.block import project
 
 @torch.no_grad()
 def attention_entropy(network: Network, images: Tensor) -> Tensor:
-    """Entropy of the trunk's self-attention, by block and head.
+    """Return the entropy of the trunk's self-attention, by block and head.
 
-    A head that looks at one patch has entropy 0, one that looks at all N alike has log N.
+    A head that attends to one patch has entropy 0, one that attends evenly to all N has log N.
 
     Args:
         network: the network.
@@ -41,12 +41,12 @@ def attention_entropy(network: Network, images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def class_attention(network: Network, images: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Attention of the aggregator's class token to the patches.
+    """Return the attention of the aggregator's class token to the patches.
 
     Args:
         network: with aggregator.
         images: (B, 3, H, W), normalised; H and W multiples of the patch size.
-        mask: (B, N), bool, masked patches; none: no patch is masked.
+        mask: (B, N), bool, masked patches; None: no patch is masked.
 
     Returns:
         (B, blocks, heads, h, w), float32; sums to 1 over the patches. Source: paper, Fig. 7.

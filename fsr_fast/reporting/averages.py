@@ -1,4 +1,4 @@
-"""Losses between two log lines: added up on the device, read once."""
+"""Mean losses between two log lines: summed on the device, read once."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from fsr_fast.runtime.distributed import sum_over_ranks, world_size
 
 
 class Averages:
-    """Means of the losses since the last reading, over iterations that were not skipped and over all processes."""
+    """Means of the losses since they were last read, over iterations that were not skipped and over all processes."""
 
     def __init__(self) -> None:
         self._sums: dict[tuple[str, ...], Tensor] = {}
@@ -25,7 +25,7 @@ class Averages:
         self._sums[names] = self._sums[names] + values if names in self._sums else values
 
     def take(self, counts: Tensor) -> tuple[dict[str, float], list[float]]:
-        """Read the means, and what else is to be read from the device, at one go; then start anew.
+        """Read the means and other counts from the device in one go; then start over.
 
         Args:
             counts: (n,), the same in all processes.

@@ -1,4 +1,4 @@
-"""Event files of TensorBoard, written at once: an error of the disk is raised where it can be handled."""
+"""TensorBoard event files, written immediately, so that a disk error is raised where it can be handled."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from torch.utils.tensorboard.summary import image, scalar
 
 
 class Board:
-    """Writes one event file, and each event at once.
+    """Writes one event file, each event immediately.
 
     Args:
         folder: of the event files.
-        purge_step: first step of this start; what earlier files hold from it on is not shown.
+        purge_step: first step of this start; later events in earlier files are not shown.
 
     Raises:
-        OSError: as all methods do where the disk does not take it.
+        OSError: a disk error; all methods raise it.
     """
 
     errors: tuple[type[Exception], ...] = (OSError,)
 
     def __init__(self, folder: Path, purge_step: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        seconds, rest = divmod(time.time_ns(), 10**9)  # names are read in their order
+        seconds, rest = divmod(time.time_ns(), 10**9)  # TensorBoard reads files in the order of their names
         name = f"events.out.tfevents.{seconds:010d}.{rest:09d}.{socket.gethostname()}.{os.getpid()}"
         self._records = RecordWriter((folder / name).open("xb"))
         self._write(Event(file_version="brain.Event:2"))

@@ -16,7 +16,7 @@ def model_card(name: str, network: Network, run: RunRecord | None) -> str:
     Args:
         name: of the network.
         network: the network.
-        run: record of its training; none where it is not known.
+        run: record of its training; None if unknown.
     """
     parameters = sum(parameter.numel() for parameter in network.parameters())
     lines = [
@@ -52,8 +52,8 @@ def model_card(name: str, network: Network, run: RunRecord | None) -> str:
         "",
         "## Limits",
         "",
-        "Masks were learned from labels of whole images: outlines are approximate, and what often stands beside a "
-        "class may be taken for a part of it. Pictures unlike those of the training were not tried.",
+        "Masks were learned from labels of whole images: outlines are approximate, and what often appears beside a "
+        "class may be taken for a part of it. The network was not tested on pictures unlike those of its training.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -1,4 +1,4 @@
-"""Charts of a report, as plotly's figures; the page gives them its colours, light or dark."""
+"""Charts of a report, as plotly figures; the page sets their colours, light or dark."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from fsr_fast.evaluation.metrics import ConfusionMatrix
 from fsr_fast.reporting.record import RunRecord
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f")
-"""Okabe and Ito's, which colour-blind readers can tell apart."""
+"""Okabe and Ito's colours, which colour-blind readers can tell apart."""
 DASHES = ("solid", "dash", "dot", "dashdot")
 TABLE_ROWS = 12
-"""Rows of the table that stands for a chart: evenly spaced points of its curves."""
+"""Rows of the table that replaces a chart: evenly spaced points of its curves."""
 
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart, and the same in words and numbers for those who do not see it."""
+    """A chart, and the same in words and numbers for screen readers."""
 
     key: str
     """Unique in the page; letters, digits and dashes."""
@@ -32,7 +32,7 @@ class Chart:
     description: str
     figure: go.Figure
     header: list[str]
-    """Of the table that stands for the chart."""
+    """Column titles of the table that replaces the chart."""
     rows: list[list[str]]
 
 
@@ -53,7 +53,7 @@ def curves(runs: Sequence[RunRecord]) -> list[Chart]:
         runs: at least one.
 
     Returns:
-        Charts of what was recorded; none for an empty record.
+        Charts of what was recorded; no chart for an empty record.
     """
     charts = []
     for key, title, unit, belongs in GROUPS:
@@ -69,7 +69,7 @@ def curves(runs: Sequence[RunRecord]) -> list[Chart]:
 
 
 def confusion(matrix: ConfusionMatrix, names: Sequence[str], key: str) -> Chart:
-    """Draw a confusion matrix: the share of each true class that was taken for each class.
+    """Draw a confusion matrix: the share of each true class that was predicted as each class.
 
     Args:
         matrix: counts over C classes.
@@ -116,7 +116,7 @@ def entropy(values: Tensor, patches: int, key: str) -> Chart:
 
     Args:
         values: (depth, heads), nats.
-        patches: number N of patches; log N is the entropy of even attention.
+        patches: number N of patches; log N is the entropy of uniform attention.
         key: of the chart.
     """
     depth, heads = values.shape
@@ -143,7 +143,7 @@ def entropy(values: Tensor, patches: int, key: str) -> Chart:
     return Chart(
         key,
         "Entropy of the attention by block and head (the paper's Figure 6)",
-        f"A head that looks at one patch has entropy 0; one that looks at all {patches} alike has "
+        f"A head that attends to one patch has entropy 0; one that attends evenly to all {patches} has "
         f"{math.log(patches):.2f}.",
         figure,
         ["block", *(f"head {head + 1}" for head in range(heads))],
@@ -165,7 +165,7 @@ def _points(run: RunRecord) -> dict[str, list[tuple[int, float]]]:
 
 def _line_chart(key: str, title: str, unit: str, lines: Mapping[str, tuple[list[tuple[int, float]], str]]) -> Chart:
     figure = go.Figure()
-    kinds = list(dict.fromkeys(name.partition(" · ")[0] for name in lines))  # of several runs one colour a kind
+    kinds = list(dict.fromkeys(name.partition(" · ")[0] for name in lines))  # with several runs, one colour per kind
     for number, (name, (points, dash)) in enumerate(lines.items()):
         colour = kinds.index(name.partition(" · ")[0]) if len(kinds) > 1 else number
         figure.add_scatter(

@@ -1,4 +1,4 @@
-"""A page on this machine where one drops a picture and sees masks and class activation maps."""
+"""A local page to drop a picture on and see masks and class activation maps."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from fsr_fast.models import Network
 from fsr_fast.reporting.figures import TEMPLATES, borders, colourise, data_uri, heatmap, outline
 
 WAITING = 4
-"""Pictures that may wait for the network; more are turned away."""
+"""Pictures that may wait for the network; more are refused."""
 SENDING = 64
-"""Clients that may send a picture at once; a slow one takes none of the places at the network."""
+"""Clients that may send a picture at the same time; a slow one does not block the network."""
 SILENCE = 30.0
-"""Seconds that a client may keep silent before its connection is closed, and that its picture may take in all."""
+"""Seconds of silence after which a client's connection is closed, and that its picture may take in total."""
 HEADERS = {
     "Cache-Control": "no-store",
     "Content-Security-Policy": "default-src 'none'; img-src data: blob:; style-src 'unsafe-inline'; "
@@ -44,7 +44,7 @@ HEADERS = {
 
 
 class DemoServer(ThreadingHTTPServer):
-    """Serves the page and segments the pictures that it sends; holds nothing longer than the answer takes.
+    """Serves the page and segments the pictures that it sends; keeps nothing after the answer.
 
     Args:
         place: host and port.
@@ -54,7 +54,7 @@ class DemoServer(ThreadingHTTPServer):
         config: sections `evaluate`, `cam` and `run.amp`.
 
     Raises:
-        OSError: the place is taken.
+        OSError: the address is in use.
     """
 
     daemon_threads = True
@@ -124,7 +124,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.path != "/segment":
             self._refuse(HTTPStatus.NOT_FOUND, "pictures go to /segment")
         elif "Transfer-Encoding" in self.headers or not (length.isascii() and length.isdecimal()):
-            self._refuse(HTTPStatus.LENGTH_REQUIRED, "say the size of the picture in Content-Length")
+            self._refuse(HTTPStatus.LENGTH_REQUIRED, "give the size of the picture in Content-Length")
         elif len(length) > 15 or int(length) > self.server.largest:
             limit = self.server.largest // 2**20
             self._refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"the file is larger than {limit} MiB; scale it down")
@@ -137,10 +137,10 @@ class _Handler(BaseHTTPRequestHandler):
                 self._segment(content)
 
     def log_message(self, format: str, *arguments: Any) -> None:
-        """Log nothing: what is asked here is the user's own affair."""
+        """Log nothing: requests are private."""
 
     def _receive(self, length: int) -> bytes | None:
-        """Read the picture; None where the client stops sending or takes too long."""
+        """Read the picture; None if the client stops sending or takes too long."""
         content, ends = bytearray(), time.monotonic() + SILENCE
         try:
             while len(content) < length and (left := ends - time.monotonic()) > 0:
@@ -169,18 +169,18 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(HTTPStatus.OK, "application/json", json.dumps(answer).encode())
 
     def _is_welcome(self) -> bool:
-        """Answer our own page alone: neither other sites in the same browser, nor names that lead here by DNS."""
+        """Answer only our own page: neither other sites in the same browser, nor names that resolve to this address."""
         host, origin = self.headers.get("Host", ""), self.headers.get("Origin")
         if not self.server.is_ours(host):
             self._refuse(HTTPStatus.FORBIDDEN, f"open {self.server.address} instead")
         elif origin is not None and origin != f"http://{host}":
-            self._refuse(HTTPStatus.FORBIDDEN, "pictures are taken from this page alone")
+            self._refuse(HTTPStatus.FORBIDDEN, "pictures are only accepted from this page")
         else:
             return True
         return False
 
     def _refuse(self, status: HTTPStatus, reason: str) -> None:
-        self.close_connection = True  # what the client still sends is not read
+        self.close_connection = True  # the rest of the client's data is not read
         self._send(status, "application/json", json.dumps({"error": reason}).encode())
 
     def _send(self, status: HTTPStatus, kind: str, content: bytes) -> None:
@@ -215,7 +215,7 @@ def _describe(picture: Image.Image, prediction: Prediction) -> dict[str, Any]:
     image, mask = np.asarray(picture), prediction.mask
     names = list(prediction.scores)
     labels, counts = np.unique(mask, return_counts=True)
-    opaque = (mask > 0) | borders(mask)  # the background is clear
+    opaque = (mask > 0) | borders(mask)  # the background is transparent
     colours = np.dstack([outline(colourise(mask), mask), np.where(opaque, 255, 0).astype(np.uint8)])
     return {
         "picture": data_uri(picture, None),

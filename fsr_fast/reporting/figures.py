@@ -20,7 +20,7 @@ MARGIN = 12
 FONT_SIZE = 17
 TEMPLATES = Path(__file__).parent / "templates"
 SIDE = 320
-"""Longer side of the pictures of a page, pixels."""
+"""Longer side of a page's pictures, in pixels."""
 
 
 def colourise(mask: np.ndarray) -> np.ndarray:
@@ -69,7 +69,7 @@ def outline(picture: np.ndarray, mask: np.ndarray) -> np.ndarray:
         mask: (H,W) integer labels.
 
     Returns:
-        (H,W,3) uint8, RGB; lines of a pixel per 400 of the longer side, at least one.
+        (H,W,3) uint8, RGB; lines are one pixel wide per 400 of the longer side, at least one.
     """
     return np.where(borders(mask)[..., None], np.uint8(255), _check_image(picture))
 
@@ -86,12 +86,12 @@ def borders(mask: np.ndarray) -> np.ndarray:
 
 
 def heatmap(image: np.ndarray, cam: np.ndarray, opacity: float = 0.5) -> np.ndarray:
-    """Lay a class activation map over a picture, from blue (0) to red (1).
+    """Overlay a class activation map on a picture, from blue (0) to red (1).
 
     Args:
         image: (H,W,3) uint8, RGB.
         cam: (h,w) float, 0 to 1, any size; resized bilinearly to the picture. Values outside are clipped.
-        opacity: 0 (picture alone) to 1 (map alone).
+        opacity: 0 (picture only) to 1 (map only).
 
     Returns:
         (H,W,3) uint8, RGB.
@@ -114,7 +114,7 @@ def with_legend(picture: np.ndarray, labels: Sequence[int], class_names: Sequenc
 
     Args:
         picture: (H,W,3) uint8, RGB.
-        labels: that the legend names, e.g. those of the mask that lies over the picture.
+        labels: in the legend, e.g. those of the mask on the picture.
         class_names: names of the foreground classes 1, 2, …, without the background.
 
     Returns:
@@ -137,13 +137,13 @@ def with_legend(picture: np.ndarray, labels: Sequence[int], class_names: Sequenc
 def picture_grid(
     rows: Sequence[Sequence[np.ndarray | None]], titles: Sequence[str], class_names: Sequence[str], *, cell: int = 224
 ) -> Image.Image:
-    """Lay out pictures and label maps in a titled grid, under a legend of the labels that occur.
+    """Arrange pictures and label maps in a titled grid, under a legend of the labels that occur.
 
     Args:
-        rows: one sequence a sample; each entry is a picture (H,W,3) uint8, scaled smoothly, or a label map
-            (H,W) of integers, painted in VOC's colours with white borders and scaled without smoothing; or None, of
-            which the grid says that it is empty. All entries of a row are shown in the size of its first.
-        titles: one a column.
+        rows: one sequence per sample; each entry is a picture (H,W,3) uint8, scaled smoothly, or a label map
+            (H,W) of integers, painted in VOC's colours with white borders and scaled without smoothing; or None,
+            shown as empty. All entries of a row are shown in the size of its first.
+        titles: one per column.
         class_names: names of the foreground classes 1, 2, …, without the background.
         cell: longer side of every picture in the grid, pixels; at least 160.
 
@@ -155,7 +155,7 @@ def picture_grid(
         ValueError: no row, a row of another length than `titles`, an entry of another shape, a cell that is too small.
     """
     if cell < 160:
-        raise ValueError(f"cell: {cell} pixels cannot be read; give 160 or more")
+        raise ValueError(f"cell: {cell} pixels is too small to read; give 160 or more")
     if not rows:
         raise ValueError("rows: empty; give at least one sample")
     for number, row in enumerate(rows):
@@ -269,7 +269,7 @@ def _check_image(image: np.ndarray) -> np.ndarray:
 
 
 def data_uri(picture: Image.Image, side: int | None = SIDE, *, lossless: bool = False) -> str:
-    """Return a picture as a `data:` address, WebP, no side longer than `side` pixels."""
+    """Return a picture as a `data:` URI, WebP, no side longer than `side` pixels."""
     if side is not None:
         picture = picture.copy()
         picture.thumbnail((side, side), Image.Resampling.LANCZOS)

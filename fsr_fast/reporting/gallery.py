@@ -1,4 +1,4 @@
-"""What a trained network sees: scores on the validation list, its best, worst and random pictures, its attention."""
+"""A gallery of a trained network: scores on a list, its best, worst and random pictures, its attention."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CHOICES = ("best", "worst", "random")
 
 @dataclass(frozen=True)
 class Entry:
-    """One picture of the gallery, no side longer than `SIDE` pixels; truth and labels in its size."""
+    """One picture of the gallery, no side longer than `SIDE` pixels; truth and labels have its size."""
 
     name: str
     choices: tuple[str, ...]
@@ -49,21 +49,21 @@ class Entry:
     seg: np.ndarray
     crf: np.ndarray
     attention: list[np.ndarray]
-    """Attention of the class token to the patches, (h, w) per block, 0…1 (paper, Fig. 7); none where it pools."""
+    """Attention of the class token to the patches, (h, w) per block, 0…1 (paper, Fig. 7); empty if it pools."""
 
 
 @dataclass(frozen=True)
 class Gallery:
-    """Result of looking at a list."""
+    """Scores and chosen pictures of a list."""
 
     matrix: ConfusionMatrix | None
-    """Of the segmentation, over all pictures that were looked at; None without masks."""
+    """Of the segmentation, over all pictures that were segmented; None without masks."""
     seen: int
-    """Pictures looked at."""
+    """Number of pictures that were segmented."""
     listed: int
-    """Pictures of the list."""
+    """Number of pictures on the list."""
     entries: list[Entry]
-    """By falling IoU."""
+    """In order of decreasing IoU."""
     entropy: Tensor
     """(depth, heads), nats, mean over the entries (paper, Fig. 6)."""
     patches: int
@@ -83,11 +83,11 @@ def look(
 
     Args:
         network: in eval mode, on the device.
-        dataset: with a mask for each picture, or with none.
+        dataset: with a mask for every picture, or without masks.
         config: sections `evaluate`, `cam`, `data` and `run.amp`.
         device: of the network.
-        limit: look at the first pictures alone; none: at all.
-        rows: pictures to keep of each choice.
+        limit: number of pictures, from the first; None: all.
+        rows: pictures to keep per choice.
 
     Raises:
         UserError: a picture cannot be read.

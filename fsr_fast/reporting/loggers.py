@@ -1,8 +1,8 @@
-"""Programs that show scalars and pictures of a run while it goes on: TensorBoard, Weights & Biases, MLflow.
+"""Programs that show scalars and pictures during a run: TensorBoard, Weights & Biases, MLflow.
 
-`run.loggers` names them, and a package is imported only where it is named. Environment variables of each say where it
-sends what it gets: `WANDB_MODE=offline` keeps all on this machine, and without `MLFLOW_TRACKING_URI` MLflow writes to
-the folder `mlruns` beside the run folder.
+`run.loggers` names them, and a package is imported only if it is named. Environment variables say where each sends
+its data: `WANDB_MODE=offline` keeps everything on this machine, and without `MLFLOW_TRACKING_URI` MLflow writes to the
+folder `mlruns` beside the run folder.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from fsr_fast.runtime.files import write_text
 
 PROJECT = "fsr_fast"
 PACKAGES = {"wandb": ("wandb", "wandb"), "mlflow": ("mlflow", "mlflow-skinny")}
-"""Of each logger that is not installed in any case: module, and what to install."""
+"""For each logger that is not always installed: module, and package to install."""
 
 
 class Logger(Protocol):
-    """Shows a run. What `errors` holds is raised where that fails; the training goes on without the logger then."""
+    """Shows a run. On failure it raises one of `errors`; the training then goes on without the logger."""
 
     errors: tuple[type[Exception], ...]
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
-        """Take numbers by name."""
+        """Record numbers by name."""
         ...
 
     def picture(self, name: str, picture: Image.Image, step: int) -> None:
@@ -47,7 +47,7 @@ def check_loggers(loggers: Sequence[str]) -> None:
     """Import the packages that loggers need.
 
     Args:
-        loggers: as `run.loggers` has them.
+        loggers: `run.loggers` of the configuration.
 
     Raises:
         UserError: one is not installed.
@@ -65,16 +65,16 @@ def check_loggers(loggers: Sequence[str]) -> None:
 
 
 def open_logger(logger: str, folder: Path, iteration: int, config: Mapping[str, Any]) -> Logger:
-    """Start the record of a run in a logger, or go on with it.
+    """Start the record of a run in a logger, or continue it.
 
     Args:
         logger: an entry of `run.loggers`.
-        folder: run folder. Its name is the run's; it keeps the id that the logger gave, for the next start.
+        folder: run folder. Its name is the run's; it stores the logger's id for the next start.
         iteration: iterations that are done already.
         config: the whole configuration.
 
     Raises:
-        UserError: the logger does not start, as where it has no account.
+        UserError: the logger does not start, for example without an account.
         OSError: TensorBoard's folder cannot be written.
     """
     kind, _, project = logger.partition(":")
@@ -87,7 +87,7 @@ def open_logger(logger: str, folder: Path, iteration: int, config: Mapping[str, 
     known = path.read_text(encoding="utf-8").strip() if path.is_file() else None
     try:
         opened = made(project or PROJECT, folder, known, config)
-    except Exception as error:  # of any kind, from the network below, too
+    except Exception as error:  # of any kind, network errors included
         first = " ".join(str(error).split()[:40])
         raise UserError(
             f"run.loggers: {kind} does not start: {type(error).__name__}: {first}; to go on without a network: "

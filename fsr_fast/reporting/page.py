@@ -1,4 +1,4 @@
-"""The page of a report: one HTML file that needs nothing else, neither files nor network."""
+"""The page of a report: one self-contained HTML file that needs no network."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def render_page(runs: Sequence[RunRecord], galleries: Mapping[str, Gallery], cla
     """Write the page.
 
     Args:
-        runs: what their folders say; at least one, names unique.
-        galleries: by name of the run; a run without checkpoint has none.
+        runs: records of the runs; at least one, names unique.
+        galleries: by name of the run; none for a run without checkpoint.
         classes: names of the foreground classes.
     """
     names = ["background", *classes]
@@ -76,7 +76,7 @@ def render_page(runs: Sequence[RunRecord], galleries: Mapping[str, Gallery], cla
 
 
 def is_page_of(path: Path, runs: Sequence[RunRecord]) -> bool:
-    """Return whether a file is a page that was written of these runs."""
+    """Return whether a file is a report of these runs."""
     with path.open("rb") as file:
         return f'content="{_generator(runs)}"'.encode() in file.read(2000)
 
@@ -87,7 +87,7 @@ def _generator(runs: Sequence[RunRecord]) -> str:
 
 
 def mask_uri(mask: np.ndarray) -> str:
-    """Return labels as a `data:` address, in VOC's colours with white borders."""
+    """Return labels as a `data:` URI, in VOC's colours with white borders."""
     return data_uri(Image.fromarray(outline(colourise(mask), mask)), None, lossless=True)
 
 
@@ -133,7 +133,7 @@ def _summary(run: RunRecord) -> list[tuple[str, str]]:
         ("iterations", run.summary.get("iterations") or (run.metrics[-1]["iteration"] if run.metrics else 0), "{:,}"),
         *((f"{kind} mIoU", scores.get("mean_iou"), "{:.1f} %") for kind, scores in run.results.items()),
         ("mean average precision of the labels", run.labels.get("mean_ap"), "{:.1f} %"),
-        ("images a second", run.summary.get("images_per_second"), "{:.1f}"),
+        ("images per second", run.summary.get("images_per_second"), "{:.1f}"),
         ("minutes", (run.summary.get("wall_seconds") or 0) / 60 or None, "{:.1f}"),
     ]
     return [(name, form.format(value)) for name, value, form in known if value is not None]

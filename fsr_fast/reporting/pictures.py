@@ -14,7 +14,7 @@ from fsr_fast.reporting.figures import heatmap, picture_grid
 
 
 def evaluation_grid(examples: Sequence[Example], classes: Sequence[str]) -> Image.Image:
-    """Lay out image | truth | CAM | pseudo | seg, one row an example."""
+    """Arrange image | truth | CAM | pseudo | seg, one row per example."""
     rows = [
         [example.image, example.truth, _map(example.image, example.cam), example.pseudo, example.seg]
         for example in examples
@@ -23,12 +23,12 @@ def evaluation_grid(examples: Sequence[Example], classes: Sequence[str]) -> Imag
 
 
 def training_grid(step: FSRStep, views: Sequence[Tensor], output: StepOutput, count: int) -> Image.Image:
-    """Lay out view 1 | CAM | uncertain | pseudo label | view 2 without its masked patches, one row per image.
+    """Arrange view 1 | CAM | uncertain | pseudo label | view 2 without its masked patches, one row per image.
 
     Uncertain are the pixels of view 1 whose activation lies between the mask's two thresholds; they are bright.
 
     Args:
-        step: that gave the output.
+        step: whose output it is.
         views: two of (B, 3, H, W), normalised.
         output: with CAMs and pseudo labels.
         count: largest number of rows.
@@ -59,5 +59,5 @@ def _pixels(images: Tensor) -> np.ndarray:
 
 
 def _map(picture: np.ndarray, cam: np.ndarray) -> np.ndarray | None:
-    """Draw a CAM, unless it is empty: as a heat map it would look like one that is low everywhere."""
+    """Draw a CAM, unless it is empty: its heat map would look like that of a low CAM."""
     return heatmap(picture, cam) if cam.any() else None

@@ -1,4 +1,4 @@
-"""What a run folder says of its run, read back for reports and model cards."""
+"""The record of a run, read back from its folder for reports and model cards."""
 
 import json
 import re
@@ -56,7 +56,7 @@ class _Environment(_Checked):
 
 @dataclass(frozen=True)
 class RunRecord:
-    """The record of one run; what it has not come to yet is empty."""
+    """The record of one run; whatever it has not reached yet is empty."""
 
     name: str
     """Name of the folder."""
@@ -79,7 +79,7 @@ class RunRecord:
 
     @property
     def labels(self) -> dict[str, Any]:
-        """Scores of the image labels, of a run without pictures with masks; else empty."""
+        """Scores of the image labels, for a run without masks; else empty."""
         return self.summary.get("labels") or {}
 
 
@@ -90,10 +90,10 @@ def read_run(folder: Path) -> RunRecord:
         folder: run folder.
 
     Raises:
-        UserError: it is no run folder, or a file of it is damaged.
+        UserError: it is not a run folder, or one of its files is damaged.
     """
     if not _holds(folder, folder / CONFIG_FILE):
-        raise UserError(f"{folder}: no run (it has no {CONFIG_FILE}); give the folder of a run, as run.output named it")
+        raise UserError(f"{folder}: not a run (it has no {CONFIG_FILE}); give the folder of a run, its run.output")
     paths = (path for path in (folder / "pictures").glob("*.png") if _holds(folder, path))
     numbered = ((re.fullmatch(r"training_(\d{1,18})", path.stem), path) for path in paths)
     return RunRecord(
@@ -108,7 +108,7 @@ def read_run(folder: Path) -> RunRecord:
 
 
 def _holds(folder: Path, path: Path) -> bool:
-    """Return whether a file is there and the run's own: pages would show what links in a stranger's folder lead to."""
+    """Return whether a file exists inside the run: a page must not show targets of links in an untrusted folder."""
     return path.is_file() and path.resolve().is_relative_to(folder.resolve())
 
 

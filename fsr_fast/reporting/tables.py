@@ -12,7 +12,7 @@ from rich.text import Text
 
 
 def score_table(results: Mapping[str, Mapping[str, Any]]) -> Table:
-    """Lay out IoU per class, one column a kind of result, the mean in the last row; print it with rich.
+    """Arrange IoU per class, one column per kind of result, the mean in the last row; print it with rich.
 
     Args:
         results: scores (`evaluation.metrics.scores`) by kind, e.g. `pseudo`, `seg`, `seg + CRF`; same classes in each.
@@ -30,10 +30,10 @@ def score_table(results: Mapping[str, Mapping[str, Any]]) -> Table:
 
 
 def label_table(scores: Mapping[str, Any]) -> Table:
-    """Lay out what image labels say of the classifier; print it with rich.
+    """Arrange the classifier's scores from image labels; print it with rich.
 
     Args:
-        scores: as `evaluation.label_scores.label_scores` returns them.
+        scores: from `evaluation.label_scores.label_scores`.
     """
     table = Table(box=box.ASCII2, show_footer=True)
     table.add_column("image labels (%)", footer="mean")

@@ -28,18 +28,18 @@ PACKAGES = ("fsr_fast", "torch", "torchvision", "triton", "timm", "xformers", "n
 
 
 class Tracker:
-    """Writes the record of a run; create it on rank 0 alone.
+    """Writes the record of a run; create it on rank 0 only.
 
-    What the folder holds beyond `iteration` is dropped, so that a resumed run tells one story. What is only shown
-    (loggers, pictures, environment.json) is given up with a warning where it cannot be written. Lines of metrics.jsonl
-    wait until there is room again.
+    Entries beyond `iteration` are dropped, so that a resumed run has one consistent record. Output that is only for
+    display (loggers, pictures, environment.json) is given up with a warning if it cannot be written. Lines of
+    metrics.jsonl wait until there is room again.
 
     Args:
-        folder: run folder; made where it is missing.
+        folder: run folder; created if missing.
         iteration: iterations that are done already; 0 for a new run.
         clock: seconds; replaced in tests.
-        loggers: as `run.loggers` has them.
-        config: the whole configuration, which loggers show.
+        loggers: `run.loggers` of the configuration.
+        config: the whole configuration, for the loggers.
 
     Raises:
         UserError: metrics.jsonl of an earlier start is damaged, or a logger does not start.
@@ -82,7 +82,7 @@ class Tracker:
 
         Args:
             iteration: iterations done.
-            values: scalars by name, e.g. `loss/total`; what is not finite becomes null in the file.
+            values: scalars by name, e.g. `loss/total`; non-finite values become null in the file.
         """
         scalars = {name: float(value) for name, value in values.items()}
         line = {"iteration": iteration, "wall_seconds": round(self._clock() - self._began, 3), **scalars}
@@ -98,7 +98,7 @@ class Tracker:
             name: name of the series.
 
         Returns:
-            The file; None where it could not be written.
+            The file; None if it could not be written.
         """
         path = self._folder / "pictures" / f"{name}_{iteration:06d}.png"
         self._show(lambda logger: logger.picture(name, grid, iteration))
@@ -110,7 +110,7 @@ class Tracker:
         """Write summary.json, whole or not at all.
 
         Args:
-            values: anything that JSON holds; what is not finite becomes null.
+            values: anything that JSON can hold; non-finite values become null.
 
         Returns:
             The file.
@@ -127,11 +127,11 @@ class Tracker:
         for name, logger in loggers.items():
             with _only_shown(name, logger.errors):
                 write(logger)
-                self._loggers[name] = logger  # one that fails is given up
+                self._loggers[name] = logger  # one that fails is dropped
 
 
 class _Lines:
-    """Lines at the end of a file, each whole; what cannot be written waits for the next time."""
+    """Appends whole lines to a file; lines that cannot be written wait for the next time."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -140,7 +140,7 @@ class _Lines:
         self._waiting = b""
 
     def add(self, line: str) -> None:
-        """Write a line, and those that wait."""
+        """Write the waiting lines and a new one."""
         held_up = bool(self._waiting)
         self._waiting += line.encode()
         try:
@@ -150,7 +150,7 @@ class _Lines:
                 LOGGER.warning("%s: cannot be written (%s); its lines wait for room", self._path, error.strerror)
 
     def close(self) -> None:
-        """Write what waits.
+        """Write the waiting lines.
 
         Raises:
             OSError: there is still no room.
@@ -165,7 +165,7 @@ class _Lines:
             while written < len(self._waiting):
                 written += self._file.write(self._waiting[written:])
         except OSError:
-            self._file.truncate(self._size)  # no half line in the middle of the file
+            self._file.truncate(self._size)  # leave no partial line in the file
             raise
         self._size, self._waiting = self._size + written, b""
 
@@ -186,7 +186,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
         folder: run folder.
 
     Returns:
-        One mapping per line, in order; none where there is no file. A last line that a crash cut short is left out.
+        One mapping per line, in order; empty without a file. A last line cut short by a crash is left out.
 
     Raises:
         UserError: a line before the last is not a JSON object with an iteration.
@@ -210,7 +210,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def environment() -> dict[str, Any]:
-    """Return what a result depends on beside the configuration: versions, devices, commit (None where unknown)."""
+    """Return what a result depends on besides the configuration: versions, devices, commit (None if unknown)."""
     cuda = torch.cuda.is_available()
     return {
         "python": platform.python_version(),
@@ -247,7 +247,7 @@ def _cpu_name() -> str:
 
 def _commit() -> str | None:
     here = Path(__file__).resolve()
-    tracked = _git(here.parent, "ls-files", here.name)  # installed below somebody else's repository: not tracked there
+    tracked = _git(here.parent, "ls-files", here.name)  # not tracked if installed inside another repository
     return _git(here.parent, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*") if tracked else None
 
 

@@ -1,22 +1,21 @@
-"""How the host's memory is taken from the system and given back."""
+"""How host memory is allocated from the system and returned to it."""
 
 import ctypes
 import platform
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # parameters of glibc's mallopt
 KEEP = {M_TRIM_THRESHOLD: 2**31 - 1, M_MMAP_MAX: 0}
-GIVE_BACK = {M_TRIM_THRESHOLD: 128 * 1024, M_MMAP_MAX: 65536}  # what glibc starts with
+GIVE_BACK = {M_TRIM_THRESHOLD: 128 * 1024, M_MMAP_MAX: 65536}  # glibc's defaults
 
 
 def keep_freed_memory(keep: bool = True) -> None:
-    """Let the next tensor of the host have the pages of one that was freed.
+    """Reuse the pages of freed host tensors for the next ones.
 
-    By itself glibc gives the memory of each large tensor back to the system and asks for new pages for the next one,
-    which the system fills with zeros first. Kept, the process stays as large as it once was. Other C libraries are
-    left as they are.
+    By default glibc returns the memory of each large tensor to the system and requests new pages for the next one,
+    which the system zeroes first. With this the process never shrinks. Other C libraries are left as they are.
 
     Args:
-        keep: false: as glibc does by itself.
+        keep: False restores glibc's default.
     """
     if platform.libc_ver()[0] == "glibc":
         library = ctypes.CDLL(None)

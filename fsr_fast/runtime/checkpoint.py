@@ -1,7 +1,7 @@
-"""Checkpoints: all that must survive, in one place, and the file that holds it.
+"""Checkpoints: everything that must survive, in one place, and the file that holds it.
 
 A checkpoint is one file, `checkpoints/<iteration>.pt` of the run folder: a zip archive of tensors and plain values as
-`torch.save` writes it, whose comment holds the SHA-256 of all bytes before it. Loading it runs no pickled code.
+written by `torch.save`, whose comment holds the SHA-256 of all bytes before it. Loading it runs no pickled code.
 Random draws need no state: they are functions of seed, process and iteration.
 """
 
@@ -31,20 +31,20 @@ _COMMENT_LENGTH = struct.Struct("<H")
 
 
 class Stateful(Protocol):
-    """What has a state of tensors and plain values."""
+    """Something with a state of tensors and plain values."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state."""
         ...
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> Any:
-        """Take the state over."""
+        """Load the state."""
         ...
 
 
 @dataclass(frozen=True)
 class TrainState:
-    """All that must survive an interruption, beside the number of iterations done."""
+    """Everything that must survive an interruption, besides the number of iterations done."""
 
     student: Stateful
     """The network."""
@@ -60,17 +60,17 @@ class TrainState:
     """Number of skipped steps."""
 
     def state(self, iteration: int, description: dict[str, Any]) -> dict[str, Any]:
-        """Return what a checkpoint holds; where weights are shared out, all processes call it.
+        """Return the content of a checkpoint; with sharded weights, all processes call it.
 
         Args:
             iteration: iterations done.
-            description: configuration and class names, from which the network can be built again.
+            description: configuration and class names, from which the network can be rebuilt.
         """
         parts = {field.name: gather(getattr(self, field.name).state_dict()) for field in fields(self)}
         return {"format": FORMAT, "iteration": iteration, **description, **parts}
 
     def restore(self, state: dict[str, Any], origin: Path) -> int:
-        """Take everything over.
+        """Load everything.
 
         Args:
             state: of a checkpoint.
@@ -80,7 +80,7 @@ class TrainState:
             Iterations done.
 
         Raises:
-            UserError: the state is not of this run.
+            UserError: the state is not this run's.
         """
         try:
             for field in fields(self):
@@ -98,13 +98,13 @@ def write_checkpoint(run: Path, state: dict[str, Any]) -> Path:
 
     Args:
         run: run folder.
-        state: `iteration`, and whatever else must survive; tensors and plain values alone.
+        state: `iteration`, and whatever else must survive; only tensors and plain values.
 
     Returns:
         The file.
 
     Raises:
-        OSError: no space, or no permission; nothing of the file is left then.
+        OSError: no space, or no permission; no partial file is left.
     """
     path = run / FOLDER / f"{state['iteration']:07d}.pt"
     with atomic_file(path) as file:
@@ -127,16 +127,16 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint.
 
     Args:
-        path: a run folder, whose newest sound checkpoint is read, or a file.
+        path: a run folder, whose newest intact checkpoint is read, or a file.
 
     Raises:
-        UserError: there is none, or the file is damaged or something else.
+        UserError: there is none, or the file is damaged or not a checkpoint.
     """
     return read_newest(path)[0] if path.is_dir() else _read(path)
 
 
 def read_newest(run: Path) -> tuple[dict[str, Any], Path]:
-    """Read the newest checkpoint of a run folder that is not damaged, and warn of those that are.
+    """Read the newest intact checkpoint of a run folder, and warn of damaged ones.
 
     Args:
         run: run folder.
@@ -155,15 +155,15 @@ def read_newest(run: Path) -> tuple[dict[str, Any], Path]:
             damaged.append(str(error))
             continue
         for message in damaged:
-            LOGGER.warning("%s; %s is read in its place", message, path.name)
+            LOGGER.warning("%s; %s is read instead", message, path.name)
         return state, path
     if damaged:
-        raise UserError(f"{damaged[0]}; no other checkpoint is left: delete the folder to start anew")
+        raise UserError(f"{damaged[0]}; no other checkpoint is left: delete the folder to start over")
     raise UserError(f"{run}: no checkpoint in this folder; expected {FOLDER}/<iteration>.pt of a run")
 
 
 def has_checksum(path: Path) -> bool:
-    """Return whether a file ends as the checkpoints of runs do; its content is not read."""
+    """Return whether a file ends like a run's checkpoint; its content is not read."""
     if not path.is_file() or path.stat().st_size <= _COMMENT:
         return False
     with path.open("rb") as file:
@@ -177,7 +177,7 @@ def _read(path: Path) -> dict[str, Any]:
     summed = _check_sum(path)
     try:
         state = read_tensors(path)
-    except Exception as error:  # a broken file raises whatever its bytes happen to mean
+    except Exception as error:  # a broken file can raise anything
         first_line = str(error).partition("\n")[0]
         raise UserError(f"{path}: not a readable checkpoint ({type(error).__name__}: {first_line})") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
@@ -190,7 +190,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _check_sum(path: Path) -> bool:
-    """Compare the file with its checksum; tell whether it has one."""
+    """Compare the file with its checksum; return whether it has one."""
     if path.stat().st_size <= _COMMENT:
         return False
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:

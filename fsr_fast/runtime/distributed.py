@@ -31,15 +31,15 @@ class Process:
 
 
 def start_process(device: str, timeout: float = 1800.0) -> Process:
-    """Join the process group that torchrun describes, or be the only process.
+    """Join the process group that torchrun describes, or become the only process.
 
     Args:
         device: `auto`, `cpu` or `cuda`.
         timeout: seconds without a sign of life after which a process ends itself; 0: never. Collective operations
-            wait twice as long, so that the process that hangs can say so first.
+            wait twice as long, so that the process that hangs can report it first.
 
     Raises:
-        UserError: CUDA is asked for where there is none.
+        UserError: CUDA is requested but missing.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("run.device: 'cuda', but torch sees no CUDA GPU; give --run.device cpu, or check the driver")
@@ -63,25 +63,25 @@ def stop_process() -> None:
 
 
 def wait_for_all() -> None:
-    """Wait until every process has come here."""
+    """Wait until every process has arrived here."""
     if dist.is_initialized():
         dist.barrier()
 
 
 def distribute(step: torch.nn.Module, process: Process, *, all_reached: bool) -> torch.nn.Module:
-    """Let the processes share the gradients of a step; alone, or sharded, it stays as it is.
+    """Wrap a step in DDP, unless there is one process or the step is sharded.
 
     Args:
         step: the step.
         process: this process.
-        all_reached: every parameter gets a gradient in every iteration. DDP then need not search the graph for those
-            that get none, such as those of a stage that a weight of 0 switches off.
+        all_reached: every parameter gets a gradient in every iteration. DDP then need not search the graph for
+            parameters without one, such as those of a stage that a weight of 0 switches off.
     """
     if process.world_size == 1 or isinstance(step, FSDPModule):
         return step
     devices = [process.device] if process.device.type == "cuda" else None
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # the newest torch has another name for broadcast_buffers
+        warnings.simplefilter("ignore", FutureWarning)  # the newest torch has renamed broadcast_buffers
         return DistributedDataParallel(
             step,
             device_ids=devices,
@@ -97,7 +97,7 @@ def world_size() -> int:
 
 
 def from_first(values: Any) -> Any:
-    """Return what the first process gives; the others' values do not count."""
+    """Return the first process's values; those of the others are ignored."""
     held = [values]
     if dist.is_initialized():
         dist.broadcast_object_list(held)
@@ -105,7 +105,7 @@ def from_first(values: Any) -> Any:
 
 
 def sum_over_ranks(value: Tensor) -> Tensor:
-    """Add a tensor up over all processes, without gradient."""
+    """Sum a tensor over all processes, without gradient."""
     if dist.is_initialized():
         value = value.clone()
         dist.all_reduce(value)
@@ -115,8 +115,8 @@ def sum_over_ranks(value: Tensor) -> Tensor:
 def _meeting(limit: timedelta) -> dict[str, Any]:
     """Return the arguments by which the processes find each other.
 
-    torchrun keeps its store when it restarts the processes, and in it the addresses of the dead. On one machine all
-    processes know the number of the attempt, and each attempt gets keys of its own.
+    torchrun keeps its store when it restarts the processes, and in it the addresses of dead ones. On one machine all
+    processes know the number of the attempt, and each attempt uses separate keys.
     """
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if attempt == "0" or os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE"):

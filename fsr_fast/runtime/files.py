@@ -1,7 +1,7 @@
-"""Files that are whole or not there: the one way in which results, records and checkpoints are written.
+"""Atomic files: the one way in which results, records and checkpoints are written.
 
-What is written goes to `.NAME.partial` beside the file and takes its place when it is complete. A process that is
-killed leaves the file as it was, and at most that hidden one, which the next attempt removes.
+The content goes to `.NAME.partial` beside the file, which replaces it once complete. A process that is killed leaves
+the file as it was, and at most that hidden one, which the next attempt removes.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ if TYPE_CHECKING:
 
 LOGGER = logging.getLogger("fsr_fast")
 _CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EACCES, errno.EPERM}
-"""What file systems answer that do not write out a folder on demand."""
+"""Error numbers of file systems that cannot sync a folder."""
 _LONGEST = 255
-"""Bytes of a file's name."""
+"""Largest file name, in bytes."""
 
 
 @contextmanager
 def atomic_path(path: Path, *, sync: bool = True) -> Iterator[Path]:
-    """Let a file, folder or link appear under its name only when it is complete.
+    """Make a file, folder or link appear under its name only once complete.
 
     Args:
-        path: its name; missing folders above it are made. An existing file is replaced at the end.
-        sync: wait until it is on disk. False where the same command can write it again.
+        path: its name; missing parent folders are created. An existing file is replaced at the end.
+        sync: wait until it is on disk. False if the same command can write it again.
 
     Yields:
         The path to write to; nothing is there yet. It is removed if anything fails.
@@ -45,7 +45,7 @@ def atomic_path(path: Path, *, sync: bool = True) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(_partial_name(path.name))
-    _remove(partial)  # of a process that was killed
+    _remove(partial)  # left by a process that was killed
     try:
         with naming(path):
             yield partial
@@ -62,13 +62,13 @@ def atomic_path(path: Path, *, sync: bool = True) -> Iterator[Path]:
 
 @contextmanager
 def atomic_file(path: Path, *, sync: bool = True) -> Iterator[BinaryIO]:
-    """Open a file that appears under its name only when it is complete, as `atomic_path`; it can be read, too."""
+    """Open a file that appears under its name only once complete, as `atomic_path`; it can also be read."""
     with atomic_path(path, sync=sync) as partial, partial.open("x+b") as file:
         yield file
 
 
 def write_text(path: Path, text: str) -> Path:
-    """Write a text file, whole or not at all.
+    """Write a text file atomically.
 
     Args:
         path: the file.
@@ -83,11 +83,11 @@ def write_text(path: Path, text: str) -> Path:
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> Path:
-    """Write a JSON file, whole or not at all.
+    """Write a JSON file atomically.
 
     Args:
         path: the file.
-        values: anything that JSON holds; what is not finite becomes null.
+        values: anything that JSON can hold; non-finite values become null.
 
     Returns:
         The file.
@@ -96,11 +96,11 @@ def write_json(path: Path, values: Mapping[str, Any]) -> Path:
 
 
 def write_png(path: Path, picture: Image.Image) -> Path:
-    """Write a picture, whole or not at all; the same command can write it again, so nothing waits for the disk.
+    """Write a picture atomically; the same command can write it again, so nothing waits for the disk.
 
     Args:
         path: the file.
-        picture: of any mode that PNG knows.
+        picture: of any mode that PNG supports.
 
     Returns:
         The file.
@@ -111,7 +111,7 @@ def write_png(path: Path, picture: Image.Image) -> Path:
 
 
 def finite(values: Any) -> Any:
-    """Return the values with None in place of the numbers that are not finite, which JSON does not hold."""
+    """Replace non-finite numbers, which JSON cannot hold, by None."""
     if isinstance(values, Mapping):
         return {name: finite(value) for name, value in values.items()}
     if isinstance(values, list | tuple):
@@ -120,7 +120,7 @@ def finite(values: Any) -> Any:
 
 
 def sync_folder(folder: Path) -> None:
-    """Have the names in a folder written to disk; some file systems cannot, which is noted once."""
+    """Write the names in a folder to disk; file systems that cannot cause one warning."""
     try:
         with naming(folder):
             _sync_one(folder)
@@ -131,7 +131,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def _partial_name(name: str) -> str:
-    """Name the file that is being written; a name that leaves no room for more is told apart by its digest."""
+    """Return the name of the file during writing; a name that is too long to extend gets its digest."""
     partial = f".{name}.partial"
     content = os.fsencode(name)
     return partial if len(os.fsencode(partial)) <= _LONGEST else f".{hashlib.sha256(content).hexdigest()}.partial"
@@ -153,19 +153,18 @@ def _sync_one(path: Path) -> None:
 @cache
 def _note_unsynced(reason: str) -> None:
     LOGGER.warning(
-        "the file system does not write out folders on demand (%s): after a power failure, "
-        "the files of the last seconds may be missing",
+        "the file system cannot sync folders (%s): after a power failure, the files of the last seconds may be missing",
         reason,
     )
 
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Name the file in errors of the system, which know it only where a path was opened."""
+    """Add the file's name to system errors, which only have it where a path was opened."""
     try:
         yield
     except (OSError, RuntimeError) as error:
-        cause = error if isinstance(error, OSError) else error.__context__  # torch's writer covers what the system says
+        cause = error if isinstance(error, OSError) else error.__context__  # torch's writer hides the system's error
         if not isinstance(cause, OSError):
             raise
         if cause.errno is not None:

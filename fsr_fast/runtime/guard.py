@@ -1,4 +1,4 @@
-"""Steps that are not finite: found and skipped on the device, without waiting for it."""
+"""Non-finite steps: detected and skipped on the device, without a host sync."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,15 +15,15 @@ LIMIT = 3
 
 
 class NonFiniteGuard:
-    """Leaves everything as it was in an iteration whose loss or gradient is not finite in any process.
+    """Leaves everything unchanged in an iteration whose loss or gradient is not finite in some process.
 
-    AdamW's fused kernel is told by its `found_inf`: weights, moments and step counts stay. `judge` puts the centres
-    back, and its result tells the teacher to stay. After `LIMIT` bad iterations in a row all later ones are skipped,
-    too, until somebody reads `counts`: the last good state is then still there.
+    AdamW's fused kernel reads `found_inf`: weights, moments and step counts stay. `judge` restores the centres, and its
+    result tells the teacher to stay. After `LIMIT` bad iterations in a row all later ones are skipped, too, until
+    `counts` is read: the last good state is then still there.
 
     Args:
         optimiser: with fused kernels.
-        centres: what the forward pass moves.
+        centres: buffers that the forward pass moves.
     """
 
     def __init__(self, optimiser: torch.optim.Optimizer, centres: Iterable[Tensor]) -> None:
@@ -34,12 +34,12 @@ class NonFiniteGuard:
         """Bad iterations in a row, and of the whole run."""
 
     def hold(self) -> None:
-        """Remember the centres; before the forward pass."""
+        """Remember the centres; call it before the forward pass."""
         self._held = [centre.clone() for centre in self._centres]
 
     @torch.no_grad()
     def judge(self, loss: Tensor, norm: Tensor) -> Tensor:
-        """Decide on this iteration; after the backward pass, before the optimiser's step.
+        """Decide on this iteration; call it between the backward pass and the optimiser's step.
 
         Args:
             loss: scalar, of this process.
@@ -62,12 +62,12 @@ class NonFiniteGuard:
         return {"skipped": self.counts[1]}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take the number of skipped iterations over; none in a row."""
+        """Load the number of skipped iterations; the count in a row restarts at 0."""
         self.counts.copy_(torch.stack([torch.zeros(()), state["skipped"]]))
 
 
 def gradient_norm(parameters: Iterable[torch.nn.Parameter], limit: float | None) -> Tensor:
-    """Return the norm of the whole gradient before it is clipped to `limit`, if one is given."""
+    """Return the norm of the whole gradient before clipping; clip it to `limit`, if one is given."""
     parameters = list(parameters)
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
@@ -88,6 +88,6 @@ def not_finite(iteration: int, output: Path) -> UserError:
     return UserError(
         f"the loss or its gradient is not finite in {LIMIT} iterations in a row, found at iteration {iteration}; the "
         f"last good state is the newest checkpoint of {output}. The same command tries again from there, on the "
-        "images that follow; should it stop again, start anew in another run.output with a lower "
+        "images that follow; if it stops again, start over in another run.output with a lower "
         "optim.learning_rate or with optim.clip_norm"
     )

@@ -1,4 +1,4 @@
-"""A loader that outlives its processes."""
+"""A loader that survives the death of its processes."""
 
 import signal
 import threading
@@ -12,14 +12,14 @@ from fsr_fast.errors import UserError
 from fsr_fast.runtime.log import LOGGER
 
 LIMIT = 3
-"""Deaths of loader processes in a run after which it gives up."""
+"""Number of deaths of loader processes in a run after which it gives up."""
 
 
 class RestartingLoader:
-    """Starts the loader's processes again where one of them has died; the stream goes on without a gap.
+    """Restarts the loader's processes if one of them dies; the stream goes on without a gap.
 
     Args:
-        loader: whose position is exact.
+        loader: has an exact position.
     """
 
     def __init__(self, loader: TrainLoader) -> None:
@@ -30,7 +30,7 @@ class RestartingLoader:
         """Return the next batch.
 
         Raises:
-            UserError: an image cannot be read, or loader processes die again and again.
+            UserError: an image cannot be read, or loader processes keep dying.
         """
         while True:
             position = self._loader.state_dict()
@@ -47,7 +47,7 @@ class RestartingLoader:
         return self._loader.state_dict()
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on from a position."""
+        """Continue from a position."""
         self._loader.load_state_dict(state)
 
     def close(self) -> None:
@@ -74,7 +74,7 @@ class Deaths:
         self._number += 1
         if self._number > LIMIT:
             raise UserError(
-                f"a loader process died for the {self._number}th time ({message}); often the memory is short: "
+                f"a loader process died for the {self._number}th time ({message}), often for lack of memory: "
                 "lower data.workers, or look at the kernel's log"
             )
         LOGGER.warning("%s; the loader starts again at the same place", message)
@@ -82,19 +82,19 @@ class Deaths:
 
 _raises = False
 _torch: Any = None
-"""The handler of SIGCHLD that torch installs with its first loader: it raises wherever the program is."""
+"""The SIGCHLD handler that torch installs with its first loader: it raises wherever the program is."""
 
 
 @contextmanager
 def deaths_raise() -> Iterator[None]:
     """Wait for a loader: the death of one of its processes raises RuntimeError here, and nowhere else.
 
-    Without a handler, a process that dies while it writes leaves its reader waiting for the rest for ever.
+    Without a handler, a process that dies while writing leaves its reader waiting for ever.
     """
     global _raises, _torch
     _raises = True
     try:
-        _note_death(signal.SIGCHLD, None)  # of one that died before
+        _note_death(signal.SIGCHLD, None)  # for one that died earlier
         yield
     finally:
         _raises = False

@@ -1,4 +1,4 @@
-"""Locks of folders: the kernel lets go of them when the process ends, however it ends."""
+"""Locks of folders, which the kernel releases however the process ends."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from fsr_fast.errors import UserError
 
 LOGGER = logging.getLogger("fsr_fast")
 _CANNOT_LOCK = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
-"""What file systems answer that know no locks, such as Lustre without the option flock."""
+"""Error numbers of file systems without locks, such as Lustre without the option flock."""
 _held: set[int] = set()
 
 
 class BusyError(Exception):
-    """Another process has the lock; the text is what it wrote there."""
+    """Another process holds the lock; the text is what it wrote there."""
 
 
 @contextmanager
 def locked(path: Path, *, shared: bool = False) -> Iterator[FileIO]:
-    """Hold the lock of a file; where the file system knows none, go on without, with one warning.
+    """Hold the lock of a file; if the file system has no locks, go on without, with one warning.
 
     Args:
-        path: the file; made where it is missing.
-        shared: beside others that share it, and with nothing to write.
+        path: the file; created if missing.
+        shared: alongside others that share it, read-only.
 
     Yields:
-        The open file, without a buffer: what is written to it says who has the lock.
+        The open file, unbuffered: its content says who holds the lock.
 
     Raises:
-        BusyError: another process has it.
+        BusyError: another process holds it.
         UserError: there is a link or something else in its place.
     """
     with _open(path) as file:
@@ -64,21 +64,21 @@ def _open(path: Path) -> FileIO:
         file = open(path, "r+b", buffering=0, opener=opener)  # noqa: SIM115 its caller closes it
     except OSError as error:
         if path.is_symlink() or (path.exists() and not path.is_file()):
-            raise UserError(f"{path}: a link or no file, where a lock belongs; delete it") from None
+            raise UserError(f"{path}: a link or not a file, in place of a lock; delete it") from None
         raise error
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
-        raise UserError(f"{path}: a link or no file, where a lock belongs; delete it")
+        raise UserError(f"{path}: a link or not a file, in place of a lock; delete it")
     return file
 
 
 @cache
 def _note_unlocked(reason: str) -> None:
-    LOGGER.warning("the file system knows no locks (%s): nothing keeps a second process out of this folder", reason)
+    LOGGER.warning("the file system has no locks (%s): nothing keeps a second process out of this folder", reason)
 
 
 def _let_go() -> None:
-    """Drop the locks in a forked process: a loader process that outlives its parent must not keep the folder."""
+    """Release the locks in a forked process: a loader process that outlives its parent must not keep the folder."""
     for descriptor in _held:
         os.close(descriptor)
     _held.clear()

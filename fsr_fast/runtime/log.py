@@ -27,27 +27,27 @@ LOGGER.addHandler(_Terminal(logging.WARNING))
 
 
 class _RankLog(logging.FileHandler):
-    """A file that is given up where it cannot be written."""
+    """A log file that is given up if it cannot be written."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 the base class's name
         LOGGER.removeHandler(self)
         LOGGER.warning("%s: cannot be written (%s); the log ends here", self.baseFilename, sys.exc_info()[1])
 
     def close(self) -> None:
-        with suppress(OSError):  # of what could not be written before
+        with suppress(OSError):  # from what could not be written before
             super().close()
 
 
 @contextmanager
 def rank_log(run: Path, rank: int) -> Iterator[Path]:
-    """Write all messages of this process to `logs/rank_<rank>.log` of the run folder, too.
+    """Also write all messages of this process to `logs/rank_<rank>.log` of the run folder.
 
     Args:
         run: run folder.
         rank: of this process.
 
     Returns:
-        A context that gives the file. An error that leaves the context is recorded with its stack.
+        A context that yields the file. An error that leaves the context is recorded with its stack.
     """
     path = run / FOLDER / f"rank_{rank}.log"
     try:

@@ -1,4 +1,4 @@
-"""Text of others in Markdown: shown as it is, whatever it holds."""
+"""Untrusted text in Markdown, shown literally."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 
 
 def plain(text: str) -> str:
-    """Return text whose marks and HTML are shown and not obeyed; on one line."""
+    """Return text, on one line, with Markdown and HTML escaped."""
     escaped = re.sub(r"([\\`*\[\]|~$]|(?<!\w)_|_(?!\w))", r"\\\1", " ".join(text.split()))
     return html.escape(escaped, quote=False)
 

@@ -13,20 +13,20 @@ SNAPSHOT = "memory_rank_{}.pickle"
 
 
 def is_shortage(error: BaseException) -> bool:
-    """Return whether an error says that the memory of the device or of the host did not suffice."""
+    """Return whether an error means that the device or the host is out of memory."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 @contextmanager
 def explained_shortage(run: Path, process: Process) -> Iterator[None]:
-    """Turn a shortage of memory into advice; on a GPU, beside a snapshot of what is allocated.
+    """Turn an out-of-memory error into advice; on a GPU, also write a snapshot of the allocations.
 
     Args:
-        run: run folder, which takes the snapshot.
+        run: run folder, for the snapshot.
         process: this process.
 
     Raises:
-        UserError: the memory did not suffice.
+        UserError: out of memory.
     """
     try:
         yield
@@ -37,7 +37,7 @@ def explained_shortage(run: Path, process: Process) -> Iterator[None]:
         if process.device.type == "cuda":
             path = run / SNAPSHOT.format(process.rank)
             torch.cuda.memory._dump_snapshot(str(path))
-            snapshot = f" What was allocated is in {path}, for https://docs.pytorch.org/memory_viz."
+            snapshot = f" The allocations are in {path}, for https://docs.pytorch.org/memory_viz."
         first_line = str(error).partition("\n")[0]
         raise UserError(
             f"rank {process.rank} is out of memory ({first_line}). Give a smaller optim.batch_size, more processes, "

@@ -1,4 +1,4 @@
-"""Folders of results: whose they are, so that no verb writes over anything but its own results."""
+"""Ownership of result folders, so that no verb overwrites anything but its own results."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from fsr_fast.runtime.locks import BusyError, locked
 
 @contextmanager
 def output_folder(folder: Path, verb: str, results: str | None = None, *, own: bool = False) -> Iterator[None]:
-    """Keep a folder for the results of one command, while it runs and after.
+    """Reserve a folder for the results of one command, while it runs and afterwards.
 
-    Its name is written to `.VERB.json`, which is the lock, too.
+    Its verb is recorded in `.VERB.json`, which is also the lock.
 
     Args:
-        folder: made where it is missing; removed if nothing was written to it.
-        verb: that writes.
-        results: what they are of: fingerprint of the network, settings, folder of the run; None: it does not matter.
+        folder: created if missing; removed if nothing was written to it.
+        verb: the writing verb.
+        results: origin of the results: fingerprint of the network, settings, folder of the run; None: any.
         own: the folder may hold other things; it is the run's own.
 
     Raises:

@@ -6,20 +6,20 @@ import torch
 
 
 def autocast(device: torch.device, amp: str) -> torch.autocast:
-    """Context in which matrix products run in bfloat16, where `run.amp` wants it.
+    """Return a context in which matrix products run in bfloat16, if `run.amp` says so.
 
     Args:
         device: of the passes.
-        amp: `auto` (bfloat16 on a GPU alone), `off` or `bf16`.
+        amp: `auto` (bfloat16 on a GPU only), `off` or `bf16`.
 
-    Enter it anew for passes with and without gradient: weights that are cast inside stay cached until it ends,
-    and a cast that was made without gradient would cut the weight off.
+    Enter it separately for passes with and without gradient: weights cast inside stay cached until it ends, and a cast
+    made without gradient would detach the weight.
     """
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=uses_half(device, amp))
 
 
 def uses_half(device: torch.device, amp: str) -> bool:
-    """Return whether matrix products run in bfloat16, as `autocast` decides it."""
+    """Return whether `autocast` runs matrix products in bfloat16."""
     return amp == "bf16" or (amp == "auto" and device.type == "cuda")
 
 
@@ -31,7 +31,7 @@ def has_fast_bf16(device: torch.device) -> bool:
 
 
 def measure_ceiling(device: torch.device, amp: str) -> float:
-    """Measure the floating-point operations a second of a large matrix product; takes well under a second.
+    """Measure the floating-point operations per second of a large matrix product; takes well under a second.
 
     Args:
         device: of the passes.
@@ -40,8 +40,8 @@ def measure_ceiling(device: torch.device, amp: str) -> float:
     dtype = torch.bfloat16 if uses_half(device, amp) else torch.float32
     side = 8192 if device.type == "cuda" else 1024
     if dtype == torch.bfloat16 and not has_fast_bf16(device):
-        side = 256  # without instructions for it the larger product takes seconds
-    generator = torch.Generator(device).manual_seed(0)  # a run's own draws stay what they are
+        side = 256  # without bf16 instructions the larger product takes seconds
+    generator = torch.Generator(device).manual_seed(0)  # its own, so that the run's draws stay the same
     left, right = (torch.randn(side, side, device=device, generator=generator).to(dtype) for _ in range(2))
 
     def seconds() -> float:
@@ -51,5 +51,5 @@ def measure_ceiling(device: torch.device, amp: str) -> float:
             torch.cuda.synchronize(device)
         return time.perf_counter() - began
 
-    seconds()  # the first one starts the library
+    seconds()  # the first call initialises the library
     return 2 * side**3 / min(seconds() for _ in range(5))

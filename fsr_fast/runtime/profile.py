@@ -15,7 +15,7 @@ WAIT, WARM_UP, ACTIVE = 3, 2, 5
 
 
 class Steps(Protocol):
-    """What is told of every iteration."""
+    """Something that counts iterations."""
 
     def step(self) -> None:
         """Count one iteration."""

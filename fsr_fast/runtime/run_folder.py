@@ -1,4 +1,4 @@
-"""The run folder: whose it is, and what lies in it."""
+"""The run folder: which run owns it, and its contents."""
 
 import os
 import socket
@@ -39,14 +39,14 @@ _MAY_DIFFER = (
 
 
 def claim_run_folder(config: Config, *, locked: bool = False) -> Path | None:
-    """Check that the run folder is free or holds this very run, and find the checkpoint to go on from.
+    """Check that the run folder is free or holds this very run, and find the checkpoint to resume from.
 
     Args:
         config: of the run that is about to start.
-        locked: this process has the lock of the folder.
+        locked: this process holds the lock of the folder.
 
     Returns:
-        The newest checkpoint, or none for a new run.
+        The newest checkpoint, or None for a new run.
 
     Raises:
         UserError: the folder holds another run or something else, or a run where `run.resume` is off.
@@ -60,17 +60,17 @@ def claim_run_folder(config: Config, *, locked: bool = False) -> Path | None:
     if not folder.is_dir() or not any(folder.iterdir()):
         return None
     if not locked and os.path.lexists(folder / LOCK_FILE):
-        with _locked(folder, shared=True):  # shared: all processes of this run look at once
+        with _locked(folder, shared=True):  # shared: all processes of this run check at the same time
             pass
     if not (folder / CONFIG_FILE).is_file():
         if {path.name for path in folder.iterdir()} <= _BEFORE:
             return None  # a run that was killed before it wrote anything else
         raise UserError(
-            f"run.output: {folder} is not empty and is no run (it has no {CONFIG_FILE}); give another folder"
+            f"run.output: {folder} is not empty and not a run (it has no {CONFIG_FILE}); give another folder"
         )
     checkpoints = list_checkpoints(folder)
     recorded: Any = read_yaml(folder / CONFIG_FILE, whole=True)
-    if not recorded:  # empty, as a power failure leaves it
+    if not recorded:  # empty, as after a power failure
         if not checkpoints:
             return None
         recorded = read_newest(folder)[0]["config"]
@@ -87,7 +87,7 @@ def claim_run_folder(config: Config, *, locked: bool = False) -> Path | None:
 
 
 def open_run_folder(config: Config) -> None:
-    """Make the run folder and write the resolved configuration of this start into it."""
+    """Create the run folder and write the resolved configuration of this start to it."""
     folder = config.run.output
     write_text(folder / CONFIG_FILE, dump_config(config))
     (folder / FOLDER).mkdir(exist_ok=True)
@@ -95,13 +95,13 @@ def open_run_folder(config: Config) -> None:
 
 @contextmanager
 def locked_run_folder(folder: Path) -> Iterator[None]:
-    """Keep the run folder from other runs. The kernel lets go of it when this process ends, however it ends.
+    """Lock the run folder. The kernel releases the lock however this process ends.
 
     Args:
-        folder: made where it is missing.
+        folder: created if missing.
 
     Raises:
-        UserError: another run has it.
+        UserError: another run holds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder) as file:

@@ -1,4 +1,4 @@
-"""Saving while the training goes on: a copy in host memory, a thread that writes, and what is kept."""
+"""Saving in the background: a copy in host memory, a thread that writes, and which checkpoints are kept."""
 
 import errno
 import json
@@ -20,18 +20,18 @@ from fsr_fast.runtime.log import LOGGER
 BEST = "best.pt"
 BEST_SCORE = "best.json"
 _CANNOT_LINK = {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
-"""What file systems answer that know no links, such as FAT and some object stores."""
+"""Error numbers of file systems without links, such as FAT and some object stores."""
 
 
 class Saver:
-    """Writes the checkpoints of a run; create it on rank 0 alone, once the run folder is locked.
+    """Writes the checkpoints of a run; create it on rank 0 only, once the run folder is locked.
 
     A save copies the state and returns; a thread writes it. A save that fails is reported, the training goes on, and
     the next one tries again.
 
     Args:
         run: folder, and which checkpoints are kept.
-        saved: iteration of the checkpoint that the run went on from; none: a new run.
+        saved: iteration of the checkpoint that the run resumed from; None: a new run.
     """
 
     def __init__(self, run: RunConfig, saved: int | None = None) -> None:
@@ -43,7 +43,7 @@ class Saver:
         self._saved = saved
         self._failure: OSError | None = None
         for partial in (self._run / FOLDER).glob("*.partial"):
-            partial.unlink()  # of a process that was killed
+            partial.unlink()  # left by a process that was killed
 
     def __enter__(self) -> Self:
         return self
@@ -55,10 +55,10 @@ class Saver:
         self._writer.shutdown()
 
     def save(self, state: dict[str, Any]) -> None:
-        """Take a copy of the state and have it written.
+        """Copy the state and write it in the background.
 
         Args:
-            state: as `TrainState.state` gives it. An iteration that is saved already is not saved again.
+            state: from `TrainState.state`. An iteration that is already saved is skipped.
         """
         if state["iteration"] == self._saved:
             return
@@ -84,7 +84,7 @@ class Saver:
         """Keep the last saved checkpoint as `best.pt` if its score is the highest of the run.
 
         Args:
-            score: of the network that was saved last; higher is better, nan the worst.
+            score: of the network saved last; higher is better, nan the worst.
         """
         link, record = self._run / FOLDER / BEST, self._run / FOLDER / BEST_SCORE
         self._join()
@@ -103,7 +103,7 @@ class Saver:
         except OSError as error:
             if error.errno not in _CANNOT_LINK:
                 raise
-            LOGGER.warning("the file system knows no links (%s): %s is a copy", error.strerror, BEST)
+            LOGGER.warning("the file system has no links (%s): %s is a copy", error.strerror, BEST)
             shutil.copyfile(link.parent / name, link)
 
     def _join(self) -> None:
@@ -135,17 +135,17 @@ class Saver:
             if not lasting and path.resolve() != best:
                 path.unlink()
         for path in found[position + 1 :]:
-            path.unlink()  # this run went on from before them, because they are damaged
+            path.unlink()  # this run resumed from before them, because they are damaged
 
 
 class _HostCopy:
-    """Copies of a state in host memory that is used again and again."""
+    """Copies states into reusable host memory."""
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[object, ...], Tensor] = {}
 
     def take(self, state: dict[str, Any]) -> tuple[dict[str, Any], torch.cuda.Event | None]:
-        """Copy a state; from a GPU, the copy is complete when the event has passed."""
+        """Copy a state; from a GPU, the copy is complete once the event has occurred."""
         copied = self._walk(state, ())
         if not any(buffer.is_pinned() for buffer in self._buffers.values()):
             return copied, None

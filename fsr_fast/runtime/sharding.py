@@ -1,8 +1,8 @@
-"""Weights, gradients, moments and averages shared out among the processes (FSDP2).
+"""Weights, gradients, moments and averages sharded over the processes (FSDP2).
 
-Every linear layer of the transformers' blocks is put together when it is called, and taken apart behind it; all other
-weights, which the step reads outside of their modules, are whole from the step's start to the end of its backward pass.
-Checkpoints hold whole tensors, so a run may be saved with sharding and go on without it.
+Every linear layer of the transformers' blocks is gathered when it is called and freed afterwards; all other weights,
+which the step reads outside their modules, are whole from the step's start to the end of its backward pass.
+Checkpoints hold whole tensors, so a run may be saved with sharding and resumed without it.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from fsr_fast.runtime.precision import uses_half
 
 
 def shard_step(step: nn.Module, process: Process, amp: str) -> None:
-    """Share a step's weights out among the processes, which hold the same ones; before the optimiser is built.
+    """Shard a step's weights over the processes, which hold the same ones; call it before building the optimiser.
 
     Args:
-        step: on the device of `process`; changed in place. Alone, it stays as it is.
+        step: on the device of `process`; changed in place; unchanged with one process.
         process: this process.
-        amp: as `run.amp` says. In half precision the blocks' weights are rounded before they are put together, as
-            autocast would round them after: otherwise its rounded copies stayed whole until the backward pass.
+        amp: `run.amp` of the configuration. In half precision the blocks' weights are rounded before they are gathered,
+            as autocast would do afterwards: its rounded copies would stay whole until the backward pass.
     """
     if process.world_size == 1:
         return
@@ -44,7 +44,7 @@ def shard_step(step: nn.Module, process: Process, amp: str) -> None:
 
 @contextmanager
 def whole_weights(step: nn.Module, network: nn.Module) -> Iterator[None]:
-    """Hold all weights of a network whole: each process can then use it alone, without the sharded step around it."""
+    """Gather all weights of a network: each process can then use it alone, outside the sharded step."""
     inner = [part for part in network.modules() if isinstance(part, FSDPModule)]
     parts = [part for part in (step, *inner) if isinstance(part, FSDPModule)]  # the step first: it prepares the others
     for part in parts:
@@ -61,15 +61,15 @@ def whole_weights(step: nn.Module, network: nn.Module) -> Iterator[None]:
 
 
 def local_parts(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Return this process's part of each tensor; tensors that are not shared out stay as they are."""
+    """Return this process's part of each tensor; unsharded tensors stay as they are."""
     return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
 
 
 def gather(value: Any) -> Any:
-    """Put the tensors of a state together, one after the other, on the CPU of the first process; all call it.
+    """Gather the tensors of a state, one after another, on the CPU of the first process; all processes call it.
 
     Args:
-        value: dictionaries, lists and tuples of anything; what is not shared out stays as it is.
+        value: dictionaries, lists and tuples of anything; what is not sharded stays as it is.
     """
     if isinstance(value, DTensor):
         tensor = value.full_tensor()
@@ -82,11 +82,11 @@ def gather(value: Any) -> Any:
 
 
 def scatter(state: Any, owner: object) -> Any:
-    """Share the tensors of a state out as those of its owner are.
+    """Shard the tensors of a state as those of its owner are.
 
     Args:
         state: of whole tensors, the same in all processes.
-        owner: module or optimiser that will load it; anything else takes it as it is.
+        owner: module or optimiser that will load it; for anything else the state is returned unchanged.
     """
     if isinstance(owner, nn.Module):
         own = owner.state_dict()
@@ -103,5 +103,5 @@ def scatter(state: Any, owner: object) -> Any:
 
 def _scatter_like(value: Any, like: Any) -> Any:
     if not isinstance(like, DTensor) or not isinstance(value, Tensor) or value.shape != like.shape:
-        return value  # what does not fit is refused where it is loaded
+        return value  # a mismatch is refused when it is loaded
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)

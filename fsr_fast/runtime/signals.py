@@ -1,4 +1,4 @@
-"""Requests to stop: SIGTERM and SIGINT end a run behind a checkpoint."""
+"""Requests to stop: SIGTERM and SIGINT end a run after a checkpoint."""
 
 import os
 import signal
@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 
 class Stopped(SystemExit):
-    """A signal asked for the end; the exit code is 128 + its number, 143 for SIGTERM and 130 for SIGINT."""
+    """A signal requested the end; the exit code is 128 + its number, 143 for SIGTERM and 130 for SIGINT."""
 
     def __init__(self, number: int) -> None:
         super().__init__(128 + number)
@@ -21,9 +21,9 @@ class Stopped(SystemExit):
 
 
 class Signals:
-    """Notes SIGTERM and SIGINT while its context is open.
+    """Records SIGTERM and SIGINT while its context is open.
 
-    Outside of torchrun, which passes on what the terminal sends anyway, a second SIGINT ends the process at once.
+    Outside torchrun, which forwards the terminal's signals itself, a second SIGINT ends the process at once.
     """
 
     def __init__(self) -> None:
@@ -46,10 +46,10 @@ class Signals:
 
     @contextmanager
     def at_once(self, *, grace: float = 0.0) -> Iterator[None]:
-        """Within this context, whose state must be saved before, a signal raises `Stopped` where it comes.
+        """Within this context, before which the state must be saved, a signal raises `Stopped` immediately.
 
         Args:
-            grace: seconds that the context still has then, to be left without an error.
+            grace: seconds that the context then still has to end without an error.
         """
         self._grace = grace
         try:
@@ -70,7 +70,7 @@ class Signals:
         if self._grace == 0:
             raise Stopped(self.caught)
         if self._grace and not signal.getitimer(signal.ITIMER_REAL)[0]:
-            signal.setitimer(signal.ITIMER_REAL, self._grace, self._grace)  # again, in case nobody passes the error on
+            signal.setitimer(signal.ITIMER_REAL, self._grace, self._grace)  # again, in case the error is swallowed
 
     def _ring(self, number: int, frame: FrameType | None) -> None:
         if self._grace is not None:
@@ -78,7 +78,7 @@ class Signals:
 
 
 class Vote:
-    """A number per process and iteration; all processes learn the largest one an iteration later.
+    """A number per process and iteration; all processes learn the largest one, one iteration later.
 
     The exchange runs on the CPU while the next iteration is computed: nothing waits for a GPU.
     """
@@ -90,7 +90,7 @@ class Vote:
         self._pending: tuple[Any, torch.Tensor] | None = None
 
     def cast(self, number: int) -> int:
-        """Submit this process's number; return the largest of the iteration before, or the number itself if alone."""
+        """Submit this process's number; return the largest of the previous iteration, or the number itself if alone."""
         if self._group is None:
             return number
         ballot = torch.tensor(number)
@@ -104,6 +104,6 @@ class Vote:
         return int(earlier[1])
 
     def meet(self) -> None:
-        """Wait until every process has come here."""
+        """Wait until every process has arrived here."""
         if self._group is not None:
             dist.barrier(self._group)

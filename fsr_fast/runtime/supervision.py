@@ -1,4 +1,4 @@
-"""What keeps a run alive, and ends it well: lock, log, signals, watchdog, checkpoints, profile."""
+"""What keeps a run safe and ends it cleanly: lock, log, signals, watchdog, checkpoints, profile."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -18,18 +18,18 @@ from fsr_fast.runtime.signals import Signals, Stopped, Vote
 from fsr_fast.runtime.watchdog import Watchdog
 
 GRACE = 10.0
-"""Seconds after a signal in which data may still come that several processes wait for, so that all of them stop at
-the same iteration; schedulers wait 30 seconds and more before they kill."""
+"""Seconds after a signal during which several processes still wait for data, so that all of them stop at the same
+iteration; schedulers wait at least 30 seconds before they kill."""
 
 
 class Supervisor:
-    """Stands around the loop; every process opens its context.
+    """Surrounds the loop; every process opens its context.
 
     Args:
         run: folder, checkpoints, time-out.
         process: this process.
-        state: gives the state to save, as it is after the last whole iteration.
-        saved: iteration of the checkpoint that the run goes on from; none: a new run.
+        state: returns the state to save, as of the last whole iteration.
+        saved: iteration of the checkpoint that the run resumes from; None: a new run.
     """
 
     def __init__(
@@ -68,18 +68,18 @@ class Supervisor:
         """Tell the watchdog that the process is alive.
 
         Args:
-            place: what follows.
+            place: what comes next.
         """
         self._watchdog.beat(place)
 
     def boundary(self, iteration: int) -> None:
-        """Stand between two iterations, where a signal ends the loop.
+        """Mark the boundary between two iterations, where a signal ends the loop.
 
         Args:
             iteration: iterations done.
 
         Raises:
-            Stopped: a process got SIGTERM or SIGINT; the state is saved.
+            Stopped: a process received SIGTERM or SIGINT; the state is saved.
         """
         self._profiler.step()
         number = self._vote.cast(self._signals.caught)
@@ -90,7 +90,7 @@ class Supervisor:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Wait for data. A signal ends that: at once where this process is the only one, else after `GRACE`."""
+        """Wait for data. A signal ends the wait: at once if this is the only process, else after `GRACE`."""
         with self._signals.at_once(grace=GRACE if self._process.world_size > 1 else 0.0):
             yield
 
@@ -100,8 +100,8 @@ class Supervisor:
         Args:
             stopped: why.
             iteration: iterations done.
-            together: all processes are here. Otherwise none waits for the others: the first one saves, unless it holds
-                no more than its part of the state.
+            together: all processes are here. Otherwise none waits for the others: the first one saves, unless it
+                holds only its part of the state.
         """
         if together or not self._run.shard:
             self.save()
@@ -125,7 +125,7 @@ class Supervisor:
             iteration: iterations done.
 
         Raises:
-            UserError: that many were not finite; the last good state is saved.
+            UserError: too many were not finite; the last good state is saved.
         """
         if in_row >= LIMIT:
             self.save()
@@ -133,7 +133,7 @@ class Supervisor:
             raise not_finite(iteration, self._run.output)
 
     def save(self) -> None:
-        """Save the state, beside the training."""
+        """Save the state in the background."""
         if self._saver is not None or self._run.shard:
             began = time.perf_counter()
             state = self._state()
@@ -142,7 +142,7 @@ class Supervisor:
             self._waited += time.perf_counter() - began
 
     def saving_share(self) -> float:
-        """Return the share of the time since the start that the training waited for `save`."""
+        """Return the share of the time since the start that the training has waited for `save`."""
         return self._waited / (time.perf_counter() - self._began)
 
     def finish(self) -> None:
@@ -158,7 +158,7 @@ class Supervisor:
 
     @contextmanager
     def interlude(self) -> Iterator[None]:
-        """Save, then let something take its time, such as an evaluation; a signal ends it at once."""
+        """Save, then run something long, such as an evaluation, without the watchdog; a signal ends it at once."""
         self.save()
         with self._watchdog.paused(), self._signals.at_once():
             yield

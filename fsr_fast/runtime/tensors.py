@@ -1,4 +1,4 @@
-"""Files of tensors from anyone: no code of theirs is run, and what is read fits into the size of the file."""
+"""Untrusted files of tensors: none of their code is run, and no more is read than the file's size."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from torch import Tensor
 def read_tensors(path: Path, *, mmap: bool = False) -> Any:
     """Read what `torch.save` wrote: tensors and plain values.
 
-    A few bytes can claim any memory: by compression, by parts that overlap, by a tensor that shows one element a
-    trillion times. All of that is refused, and so are tensors without data.
+    A few bytes can claim any amount of memory: by compression, by parts that overlap, by a tensor that repeats one
+    element a trillion times. All of these are refused, and so are tensors without data.
 
     Args:
         path: the file.
-        mmap: read the bytes of the tensors when they are needed, where the file allows it.
+        mmap: read the bytes of the tensors only when needed, if the file allows it.
 
     Raises:
-        Exception: a damaged file raises whatever its bytes happen to mean.
+        Exception: a damaged file can raise anything.
     """
     size = path.stat().st_size
     zipped = zipfile.is_zipfile(path)
@@ -32,7 +32,7 @@ def read_tensors(path: Path, *, mmap: bool = False) -> Any:
     content = torch.load(path, "cpu", weights_only=True, mmap=mmap and zipped)
     for tensor in _tensors(content):
         if tensor.layout is not torch.strided or tensor.device.type != "cpu" or tensor.is_nested:
-            raise ValueError("holds a tensor that is not a plain one, with data of its own")
+            raise ValueError("holds a tensor that is not plain, with its own data")
         _compare(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
     return content
 

@@ -23,13 +23,13 @@ from fsr_fast.runtime.log import LOGGER
 
 Item = TypeVar("Item")
 LONG_WAIT = 0.1
-"""Share of the time from which waiting for data is worth showing."""
+"""Share of the time above which waiting for data is worth showing."""
 LONG_TRAINING = 24 * 3600.0
-"""Seconds on a CPU from which a way out is worth naming."""
+"""Seconds of training on a CPU above which alternatives are worth naming."""
 
 
 def duration(seconds: float) -> str:
-    """Write a length of time for people, with two units at most."""
+    """Format a duration for people, with at most two units."""
     for unit, length, part, of_part in (("days", 86400, "h", 3600), ("h", 3600, "min", 60), ("min", 60, "s", 1)):
         if seconds >= length:
             whole, rest = divmod(round(seconds / of_part), length // of_part)
@@ -45,20 +45,20 @@ def on_main_process() -> bool:
 
 
 def is_quiet() -> bool:
-    """Return whether to print plain lines: stdout is no (capable) terminal, or the environment variable CI is set."""
+    """Return whether to print plain lines: stdout is not a (capable) terminal, or CI is set in the environment."""
     return not sys.stdout.isatty() or os.environ.get("TERM") == "dumb" or bool(os.environ.get("CI"))
 
 
 class TrainingProgress:
-    """Progress and rates of a training; shown by rank 0 alone.
+    """Progress and rates of a training; shown by rank 0 only.
 
     Use as a context manager around the loop: `step` after every iteration, `report` at every log interval.
 
     Args:
         iterations: length of the training.
-        start: iterations that are done already, when resuming.
+        start: iterations already done, when resuming.
         device: device of the training; its peak memory is shown, on the CPU that of the process.
-        ceiling: floating-point operations a second that all devices reach together; none: not shown.
+        ceiling: floating-point operations per second of all devices together; None: not shown.
         clock: seconds; replaced in tests.
     """
 
@@ -80,7 +80,7 @@ class TrainingProgress:
         self._bar: Progress | None = None
         if self._shown and not is_quiet():
             self._bar = Progress(
-                BarColumn(bar_width=None, table_column=Column(ratio=1)),  # what the others leave
+                BarColumn(bar_width=None, table_column=Column(ratio=1)),  # the remaining width
                 MofNCompleteColumn(table_column=Column(no_wrap=True)),
                 TextColumn("{task.fields[rates]}"),
                 expand=True,
@@ -107,11 +107,13 @@ class TrainingProgress:
         Args:
             images: images of the iteration, over all processes.
             data_seconds: time that the iteration waited for its data.
-            flops: floating-point operations of the trunk, over all processes; 0: not known.
+            flops: floating-point operations of the trunk, over all processes; 0: unknown.
         """
         self._done += 1
         self._steps += 1
-        if self._steps == 1 and not self._announced and self._device.type == "cpu":  # a GPU has only been asked so far
+        if (
+            self._steps == 1 and not self._announced and self._device.type == "cpu"
+        ):  # on a GPU the work has only been queued so far
             self._announce(self._clock() - self._opened)
         self._images += images
         self._data_seconds += data_seconds
@@ -126,10 +128,10 @@ class TrainingProgress:
             loss: scalar; reading it from a GPU waits for the device.
 
         Returns:
-            `images_per_second`, `data_wait` (share, 0 to 1), `memory_gib` (peak), `seconds_left`; where they are
+            `images_per_second`, `data_wait` (share, 0 to 1), `memory_gib` (peak), `seconds_left`; if
             known, `tflops_per_second` of the trunk and `of_ceiling`, their share (0 to 1) of what the devices reach.
         """
-        loss = float(loss)  # before the clock is read: work that is still queued belongs to this window
+        loss = float(loss)  # before the clock is read, since queued work belongs to this window
         seconds = max(self._clock() - self._opened, 1e-9)
         rates = {
             "images_per_second": self._images / seconds,
@@ -142,7 +144,7 @@ class TrainingProgress:
             rates["tflops_per_second"] = self._flops / seconds / 1e12
             arithmetic = f", {rates['tflops_per_second']:.3g} TFLOP/s"
             share = self._flops / seconds / self._ceiling if self._ceiling else 1.0
-            if share < 1:  # else something else was running while the ceiling was measured
+            if share < 1:  # otherwise something else was running while the ceiling was measured
                 rates["of_ceiling"] = share
                 arithmetic += f" ({share:.0%})"
         text = f"loss {loss:.4f}  {speed}  {duration(rates['seconds_left'])} left"
@@ -154,14 +156,14 @@ class TrainingProgress:
         if self._bar:
             self._bar.update(self._task, rates=text)
         elif self._shown:
-            with suppress(OSError):  # output that goes to a full disk does not end a training
+            with suppress(OSError):  # output to a full disk does not end a training
                 print(f"iteration {self._done:>{len(str(self._total))}}/{self._total}  {text}", flush=True)
         self._open_window()
         return rates
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Take the bar away and stop the clock, for an evaluation or a checkpoint within the training."""
+        """Remove the bar and stop the clock, for an evaluation or a checkpoint within the training."""
         if self._bar:
             self._bar.stop()
         began = self._clock()
@@ -185,7 +187,7 @@ class TrainingProgress:
             print(text, flush=True)
         if left > LONG_TRAINING:
             LOGGER.warning(
-                "this training takes about %s on this CPU: take a GPU, a smaller recipe (--config own_small; synthetic "
+                "this training takes about %s on this CPU: use a GPU, a smaller recipe (--config own_small; synthetic "
                 "for simple pictures), or fewer and smaller views (--optim.iterations, --optim.batch_size, "
                 "--data.image_size)",
                 duration(left),
@@ -205,13 +207,13 @@ def track(
     interval: float = 30.0,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Iterator[Item]:
-    """Show the progress of a loop, on rank 0 alone.
+    """Show the progress of a loop, on rank 0 only.
 
     Args:
         iterable: what to loop over.
         description: what the loop does, e.g. `evaluating`.
-        total: number of items; none: the length of `iterable` where it has one.
-        interval: seconds between two lines where there is no terminal; the last item always gives one.
+        total: number of items; None: the length of `iterable`, if it has one.
+        interval: seconds between two lines without a terminal; the last item always prints one.
         clock: seconds; replaced in tests.
 
     Returns:
@@ -228,7 +230,7 @@ def track(
 
 @contextmanager
 def working(description: str) -> Iterator[None]:
-    """Show that something of unknown length is under way, on rank 0 alone.
+    """Show that something of unknown length is in progress, on rank 0 only.
 
     Args:
         description: what is done, e.g. `exporting`.
@@ -257,7 +259,7 @@ def _lines(
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the largest memory so far, in bytes: of a GPU what torch holds there, else of this process."""
+    """Return the largest memory so far, in bytes: on a GPU what torch holds there, else of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

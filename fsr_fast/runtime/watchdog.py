@@ -1,4 +1,4 @@
-"""A process that does not move any more says so, with its stack, and ends."""
+"""A watchdog: a process that hangs reports its stack and ends."""
 
 import faulthandler
 import os
@@ -21,7 +21,7 @@ EXIT_CODE = 124
 class Watchdog:
     """Ends this process with exit code 124 if too long passes between two signs of life.
 
-    Its message names the process and the place it is at, and gives the stack of every thread. All processes wait for
+    Its message names the process and its place, with the stack of every thread. All processes wait for
     one that hangs, so all report; the one whose stack is not in a collective operation is the culprit.
 
     Args:
@@ -55,13 +55,13 @@ class Watchdog:
         """Show that the process is alive.
 
         Args:
-            place: what follows, e.g. `the data of iteration 7`.
+            place: what comes next, e.g. `the data of iteration 7`.
         """
         self._place, self._beaten = place, time.monotonic()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Do not watch what may take any time, such as an evaluation."""
+        """Suspend the watch for something of any length, such as an evaluation."""
         self._paused = True
         try:
             yield
@@ -79,7 +79,7 @@ class Watchdog:
                     "%s has not moved for %g s at %s\n%s", self._name, self._seconds, self._place, _stacks()
                 )
                 os._exit(EXIT_CODE)
-            # where a hang holds the interpreter, this thread cannot run either, and the C library's timer reports
+            # if a hang holds the interpreter, this thread cannot run either, and faulthandler's timer reports
             faulthandler.dump_traceback_later(2 * self._seconds + 10, exit=True, file=sys.__stderr__ or 2)
 
 

@@ -191,7 +191,7 @@ def test_a_folder_of_another_recipe_is_refused(recipe, trainer):
 
 def test_rows_that_were_evaluated_otherwise_are_not_mixed(recipe, trainer):
     call(recipe, "--rows", "none", "--evaluate.limit", "1")
-    with pytest.raises(UserError, match=r"none/seed_0 was last started with other values of evaluate"):
+    with pytest.raises(UserError, match=r"none/seed_0 was last started with other evaluate settings"):
         call(recipe)
 
 
@@ -200,7 +200,7 @@ def test_scores_of_a_later_start_with_other_values_are_not_mixed_either(recipe, 
     base, _ = load_config(["--config", str(recipe), "--evaluate.limit", "1"])
     row = row_config(base, TABLES[4].rows["none"], folder / "none/seed_0", 0)
     trainer(row, None).run()
-    with pytest.raises(UserError, match=r"none/seed_0 was last started with other values of evaluate"):
+    with pytest.raises(UserError, match=r"none/seed_0 was last started with other evaluate settings"):
         call(recipe)
 
 

@@ -20,7 +20,7 @@ SHORT = {"optim": {"iterations": 2, "warmup": 0}, "evaluate": {"limit": 1}}
 
 
 def run(folder: Path, **sections) -> Path:
-    """Train two iterations and give the run folder."""
+    """Train two iterations and return the run folder."""
     root = helpers.write_dataset(folder / "data")
     recipe = helpers.values({"model": SIZES}, SHORT, sections, root=root, output=folder / "run")
     train.main(["--config", str(helpers.write_config(folder / "recipe.yaml", recipe))])

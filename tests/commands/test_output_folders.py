@@ -156,7 +156,7 @@ def test_a_page_is_written_over_by_that_of_the_same_runs_alone(place, tmp_path):
             report([str(place / "run"), "--output", str(page)])
             report([str(place / "run"), "--output", str(page)])
         before = page.read_bytes()
-        with pytest.raises(UserError, match="exists and is no report of these runs"):
+        with pytest.raises(UserError, match="exists and is not a report of these runs"):
             report([str(place / run), "--output", str(page)])
         assert page.read_bytes() == before
 
@@ -193,7 +193,7 @@ def test_a_lock_that_is_no_file_is_refused_and_nothing_is_written_through_it(tmp
         "pipe": lambda: os.mkfifo(lock),
         "folder": lock.mkdir,
     }[kind]()
-    with pytest.raises(UserError, match="where a lock belongs; delete it"), locked_run_folder(tmp_path / "run"):
+    with pytest.raises(UserError, match="in place of a lock; delete it"), locked_run_folder(tmp_path / "run"):
         pass
     assert (tmp_path / "precious").read_text() == "precious"
     assert not (tmp_path / "new").exists()
@@ -209,7 +209,7 @@ def test_a_file_system_without_locks_is_warned_of_once(tmp_path, monkeypatch, ca
     monkeypatch.setattr(fcntl, "flock", fail)
     with caplog.at_level(logging.WARNING), locked(tmp_path / "a"), locked(tmp_path / "b"):
         pass
-    assert [message for message in caplog.messages if "knows no locks" in message] == caplog.messages[:1]
+    assert [message for message in caplog.messages if "has no locks" in message] == caplog.messages[:1]
 
 
 def test_a_folder_that_was_made_for_results_that_never_came_is_gone(place, tmp_path):

@@ -178,13 +178,13 @@ def test_patterns_find_pictures_and_a_file_of_that_name_goes_first(tmp_path):
     (tmp_path / "trip" / "day" / "c.txt").touch()
     assert list(find_pictures([f"{tmp_path}/trip/**/*"])) == ["a[1]", "b"]
     assert list(find_pictures([f"{tmp_path}/trip/day/a[1].png"])) == ["a[1]"]
-    with pytest.raises(UserError, match=r"no picture fits this pattern"):
+    with pytest.raises(UserError, match=r"no picture matches this pattern"):
         find_pictures([f"{tmp_path}/trip/*.png"])
 
 
 @pytest.mark.parametrize("address", ["http://example.org/a.jpg", "HTTPS://example.org/a.jpg", "s3://bucket/a.jpg"])
 def test_addresses_of_the_web_are_refused(address):
-    with pytest.raises(UserError, match="an address of the web, which is not fetched"):
+    with pytest.raises(UserError, match="a URL, which is not fetched"):
         find_pictures([address])
 
 

@@ -163,7 +163,10 @@ def test_what_failed_in_a_process_that_is_gone_and_was_mended_since_counts_no_mo
 
 @pytest.mark.parametrize(
     ("names", "message"),
-    [(["a.jpg", "b", "a.png"], "'a.png' and 'a.jpg': their label maps would have one name"), (["../a"], "leads out")],
+    [
+        (["a.jpg", "b", "a.png"], "'a.png' and 'a.jpg': their label maps would have the same name"),
+        (["../a"], "leads out"),
+    ],
 )
 def test_names_that_cannot_be_those_of_label_maps_are_refused(tmp_path, root, names, message):
     config = build_config(helpers.values(root=root), "the test")

@@ -227,7 +227,7 @@ def test_a_run_that_has_not_ended_is_shown_as_far_as_it_came(folder, tmp_path):
         shutil.copy(folder / "first" / name, tmp_path / "begun" / name)
     main([str(tmp_path / "begun")])
     page = Page(tmp_path / "begun" / "report.html")
-    assert "has not come to its end" in page.source
+    assert "has not finished" in page.source
     assert page.all("article") == []
     assert any(given.get("data-chart") == "losses" for given in page.all("div"))
 
@@ -244,7 +244,7 @@ def test_a_run_without_masks_shows_training_pictures_and_what_its_labels_allow(f
     assert "truth" not in page.text("figcaption")
     assert {"image", "CAM", "pseudo", "seg"} <= {text.removesuffix(" (empty)") for text in page.text("figcaption")}
     assert "Scores of the image labels on training pictures, percent" in page.text("caption")
-    assert "has not come to its end" not in page.source
+    assert "has not finished" not in page.source
     assert any(given.get("data-chart") == "losses" for given in page.all("div"))
 
 
@@ -262,9 +262,9 @@ def test_names_from_the_run_cannot_become_markup(folder, tmp_path):
 
 def test_what_is_no_run_is_refused_and_nothing_is_written(folder, tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"empty: no run \(it has no config.yaml\)"):
+    with pytest.raises(UserError, match=r"empty: not a run \(it has no config.yaml\)"):
         main([str(tmp_path / "empty")])
-    with pytest.raises(UserError, match="two of them have one name"):
+    with pytest.raises(UserError, match="two of them have the same name"):
         main([str(folder / "first"), str(folder / "first")])
     with pytest.raises(UserError, match="--rows: 0; expected 1 or more"):
         main([str(folder / "first"), "--rows", "0"])

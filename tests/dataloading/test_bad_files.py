@@ -142,7 +142,7 @@ def test_too_many_damaged_files_stop_the_run_with_the_list(root: Path, pipeline:
     list(islice(passed, 4))  # 3 of 8
     assert len(listed.read_text().splitlines()) == 3
     stopped = loader(root, pipeline, max_bad_fraction=0.25, bad_files=listed, workers=1)
-    with pytest.raises(UserError, match=r"3 of 8 training images are damaged; .* = 0\.25 lets 2 pass") as error:
+    with pytest.raises(UserError, match=r"3 of 8 training images are damaged; .* = 0\.25 allows 2;") as error:
         list(islice(stopped, 4))
     stopped.close()
     for number in (1, 4, 6):

@@ -26,7 +26,7 @@ VOC = ("--classes", ",".join(CLASSES))
 
 
 def check(*arguments: Any, report: Path | None = None) -> tuple[int, dict[str, Any]]:
-    """Run the check; give its exit code and its report."""
+    """Run the check; return its exit code and its report."""
     path = report or Path(arguments[0]).parent / "report.json"
     code = 0
     try:
@@ -158,7 +158,7 @@ def test_a_report_takes_the_place_of_one_of_the_same_data_set_alone(animals: Pat
     mine = tmp_path / "mine.json"
     for root, report, content in ((other, path, path.read_text()), (animals, mine, '["mine"]'), (animals, mine, "x")):
         report.write_text(content)
-        with pytest.raises(UserError, match="exists and is no report of"):
+        with pytest.raises(UserError, match="exists and is not a report of"):
             main(["check", str(root), *VOC, "--json", str(report)])
         assert report.read_text() == content
 
@@ -278,8 +278,8 @@ def test_ms_coco_is_checked_by_its_annotations(coco: Path) -> None:  # noqa: F81
 @pytest.mark.parametrize(
     ("damage", "fragments"),
     [
-        (shutil.rmtree, ["no folder"]),
-        (lambda f: shutil.rmtree(f / "JPEGImages"), ["none of the layouts", "JPEGImages", "train.csv"]),
+        (shutil.rmtree, ["not a folder"]),
+        (lambda f: shutil.rmtree(f / "JPEGImages"), ["not a known layout", "JPEGImages", "train.csv"]),
         (
             lambda f: [path.unlink() for path in f.glob("ImageSets/*/*.txt")],
             ["no list of images", "--train LIST", "fsr-fast data import"],

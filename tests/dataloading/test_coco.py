@@ -37,7 +37,7 @@ OBJECTS = {  # image: (category, outline, crowd)
 
 
 def write_part(root: Path, part: str, names: list[str]) -> Path:
-    """Write the images and the annotations of a part; give the annotation file."""
+    """Write the images and the annotations of a part; return the annotation file."""
     (root / part).mkdir(parents=True)
     (root / "annotations").mkdir(exist_ok=True)
     images, annotations = [], []

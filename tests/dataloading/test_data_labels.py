@@ -235,7 +235,7 @@ def test_a_list_that_is_there_is_kept_and_masks_are_not_overwritten(voc: tuple[P
         ("cls/b.mat", None, r"b\.mat: no such file"),
         ("cls/b.mat", b"no matrix", r"b\.mat: not one of SBD's class masks"),
         ("cls/b.mat", {"GTinst": 1}, r"b\.mat: not one of SBD's class masks"),
-        ("cls/b.mat", {"GTcls": {"Segmentation": np.full((2, 2), 21)}}, r"b\.mat: .*expected a class 0 to 20"),
+        ("cls/b.mat", {"GTcls": {"Segmentation": np.full((2, 2), 21)}}, r"b\.mat: .*expected a class from 0 to 20"),
         ("cls/b.mat", {"GTcls": {"Segmentation": np.full((2, 2), 0.5)}}, r"b\.mat: float64"),
         ("val.txt", None, r"val\.txt: no such list"),
     ],

@@ -87,7 +87,7 @@ def test_a_subset_renumbers_its_classes_and_ignores_the_others(folder: Path, cap
 
 @pytest.mark.parametrize(
     ("second", "message"),
-    [("fire_ant", "'fire ant' and 'fire_ant' are one name"), ("fire ant", "'fire ant' stands there twice")],
+    [("fire_ant", "'fire ant' and 'fire_ant' are one name"), ("fire ant", "'fire ant' is listed twice")],
 )
 def test_class_names_that_labels_cannot_tell_apart_are_refused(folder: Path, second: str, message: str) -> None:
     data = config(folder, classes=("fire ant", second, "cat", "dog"), labels="csv")
@@ -132,7 +132,7 @@ def move(source: Path, target: Path) -> None:
 
 ALL = "image,labels\n" + "".join(f"{name},ant\n" for name in SHOWN)
 BAD: dict[str, tuple[Callable[[Path], object], dict[str, Any], list[str]]] = {
-    "missing root": (shutil.rmtree, {}, ["data.root", "animals", "no folder", "--data.root FOLDER"]),
+    "missing root": (shutil.rmtree, {}, ["data.root", "animals", "not a folder", "--data.root FOLDER"]),
     "another layout": (
         lambda f: shutil.rmtree(f / "JPEGImages"),
         {},
@@ -148,7 +148,7 @@ BAD: dict[str, tuple[Callable[[Path], object], dict[str, Any], list[str]]] = {
     "empty list": (
         lambda f: write_list(f, "\n \n"),
         {},
-        ["data.train_list", "train_aug.txt", "empty", "one id a line"],
+        ["data.train_list", "train_aug.txt", "empty", "one id per line"],
     ),
     "duplicate id": (lambda f: write_list(f, "one\ntwo\none\n"), {}, ["train_aug.txt", "'one'", "twice"]),
     "absolute id": (lambda f: write_list(f, "/etc/passwd\n"), {}, ["'/etc/passwd'", "leads out"]),

@@ -33,7 +33,7 @@ def test_capitals_of_the_list_may_differ_and_it_is_said(mydata: Path) -> None:
     (mydata / "images/a.jpg").rename(mydata / "images/a.JPG")
     split = train_split(mydata)
     assert split.files.image_path("a.jpg").name == "a.JPG"
-    assert said(split, "spelt otherwise in the list")
+    assert said(split, "spelt differently in the list")
 
 
 def test_accents_may_be_composed_otherwise(mydata: Path) -> None:
@@ -45,7 +45,7 @@ def test_accents_may_be_composed_otherwise(mydata: Path) -> None:
 def test_a_name_that_fits_two_files_is_refused_with_both(mydata: Path) -> None:
     Image.new("RGB", (8, 6)).save(mydata / "images/a.png")
     (mydata / "train.csv").write_text("image,labels\na,cat\n")
-    with pytest.raises(UserError, match=r"'a' can mean a\.jpg or a\.png; write the ending"):
+    with pytest.raises(UserError, match=r"'a' can mean a\.jpg or a\.png; write the extension"):
         build_datasets(config(mydata))
 
 
@@ -56,7 +56,7 @@ def test_a_mask_may_keep_the_ending_of_its_picture(mydata: Path) -> None:
 
 def test_a_missing_file_names_the_one_that_is_there(mydata: Path) -> None:
     (mydata / "train.csv").write_text("image,labels\nA.png,cat\n")
-    with pytest.raises(UserError, match=r"no image for the id 'A\.png'.*there is .*a\.jpg: write its name so"):
+    with pytest.raises(UserError, match=r"no image for the id 'A\.png'.*there is .*a\.jpg: spell its name like that"):
         build_datasets(config(mydata))
 
 
@@ -102,7 +102,7 @@ def test_lists_of_the_deeplab_kind_name_image_and_mask(folder: Path) -> None:
     ("line", "message"),
     [
         ("/JPEGImages/one.jpg /SegmentationClassAug/two.png", "names two pictures"),
-        ("JPEGImages/one.jpg SegmentationClass/one.png", "masks lie in SegmentationClass and SegmentationClassAug"),
+        ("JPEGImages/one.jpg SegmentationClass/one.png", "masks are in SegmentationClass and SegmentationClassAug"),
     ],
 )
 def test_a_list_of_pairs_that_do_not_belong_together_is_refused(folder: Path, line: str, message: str) -> None:
@@ -145,7 +145,7 @@ def test_deep_json_is_one_error(mydata: Path) -> None:
 @pytest.mark.parametrize("name", ["background", "Background", "_background_"])
 def test_the_background_is_no_class(mydata: Path, name: str) -> None:
     (mydata / "classes.txt").write_text(f"cat\n\n{name}\n")
-    with pytest.raises(UserError, match=rf"classes\.txt, line 3: '{name}' is no class"):
+    with pytest.raises(UserError, match=rf"classes\.txt, line 3: '{name}' is not a class"):
         train_split(mydata)
-    with pytest.raises(UserError, match=rf"data\.classes: '{name}' is no class"):
+    with pytest.raises(UserError, match=rf"data\.classes: '{name}' is not a class"):
         build_datasets(config(mydata, classes=[name, "cat", "dog", "potted plant"]))

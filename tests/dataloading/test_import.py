@@ -173,7 +173,7 @@ REFUSED: dict[str, tuple[str, Any, tuple[str, ...]]] = {
     "pictures without a word": (
         "a.xml",
         '<annotations><image name="one.jpg"><tag label="cat"/></image><image name="four.JPG"/></annotations>',
-        ("of 1 of 2 pictures it says nothing", "'four.JPG'", "--empty background", "--empty skip"),
+        ("says nothing about 1 of 2 pictures", "'four.JPG'", "--empty background", "--empty skip"),
     ),
     "missing pictures": (
         "a.csv",
@@ -193,7 +193,7 @@ REFUSED: dict[str, tuple[str, Any, tuple[str, ...]]] = {
     "no labels": ("a.csv", "image,size\none.jpg,77\n", ("no column of labels", "['image', 'size']")),
     "no JSON": ("a.json", "[{", ("not valid JSON",)),
     "deep JSON": ("a.json", "[" * 100_000, ("not valid JSON",)),
-    "another JSON": ("a.json", {"a": 1}, ("none of the forms", "Label Studio")),
+    "another JSON": ("a.json", {"a": 1}, ("not a known format", "Label Studio")),
     "no XML": ("a.xml", "<annotations>", ("not valid XML",)),
     "another XML": ("a.xml", "<a/>", ("expected CVAT's XML",)),
     "another class": ("a.csv", "image,label\none.jpg,cow\n", ("classes.txt: lacks 'cow'",)),

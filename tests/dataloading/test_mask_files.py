@@ -136,7 +136,7 @@ def test_ms_coco_s_own_numbers_become_those_of_its_classes(tmp_path: Path) -> No
     [
         ({"red": "cat"}, "expected a number 0 to 65535 or a colour"),
         ({"0": "catt"}, "unknown class 'catt'; did you mean 'cat'"),
-        ({"0": 0, "#ffffff": 1}, "numbers alone or colours alone"),
+        ({"0": 0, "#ffffff": 1}, "only numbers or only colours"),
         ("coco91", "coco91 needs MS COCO's 80 classes, not 3"),
     ],
 )

@@ -22,7 +22,9 @@ def test_own_pictures_with_an_empty_label_are_trained_on_as_background(mydata: P
 def test_elsewhere_an_empty_label_is_refused_with_both_readings(folder: Path) -> None:
     text = (folder / "labels.csv").read_text()
     (folder / "labels.csv").write_text(text.replace("two,cat", "two,"))
-    with pytest.raises(UserError, match=r"'two' has no label.*--data\.negatives true \(background alone.*or false"):
+    with pytest.raises(
+        UserError, match=r"'two' has no label.*--data\.negatives true \(train on it as background alone.*or false"
+    ):
         build_datasets(voc_config(folder))
     assert len(build_datasets(voc_config(folder, negatives=True))[0]) == 4
     assert len(build_datasets(voc_config(folder, negatives=False))[0]) == 3

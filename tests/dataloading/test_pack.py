@@ -127,7 +127,7 @@ DAMAGE = {
     ),
     "name twice": (
         lambda f: (f / "ImageSets/Segmentation/train_aug.txt").write_text("one\none\n"),
-        "'one' stands there twice",
+        "'one' is listed twice",
     ),
 }
 
@@ -181,14 +181,14 @@ def test_a_killed_pack_leaves_whole_shards_without_an_index_and_no_second_one_jo
     for number in range(2):
         with tarfile.open(tmp_path / f"shards/train_aug-00000{number}.tar") as tar:
             assert len(tar.getnames()) == 2
-    with pytest.raises(UserError, match="of one that was interrupted; delete train_aug"):
+    with pytest.raises(UserError, match="from another or an interrupted pack; delete train_aug"):
         pack(folder, tmp_path / "shards")
 
 
 def test_a_pack_is_never_overwritten(folder: Path, tmp_path: Path) -> None:
     pack(folder, tmp_path / "shards")
     before = {path: path.read_bytes() for path in (tmp_path / "shards").iterdir()}
-    with pytest.raises(UserError, match=r"holds train_aug-000000\.idx, of another pack"):
+    with pytest.raises(UserError, match=r"holds train_aug-000000\.idx, from another"):
         pack(folder, tmp_path / "shards")
     assert {path: path.read_bytes() for path in (tmp_path / "shards").iterdir()} == before
     for path in (tmp_path / "shards").glob("train_aug*"):

@@ -172,7 +172,7 @@ def test_no_page_of_a_tiff_is_left_out_as_transparency(tmp_path: Path, pages: in
 
 def test_channels_that_lie_first_are_noticed(tmp_path: Path) -> None:
     path = save(tmp_path / "picture.npy", np.zeros((5, 9, 11), np.uint8))
-    with pytest.raises(DamagedFileError, match="they seem to lie first: store them last"):
+    with pytest.raises(DamagedFileError, match="they seem to be the first axis: store them last"):
         Reading(channels=5).pixels(path)
 
 
@@ -325,7 +325,7 @@ def test_shards_hold_deep_pictures_as_they_are(tmp_path: Path, channels: int, en
         ({"data": {"preview_channels": [1, 2]}}, r"preview_channels: 2 channels; expected one or three"),
         ({"data": {"preview_channels": [1, 2, 4]}}, r"preview_channels: 4 of 3 channels"),
         ({"model": {"mean": [0.5], "std": [0.5]}}, r"mean: 1 numbers for 3 channels"),
-        ({"model": {"mean": [0.5, 0.5, 0.5]}}, r"one is given alone; give both"),
+        ({"model": {"mean": [0.5, 0.5, 0.5]}}, r"only one is given; give both"),
         ({"model": {"in_chans": 5}, "augment": {"policy": "autoaugment"}}, r"augment\.policy: .*three colours"),
         (
             {"model": {"in_chans": 5}, "run": {"engine": "reference"}},

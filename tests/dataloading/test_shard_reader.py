@@ -206,7 +206,7 @@ def test_damaged_shards_are_named(packed: Path, tmp_path: Path) -> None:
     copy = damage(packed, tmp_path)
     tar = copy / "train_aug-000000.tar"
     tar.write_bytes(tar.read_bytes()[:3000])
-    with pytest.raises(DamagedFileError, match=r"train_aug-000000\.tar: ends before byte \d+; copy or pack it anew"):
+    with pytest.raises(DamagedFileError, match=r"train_aug-000000\.tar: ends before byte \d+; copy or pack it again"):
         ShardDataset(str(copy), "train_aug").encoded(0)
     tar.unlink()
     with pytest.raises(DamagedFileError, match=r"train_aug-000000\.tar: bytes .* cannot be read"):
@@ -242,8 +242,8 @@ def test_shards_are_not_opened_as_files(packed: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"subset": ["bird"]}, "data.subset: shards bring their labels"),
-        ({"labels": "csv"}, "data.labels: shards bring their labels"),
+        ({"subset": ["bird"]}, "data.subset: shards contain their labels"),
+        ({"labels": "csv"}, "data.labels: shards contain their labels"),
         ({"classes": ["bird"]}, "data.classes: differ from those of the shards"),
     ],
 )

@@ -35,7 +35,7 @@ TABLES: dict[str, tuple[bytes, str]] = {
     ),
     "paths from the root on": (
         table().replace("\n", "\nimages/").removesuffix("images/").encode(),
-        "read from the folder images on",
+        "read relative to the folder images",
     ),
     "pandas' lists": (table().replace("cat dog", "\"['cat', 'dog']\"").encode(), ""),
     "a class name with its space": (table().replace("potted_plant", "potted plant").encode(), ""),

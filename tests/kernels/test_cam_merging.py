@@ -187,7 +187,7 @@ GOOD = torch.zeros(1, 2, 3, 3)
 @pytest.mark.parametrize(
     ("cams", "flipped", "labels", "options", "error", "message"),
     [
-        ([], [], torch.ones(1, 2), {}, ValueError, "one map a scale"),
+        ([], [], torch.ones(1, 2), {}, ValueError, "one map per scale"),
         ([GOOD], [GOOD, GOOD], torch.ones(1, 2), {}, ValueError, "got 1 and 2 maps"),
         ([GOOD, GOOD], [GOOD, GOOD[..., :2]], torch.ones(1, 2), {}, ValueError, r"cams\[1\] and flipped\[1\]"),
         ([GOOD], [GOOD], torch.ones(1, 5), {}, ValueError, r"labels must be \(B, C\), got \(1, 5\)"),

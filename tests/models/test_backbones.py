@@ -37,7 +37,7 @@ def draw(seed: int, *shape: int) -> Tensor:
 
 
 def random_vit(family: str):
-    """Return the transformer with weights none of which is constant, float64."""
+    """Return the transformer without constant weights, float64."""
     torch.manual_seed(0)
     vit = create_vit(config(family).model).double()
     with torch.no_grad():
@@ -195,8 +195,8 @@ def test_a_compiled_block_of_a_backbone_is_one_program():
 @pytest.mark.parametrize(
     ("backbone", "parts"),
     [
-        ("deit_bas_patch16_224", ("no vision transformer of timm", "'deit_base_patch16_224'")),
-        ("resnet50", ("'resnet50' is no vision transformer of timm", "vit_base_patch16_224")),
+        ("deit_bas_patch16_224", ("not a vision transformer of timm", "'deit_base_patch16_224'")),
+        ("resnet50", ("'resnet50' is not a vision transformer of timm", "vit_base_patch16_224")),
         ("beit_base_patch16_224", ("'beit_base_patch16_224'", "vit_base_patch16_224")),
         ("vit_base_patch16_224.orig", ("no weights 'orig'", "orig_in21k_ft_in1k", "augreg2_in21k_ft_in1k", "mae")),
         ("vit_small_patch16_36x1_224.nothing", ("no weights 'nothing'", "known are: none")),

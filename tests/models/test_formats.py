@@ -19,7 +19,7 @@ State = dict[str, Tensor]
 
 
 def build(family: str, seed: int, pretrained: str = "none"):
-    """Return a small transformer of a family with weights none of which is constant, and its configuration."""
+    """Return a small transformer of a family without constant weights, and its configuration."""
     torch.manual_seed(seed)
     config = helpers.config({"model": {**model_values(family), "pretrained": pretrained}}).model
     vit = create_vit(config)
@@ -303,4 +303,4 @@ def test_parameters_that_are_left_out_are_named_as_a_warning_where_their_use_is_
         load_pretrained(vit, config)
     (record,) = [one for one in caplog.records if one.name == logger.name]
     assert record.levelname == "WARNING"
-    assert record.getMessage().endswith("left out, of no known use: adapter.weight")
+    assert record.getMessage().endswith("unused, of no known purpose: adapter.weight")

@@ -338,12 +338,12 @@ def test_layer_scale_and_normalised_queries_are_computed_like_timm_does(options)
     ("model", "size", "parts"),
     [
         ({"backbone": "vit_tinny_patch16_224"}, 32, ("model.backbone", "vit_tinny", "'vit_tiny_patch16_224'")),
-        ({"backbone": "resnet50"}, 32, ("model.backbone", "'resnet50' is no vision transformer of timm")),
+        ({"backbone": "resnet50"}, 32, ("model.backbone", "'resnet50' is not a vision transformer of timm")),
         ({"backbone_options": {"depht": 3}}, 32, ("model.backbone_options", "depht")),
         ({"backbone_options": {"num_heads": 5}}, 32, ("model.backbone_options", "num_heads")),
         ({"backbone_options": {"patch_size": 0}}, 32, ("model.backbone_options", "patch_size")),
         ({"backbone_options": {"embed_dim": -64}}, 32, ("model.backbone_options", "embed_dim")),
-        ({"backbone_options": {"depth": 0}}, 32, ("model.backbone_options", "leaves no block")),
+        ({"backbone_options": {"depth": 0}}, 32, ("model.backbone_options", "depth of 0 is out of range")),
         ({"aux_block": 4}, 32, ("model.aux_block: 4", "has 4 blocks")),
         ({}, 36, ("data.image_size: 36", "multiple of the patch size 8")),
     ],
@@ -373,5 +373,5 @@ def test_a_transformer_that_drops_at_random_or_has_no_final_norm_is_refused(opti
         return create(name, **{**given, **options})
 
     monkeypatch.setattr(timm, "create_model", build)
-    with pytest.raises(UserError, match=r"model\.backbone: .* cannot be the encoder: .*; the nearest that can is"):
+    with pytest.raises(UserError, match=r"model\.backbone: .* cannot be the encoder: .*; the closest that can is"):
         create_vit(RECIPE.model)

@@ -228,7 +228,7 @@ def test_the_position_embedding_is_resized_to_the_views_of_the_training(file):
     "change", [{"depth": 3}, {"depth": 5}, {"embed_dim": 128}, {"patch_size": 4}, {"num_heads": 2}, {"mlp_ratio": 2.0}]
 )
 def test_a_start_from_another_encoder_is_refused(file, change):
-    with pytest.raises(UserError, match=r"model\.initial: .*student\.pth has another encoder"):
+    with pytest.raises(UserError, match=r"model\.initial: .*student\.pth has a different encoder"):
         start(file, backbone_options={**MODEL["backbone_options"], **change})
 
 

@@ -56,7 +56,7 @@ def test_what_does_not_say_its_data_needs_a_recipe_where_data_are_opened(run, tm
     export.main(["--checkpoint", str(run), "--output", str(tmp_path / "exported")])
     file = official.write_official(tmp_path / "student.pth")
     for path, named in ((tmp_path / "exported", True), (file, False)):
-        with pytest.raises(UserError, match="does not say what data it is for; add the recipe"):
+        with pytest.raises(UserError, match="does not name its data set; add the recipe"):
             open_trained(path, with_data=True)
         recipe = tmp_path / "recipe.yaml"
         recipe.write_text("data: {root: here, subset: [cat]}\n")

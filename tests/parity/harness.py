@@ -60,7 +60,7 @@ def tiny_config(preset: str, *changes: dict[str, Any]) -> Config:
 
 
 def build_tiny_network(config: Config, seed: int = 0) -> Network:
-    """Build the network with parameters none of which is constant, so that no gradient is 0 by symmetry."""
+    """Build the network with no constant parameters, so that no gradient is 0 by symmetry."""
     torch.manual_seed(seed)
     network = build_network(config.model, CLASSES, config.data.image_size)
     with torch.no_grad():

@@ -25,7 +25,7 @@ def train(
     rank: int = 0,
     disturb: Callable[[int, Draws], Draws] = lambda _, draws: draws,
 ) -> dict[str, Tensor]:
-    """Train in float32 on views that do not depend on the seed; give the weights."""
+    """Train in float32 on views that do not depend on the seed; return the weights."""
     trainer = build_trainer(tiny_config(preset, SMALL, *changes), SIZE, dtype=torch.float32, rank=rank)
     draw = trainer.step.draw
     trainer.step.draw = lambda *arguments: disturb(trainer.iteration, draw(*arguments))

@@ -186,10 +186,10 @@ def test_a_run_that_waited_while_another_one_trained_in_its_folder_does_not_begi
     late.close()
     assert {file.name for file in (tmp_path / "run" / "checkpoints").iterdir()} == before
     record(
-        "a start that looked at the folder before another run trained there to its end",
+        "a start that checked the folder before another run trained there to its end",
         injected=1,
         lost="nothing",
-        outcome="looked at again once the lock is held, and refused",
+        outcome="checked again under the lock, and refused",
     )
 
 
@@ -218,7 +218,7 @@ def test_the_lock_of_a_killed_process_is_free_at_once_even_if_its_loader_process
         "stale lock of a killed process whose loader processes live on",
         injected=1,
         lost="nothing",
-        outcome="the kernel has let go of it; the folder is free",
+        outcome="the kernel has released it; the folder is free",
     )
 
 
@@ -308,7 +308,7 @@ def test_a_signal_ends_the_wait_for_data_behind_a_checkpoint(recipe, tmp_path, m
     train(["--config", str(path)])
     assert_same(outcome(tmp_path / "run"), whole)
     record(
-        "SIGTERM while a run waits for data that do not come",
+        "SIGTERM while a run waits for data that never arrive",
         injected=1,
         lost="nothing",
         outcome="a process that trains alone saves and ends at once; the same command goes on from there",
@@ -328,10 +328,10 @@ def test_a_signal_ends_the_wait_of_several_processes_behind_a_checkpoint(recipe,
     assert children.exit_codes(children.start_ranks(path, 2)) == [0, 0]
     assert_same(outcome(tmp_path / "run"), outcome(tmp_path / "whole"))
     record(
-        "SIGTERM while both of two processes, or the first, wait for data that do not come",
+        "SIGTERM while both of two processes, or the first, wait for data that never arrive",
         injected=2,
         lost="nothing",
-        outcome="after a grace of 10 s the first one saves and all end; the same command goes on from there",
+        outcome="after a grace period of 10 s the first one saves and all end; the same command goes on from there",
     )
 
 

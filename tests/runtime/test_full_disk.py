@@ -28,7 +28,7 @@ COUNTS = re.compile(r"config\.yaml|\.lock|metrics\.jsonl|summary\.json|checkpoin
 
 
 class Disk:
-    """Counts what a run writes, and fails where it is told to.
+    """Counts what a run writes, and fails where told to.
 
     Args:
         folder: below which everything counts.
@@ -103,7 +103,7 @@ def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
 
 
 def run(path: Path) -> Exception | None:
-    """Train, and give the error that it ends with."""
+    """Train, and return the error that ends it."""
     try:
         train(["--config", str(path)])
     except (UserError, OSError) as error:
@@ -137,11 +137,11 @@ def test_a_disk_that_is_full_at_any_write_of_a_run_costs_nothing_that_counts(rec
         assert_same(outcome(folder), whole)
         assert [line["iteration"] for line in read_metrics(folder)] == [1, 1, 2]
         assert not list(folder.rglob("*.partial"))
-    assert not ended, "ended by what is only shown, or without the name of a file"
+    assert not ended, "ended by output for display, or without the name of a file"
     record(
         f"full disk at each kind of write of a run, {'from then on' if lasting else 'once'}",
         injected=len(operations),
         lost="nothing",
-        outcome=f"{finished} finished without what is only shown; {len(operations) - finished} named the file, and the "
-        "same command went on; all end bit for bit like an undisturbed run",
+        outcome=f"{finished} finished without the output for display; {len(operations) - finished} named the file, and "
+        "the same command went on; all end bit for bit like an undisturbed run",
     )

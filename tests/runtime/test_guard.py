@@ -111,7 +111,7 @@ def test_three_bad_iterations_in_a_row_end_the_run_with_the_last_good_state(reci
         "three iterations in a row are not finite",
         injected=1,
         lost="nothing but the bad iterations",
-        outcome="exit code 2 at the next log line, last good state saved; the same command goes on behind them",
+        outcome="exit code 2 at the next log line, last good state saved; the same command goes on after them",
     )
 
 

@@ -94,7 +94,7 @@ def test_without_resume_a_folder_with_checkpoints_is_refused(tmp_path):
 
 def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "thesis.tex").touch()
-    assert "is not empty and is no run" in refusal(tmp_path)
+    assert "is not empty and not a run" in refusal(tmp_path)
 
 
 def test_a_file_in_place_of_the_folder_is_refused(tmp_path):

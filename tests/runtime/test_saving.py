@@ -68,7 +68,7 @@ def test_a_file_system_without_links_gets_a_copy_of_the_best(tmp_path, monkeypat
     assert not (tmp_path / "checkpoints" / "best.pt").is_symlink()
     assert read_checkpoint(tmp_path / "checkpoints" / "best.pt")["iteration"] == 1
     assert kept(tmp_path) == [2]
-    assert "knows no links" in capsys.readouterr().err
+    assert "has no links" in capsys.readouterr().err
 
 
 @pytest.mark.faults
@@ -203,18 +203,18 @@ def test_any_flipped_bit_or_missing_end_of_the_newest_is_found_and_the_one_befor
         assert origin == first
         message = capsys.readouterr().err
         assert str(newest) in message
-        assert "0000001.pt is read in its place" in message
+        assert "0000001.pt is read instead" in message
     record(
         "newest checkpoint has a flipped bit",
         injected=len(flips),
-        lost="work since the checkpoint before",
-        outcome="found by the checksum; a warning names the file, the one before is read",
+        lost="work since the previous checkpoint",
+        outcome="found by the checksum; a warning names the file, the previous one is read",
     )
     record(
         "newest checkpoint is truncated",
         injected=len(cuts),
-        lost="work since the checkpoint before",
-        outcome="found; a warning names the file, the one before is read",
+        lost="work since the previous checkpoint",
+        outcome="found; a warning names the file, the previous one is read",
     )
 
 

@@ -111,7 +111,7 @@ def test_a_run_goes_on_with_and_without_sharding(recipe, tmp_path, preset, first
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"run": {"compile": True}}, "blocks cannot be compiled"), ({"cam": {"fp8": True}}, r"cam\.fp8: works on whole")],
+    [({"run": {"compile": True}}, "blocks cannot be compiled"), ({"cam": {"fp8": True}}, r"cam\.fp8: needs whole")],
 )
 def test_what_needs_whole_weights_is_refused(changes, message):
     with pytest.raises(UserError, match=message):
