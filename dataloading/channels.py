@@ -1,4 +1,4 @@
-"""How many channels the pictures of a data set have, and whether one network takes them all."""
+"""The number of channels of a data set's pictures, and whether one network fits them all."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Channels:
 
     Args:
         lists: by name of the list and of the picture, the number of its channels, and that of the network
-            (`model.in_chans`) that takes it, as `read_stored` has them.
+            (`model.in_chans`) that fits it, from `read_stored`.
     """
 
     def __init__(self, lists: Mapping[str, Mapping[str, tuple[int, int]]]) -> None:
@@ -23,12 +23,12 @@ class Channels:
 
     @property
     def usual(self) -> int:
-        """Channels of the network that takes most pictures."""
+        """Channels of the network that fits most pictures."""
         return self._networks.most_common(1)[0][0] if self._networks else COLOURS
 
     @property
     def notes(self) -> list[str]:
-        """A remark on pictures that are all read as colours, though not all of them are."""
+        """Return a remark if all pictures are read as colours, though not all of them are."""
         found = {channels for channels, _ in self._counts}
         if set(self._networks) != {COLOURS} or found in ({1}, {COLOURS}):
             return []
@@ -37,13 +37,13 @@ class Channels:
 
     @property
     def warnings(self) -> list[str]:
-        """What keeps the pictures from passing through one network."""
+        """Return why one network does not fit all pictures."""
         if len(self._networks) < 2:
             return []
         return [f"a network takes pictures of one kind (model.in_chans), but here are {self._listed()}"]
 
     def others(self) -> Iterator[tuple[str, str, str]]:
-        """Return list, name and reproach of each picture that the network of most pictures does not take."""
+        """Return list, name and finding of each picture that does not fit the network for most pictures."""
         rest = f"most pictures are for model.in_chans {self.usual}; save it like those, or take it off the list"
         for part, pictures in self._lists.items():
             for name, (found, network) in pictures.items():
