@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-# with it every process that a test starts would compile all of torch's modules anew
+# with it, every process that a test starts would recompile all of torch's modules
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: train seeds test test-full test-cpus interpret gpu lint types docs bench clean
@@ -17,11 +17,11 @@ test: .venv/development
 test-full: .venv/development
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n auto
 
-# the demonstration from five seeds, a few minutes each; repeat it to go on
+# the demonstration from five seeds, a few minutes each; repeat it to resume
 seeds: .venv/runtime
 	$(BIN)/python -m bench.seeds
 
-# the tests that compare numbers, rounded as other processors round
+# the numerical tests, with other processors' rounding
 test-cpus: .venv/development
 	$(BIN)/python -m tests.cpus
 
@@ -43,7 +43,7 @@ types: .venv/development
 docs: .venv/development
 	$(BIN)/mkdocs build --strict
 
-# on a CUDA GPU: all checks and benches, part by part; repeat it to go on
+# on a CUDA GPU: all checks and benches, part by part; repeat it to continue
 gpu: .venv/development
 	$(BIN)/python -m bench.gpu
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from setuptools import setup
 
-# An extra can only add to what is required, so the smaller part has a file of its own.
+# An extra can only add requirements, so the smaller set has a file of its own.
 INFERENCE = [line for line in Path("inference.txt").read_text(encoding="utf-8").splitlines() if line[0] != "#"]
 TRAINING = [
     "triton>=3.6; platform_system == 'Linux'",

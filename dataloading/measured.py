@@ -77,7 +77,7 @@ class Sources(Protocol):
 
 
 def measure(pictures: Sources, data: DataConfig, reading: Reading, *, normalisation: bool) -> Measured:
-    """Measure what belongs to a network beside its weights, over a fixed sample of the training list.
+    """Measure what belongs to a network besides its weights, over a fixed sample of the training list.
 
     Args:
         pictures: the training list.

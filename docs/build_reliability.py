@@ -1,4 +1,4 @@
-"""Write the table of `reliability.md` from `reliability.json`, which the tests of faults leave.
+"""Write the table in `reliability.md` from `reliability.json`, which the fault tests record.
 
 FSR_FAULT_RECORD=docs/reliability.json python -m pytest tests/runtime -m faults
 python docs/build_reliability.py

@@ -12,7 +12,7 @@ from fsr_fast.models.positions import resize_position_embedding
 CLASS_LAYERS = ("top_classifier.weight", "aux_classifier.weight", "decoder.conv8.weight")
 """Layers whose channels are classes: they are only taken over for the same classes."""
 OWN_PARTS = ("encoder.cls_token", "encoder.cls_blocks.", "encoder.mask_token")
-"""Parts of the encoder beside the trunk."""
+"""Parts of the encoder besides the trunk."""
 
 logger = logging.getLogger(__name__)
 

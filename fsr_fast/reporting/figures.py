@@ -45,7 +45,7 @@ def overlay(image: np.ndarray, mask: np.ndarray, opacity: float = 0.6) -> np.nda
     Args:
         image: (H,W,3) uint8, RGB.
         mask: (H,W) integer labels.
-        opacity: 0 (picture alone) to 1 (colour alone).
+        opacity: 0 (picture only) to 1 (colour only).
 
     Returns:
         (H,W,3) uint8, RGB.
