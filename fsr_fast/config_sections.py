@@ -67,7 +67,7 @@ class RunConfig(Section):
     name of a project unless it is `fsr_fast`, e.g. `wandb:weeds`. Only the packages of those named are imported."""
     plugins: tuple[str, ...] = ()
     """Python modules that are imported at the start and register losses, data sets or backbones (docs/extending.md).
-    They run with your rights; what a checkpoint names here is not imported."""
+    They run with your permissions; those named by a checkpoint are not imported."""
     profile: bool = False
     """Write a profile of iterations 6 to 10 after the start, per process, to the run folder (`profile/`)."""
 
