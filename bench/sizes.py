@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 INSTALLATIONS = {
     "to use trained networks": (("-r", "inference.txt"), ("--no-deps", ".")),
     "everything": ((".",),),
-    "with the tools of development": ((".[dev]",),),
+    "with the development tools": ((".[dev]",),),
 }
 """Arguments of each `pip install`."""
 
