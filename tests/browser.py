@@ -1,4 +1,4 @@
-"""A headless Chromium for tests of pages; they are skipped where there is none."""
+"""A headless Chromium for tests of pages; they are skipped if there is none."""
 
 import shutil
 from collections.abc import Iterator

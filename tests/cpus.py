@@ -1,4 +1,4 @@
-"""Repeat the tests that compare numbers, computed as other processors would: `python -m tests.cpus [pytest options]`.
+"""Repeat the numerical tests with other processors' rounding: `python -m tests.cpus [pytest options]`.
 
 Some settings make this processor use fewer of its instructions or other numbers of threads. `FSR_ROUNDING` rounds
 otherwise on purpose, which stands for processors that are not at hand: see `rounding.py`.
@@ -36,7 +36,7 @@ OTHERS = (
 
 
 def settings() -> list[dict[str, str]]:
-    """Return the variables of every round that this processor can make."""
+    """Return the environment variables of every round that this processor supports."""
     own = torch.backends.cpu.get_cpu_capability()
     levels = LEVELS[: LEVELS.index(own) + 1] if own in LEVELS else ()
     return [*({"ATEN_CPU_CAPABILITY": level.lower()} for level in levels), *OTHERS]

@@ -118,7 +118,7 @@ def write_config(path: Path, recipe: dict[str, Any]) -> Path:
 
 
 def network(recipe: Config, seed: int = 0) -> Network:
-    """Build the recipe's network from random weights, no parameter of which is constant."""
+    """Build the recipe's network from random weights, without constant parameters."""
     torch.manual_seed(seed)
     built = build_network(recipe.model, CLASSES, recipe.data.image_size)
     with torch.no_grad():

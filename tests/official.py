@@ -16,7 +16,7 @@ MODEL = {
 
 
 def official_weights(*, classes: int = 3, seed: int = 0) -> dict[str, Tensor]:
-    """The tensors of a network with two aggregator blocks, no value of which is constant but the gains."""
+    """The tensors of a network with two aggregator blocks, none constant except the gains."""
     shapes: dict[str, tuple[int, ...]] = {
         "encoder.cls_token": (1, 1, WIDTH),
         "encoder.pos_embed": (1, 1 + SIDE**2, WIDTH),
@@ -53,7 +53,7 @@ def official_weights(*, classes: int = 3, seed: int = 0) -> dict[str, Tensor]:
 
 
 def write_official(path: Path, **options: int) -> Path:
-    """Write the checkpoint and give its path."""
+    """Write the checkpoint and return its path."""
     torch.save(official_weights(**options), path)
     return path
 

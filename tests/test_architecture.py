@@ -24,9 +24,9 @@ FLOORS = [
     {"commands", "train"},
     {"__init__", "__main__"},
 ]
-"""From the ground up; the rooms of one floor may know each other."""
+"""From the ground up; the rooms of one floor may import each other."""
 APART = {"kernels": {"torch", "triton"}, "reference": {"torch"}}
-"""What these rooms import beside the standard library and themselves."""
+"""What these rooms import besides the standard library and themselves."""
 KNOWS_KERNELS = {"models", "method", "evaluation", "reporting"}
 KNOWS_THE_REFERENCE = {"method/reference_step.py"}
 

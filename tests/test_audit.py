@@ -1,4 +1,4 @@
-"""The audit of the dependencies passes, fails, or is skipped aloud."""
+"""The audit of the dependencies passes, fails, or says that it is skipped."""
 
 import os
 import subprocess

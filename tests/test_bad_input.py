@@ -1,4 +1,4 @@
-"""Every mistake of a user's ends in one message that names place, value, expectation and remedy; nothing is written."""
+"""Every user's mistake ends in one message that names place, value, expectation and remedy; nothing is written."""
 
 import errno
 import gc

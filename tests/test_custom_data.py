@@ -41,7 +41,7 @@ def run(command: str) -> None:
 
 
 def write_public_data(folder: Path) -> None:
-    """Write VOC, SBD, MS COCO and the official label file in small, under the names of the document."""
+    """Write small versions of VOC, SBD, MS COCO and the official label file, under the names in the document."""
     draws = np.random.default_rng(0)
     voc, sbd = folder / "VOCdevkit/VOC2012", folder / "benchmark_RELEASE/dataset"
     for place in ("JPEGImages", "ImageSets/Segmentation", "SegmentationClass", "Annotations"):

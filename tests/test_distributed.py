@@ -35,7 +35,7 @@ RECIPES = {
     "without labels": ({"loss": {"segmentation_start": 100, "uncertain": 0.0}}, 0),  # the decoder gets no gradient
 }
 BY_PROCESS = {"by process": (helpers.OFFICIAL, LATE)}
-"""Normalised by process: two of them are not one with the whole batch, but the mean of two."""
+"""Normalised by process: two of them do not equal one with the whole batch, but the mean of two."""
 
 
 # --- one step

@@ -66,7 +66,7 @@ def commands(text: str) -> list[str]:
 
 
 def words_of(command: str) -> list[str] | None:
-    """Return verb and arguments of a command of ours, else none."""
+    """Return verb and arguments of a command of ours, else None."""
     line = re.sub(r"\s+#.*", "", command.replace("\\\n", " "))
     match = re.match(r"(?:fsr-fast|python -m fsr_fast|torchrun .*?-m fsr_fast)(?:\.(\w+))?\s*(.*)", line)
     if match is None:

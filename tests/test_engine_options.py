@@ -1,4 +1,4 @@
-"""Options that change how the step is computed, and not what."""
+"""Options that change how the step is computed, but not the result."""
 
 import os
 from unittest import mock
@@ -66,7 +66,7 @@ def test_a_teacher_of_its_own_is_compiled_too():
 
 @pytest.fixture
 def graphs(monkeypatch) -> list[torch.fx.GraphModule]:
-    """What is compiled, in place of compiling it."""
+    """Record what would be compiled."""
     if "FSR_ROUNDING" in os.environ:
         pytest.skip("nothing is compiled while operations are intercepted")
     found: list[torch.fx.GraphModule] = []

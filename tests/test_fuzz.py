@@ -1,4 +1,4 @@
-"""Malformed input of every kind gives a result or one message, never another error."""
+"""Malformed input of every kind produces a result or one message, never another error."""
 
 import csv
 import hashlib
@@ -53,7 +53,7 @@ def attempt(function, *arguments):
 
 @st.composite
 def damaged(draw, content: bytes) -> bytes:
-    """Bytes of which some are changed, cut off or doubled."""
+    """Bytes with some changed, cut off or doubled."""
     changed = bytearray(content)
     for _ in range(draw(st.integers(1, 4))):
         place = draw(st.integers(0, len(changed)))
@@ -194,7 +194,7 @@ def test_a_list_of_images(tmp_path, content):
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory) -> dict[str, bytes]:
-    """Sound shards of four images with masks, by file name."""
+    """Intact shards of four images with masks, by file name."""
     root = helpers.write_dataset(tmp_path_factory.mktemp("files"))
     folder = tmp_path_factory.mktemp("packed")
     split = open_split(build_config(helpers.values(root=root), "the test").data, training=False, with_masks=True)
@@ -203,7 +203,7 @@ def shards(tmp_path_factory) -> dict[str, bytes]:
 
 
 def lay_out(folder: Path, files: dict[str, bytes]) -> str:
-    """Write shards beside a file that is none of theirs."""
+    """Write shards beside an unrelated file."""
     (folder / "shards").mkdir(exist_ok=True)
     (folder / "secret.tar").write_bytes(files["val-000000.tar"])
     (folder / "secret.idx").write_bytes(files["val-000000.idx"])
@@ -293,14 +293,14 @@ STATE = {"iteration": 3, "config": VALUES, "classes": list(helpers.CLASSES), "st
 
 
 def signed(content: bytes) -> bytes:
-    """A checkpoint whose checksum is right, whatever it holds."""
+    """A checkpoint with a correct checksum, whatever its content."""
     body = content[:-2] + struct.pack("<H", 71)
     return body + b"sha256:" + hashlib.sha256(body).hexdigest().encode()
 
 
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory) -> bytes:
-    """A sound checkpoint without its checksum."""
+    """An intact checkpoint without its checksum."""
     return write_checkpoint(tmp_path_factory.mktemp("archive"), STATE).read_bytes()[:-71]
 
 

@@ -22,7 +22,7 @@ ARCHIVE = Path(__file__).parent / "fixtures" / "run_0.1.0.tar.xz"
 
 @pytest.fixture
 def expected(tmp_path, monkeypatch):
-    """What the old version reached; the run and its data lie in the working folder."""
+    """What the old version reached; the run and its data are in the working folder."""
     with tarfile.open(ARCHIVE) as archive:
         archive.extractall(tmp_path, filter="data")
     helpers.write_dataset(tmp_path / "data", train=4, val=2)

@@ -1,4 +1,4 @@
-"""Losses, data sets and backbones that a package of the user's brings."""
+"""Losses, data sets and backbones from the user's own modules."""
 
 import json
 import sys
@@ -72,7 +72,7 @@ def build_thin(pretrained, width=32):
 
 @pytest.fixture
 def plugin(tmp_path, monkeypatch, no_plugins) -> str:
-    """Lay a module down where Python finds it."""
+    """Write a module where Python finds it."""
     (tmp_path / "of_mine").mkdir()
     (tmp_path / "of_mine/__init__.py").touch()
     (tmp_path / "of_mine/method.py").write_text(PLUGIN)
@@ -83,7 +83,7 @@ def plugin(tmp_path, monkeypatch, no_plugins) -> str:
 
 
 def forget() -> None:
-    """Be as a process that has imported no plug-in yet."""
+    """Imitate a process that has imported no plug-in yet."""
     for registry in (LOSSES, DATASETS, BACKBONES):
         registry._found.clear()
     for name in ("of_mine.method", "of_mine"):

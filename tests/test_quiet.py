@@ -1,4 +1,4 @@
-"""A run that goes well warns of nothing, and its last lines say what comes next."""
+"""A run without problems prints no warning, and its last lines say what comes next."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The rehearsal at full size: the data sets that it makes, and what it measures of a part."""
+"""The rehearsal at full size: the data sets that it makes, and what it measures for a part."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""Whole runs on pictures that are no photographs: 12 bits, five channels."""
+"""Whole runs on pictures that are not photographs: 12 bits, five channels."""
 
 import json
 from pathlib import Path
@@ -108,7 +108,7 @@ def test_a_run_goes_on_with_the_window_that_it_began_with(tmp_path: Path) -> Non
 
 
 def five_channels(root: Path) -> Path:
-    """Write pictures whose classes show in the last three channels alone."""
+    """Write pictures whose classes only show in the last three channels."""
     helpers.write_dataset(root, train=12, val=4)
     draws = np.random.default_rng(0)
     for number, path in enumerate(sorted((root / "JPEGImages").glob("*.jpg"), key=lambda path: int(path.stem[8:]))):

@@ -1,4 +1,4 @@
-"""The demonstration from several seeds: which runs it makes, and what it reads of them."""
+"""The demonstration from several seeds: which runs it makes, and what it reads from them."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The built documentation, as a reader meets it."""
+"""The built documentation, as a reader sees it."""
 
 import re
 import subprocess

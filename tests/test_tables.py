@@ -1,4 +1,4 @@
-"""The paper's tables on the embedded data set: what is trained, and what of it is recorded."""
+"""The paper's tables on the embedded data set: what is trained, and what is recorded."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What strangers give: checkpoints and run folders may name anything, and nothing outside of them is reached."""
+"""Untrusted input: checkpoints and run folders may name anything, and nothing outside them is reached."""
 
 import io
 import json
@@ -46,7 +46,7 @@ class Reached(BaseException):
 
 @pytest.fixture
 def sealed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let every connection and every address that is opened end the test."""
+    """End the test on every connection and every opened address."""
 
     def reach(*arguments: object, **options: object) -> None:
         raise Reached(arguments)

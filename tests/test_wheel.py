@@ -1,4 +1,4 @@
-"""The wheel holds all that a training needs: built, installed apart from the source, and used in an empty folder."""
+"""The wheel contains everything that a training needs: built, installed outside the source, used in an empty folder."""
 
 import json
 import os

@@ -203,7 +203,7 @@ class Runs:
 
 
 def bad_files(folder: Path) -> dict[str, Path]:
-    """Damaged files, and files that are no picture, by what the message says of them."""
+    """Damaged files, and files that are not pictures, by what the message says about them."""
     files = {}
 
     def keep(reason: str, name: str, content: bytes) -> None:

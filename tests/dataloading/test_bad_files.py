@@ -83,7 +83,7 @@ def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
 
 
 def damaged_png(_: bytes) -> bytes:
-    """Sound at both ends: only who decodes it finds the damage."""
+    """Intact at both ends: only decoding reveals the damage."""
     noise = np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
     content = bytearray(encoded(Image.fromarray(noise), "PNG"))
     start = content.index(b"IDAT") + 4

@@ -63,7 +63,7 @@ def write_part(root: Path, part: str, names: list[str]) -> Path:
 
 @pytest.fixture
 def coco(tmp_path: Path) -> Path:
-    """MS COCO in small: three training images, one of them without objects, and two to validate on."""
+    """A small MS COCO: three training images, one of them without objects, and two to validate on."""
     write_part(tmp_path, "train2014", ["COCO_2", "COCO_4", "COCO_1"])
     write_part(tmp_path, "val2014", ["COCO_3", "COCO_2"])
     return tmp_path

@@ -1,4 +1,4 @@
-"""The two pipelines give the same views: the draws are equal, the pixels up to rounding."""
+"""The two pipelines make the same views: the draws are equal, the pixels up to rounding."""
 
 import io
 import logging
@@ -170,7 +170,7 @@ def cpu_loader(train: ImageSet) -> DaliLoader:
 
 
 def test_a_batch_is_given_when_its_copy_is_complete(train: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
-    """DALI's copy to a GPU only begins in the call; what it copies from is DALI's again once the batch is given."""
+    """DALI's copy to a GPU only begins in the call; its source is DALI's again once the batch is returned."""
     done: list[str] = []
     loader = cpu_loader(train)
     loader._copies = SimpleNamespace(synchronize=lambda: done.append("wait"))  # type: ignore[assignment]

@@ -191,7 +191,7 @@ def test_damaged_official_files_give_labels_or_one_error(tmp_path: Path, protoco
 
 @pytest.fixture
 def voc(tmp_path: Path) -> tuple[Path, Path]:
-    """VOC and SBD in miniature: a in both, b in SBD alone, c in VOC's training list, v in its validation list."""
+    """VOC and SBD in miniature: a in both, b only in SBD, c in VOC's training list, v in its validation list."""
     root, sbd = tmp_path / "VOC2012", tmp_path / "sbd"
     for folder in (root / "JPEGImages", root / "ImageSets/Segmentation", root / "SegmentationClass", sbd / "cls"):
         folder.mkdir(parents=True)

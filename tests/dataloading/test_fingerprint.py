@@ -1,4 +1,4 @@
-"""A training set that changed under a run is found out, by its first difference."""
+"""A training set that changed during a run is detected, by its first difference."""
 
 import os
 from pathlib import Path
@@ -43,7 +43,7 @@ def resize(root: Path) -> None:
 
 
 def repaint(root: Path) -> None:
-    """Change the content of a file and not its size."""
+    """Change the content of a file but not its size."""
     path = root / "JPEGImages" / "picture_3.jpg"
     content = bytearray(path.read_bytes())
     content[-20] ^= 1

@@ -1,4 +1,4 @@
-"""`fsr-fast data import`: what labelling tools and spreadsheets write becomes a table that training reads."""
+"""`fsr-fast data import`: exports of labelling tools and spreadsheets become a table that training reads."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Masks of all kinds: read where the meaning is certain, else refused with the option that tells it."""
+"""Masks of all kinds: read where the meaning is certain, else refused with the option that explains it."""
 
 from collections.abc import Callable
 from pathlib import Path

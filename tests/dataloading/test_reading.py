@@ -1,4 +1,4 @@
-"""Depth and channels: what a network sees of pictures of any kind, and what is found once over the training list."""
+"""Depth and channels: what a network sees of pictures of any kind, and what is measured once over the training list."""
 
 from pathlib import Path
 from typing import Any

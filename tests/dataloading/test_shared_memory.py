@@ -1,4 +1,4 @@
-"""Workers whose batches do not fit into shared memory would wait for ever: said at the start."""
+"""Workers whose batches do not fit into shared memory would wait for ever, which is reported at the start."""
 
 import shutil
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""Pictures from strangers: only the documented formats are opened, in one place."""
+"""Untrusted pictures: only the documented formats are opened, in one place."""
 
 import os
 from pathlib import Path

@@ -113,7 +113,7 @@ def test_heads_are_saturated_and_all_else_is_muted(scenes: list[Scene]) -> None:
 
 
 def test_no_body_has_the_hue_of_another_kind_s_head() -> None:
-    """Else its evidence drowns: the classifier sees each feature's largest value over the picture alone."""
+    """Else its evidence drowns: the classifier only sees each feature's largest value over the picture."""
     pairs = [(body, head) for body in KINDS for head in KINDS if body is not head]
     assert min(_hue_distance(body.tint, head.head[0]) for body, head in pairs) > 0.12
 

@@ -1,4 +1,4 @@
-"""Pictures in tiles: held to the plain form, in float64 where a label hangs on it."""
+"""Pictures in tiles: compared with the plain form, in float64 where a label depends on it."""
 
 import tracemalloc
 from types import SimpleNamespace
@@ -51,7 +51,7 @@ def collect(source: LargePicture, kinds, threshold=0.4, **options):
 
 @pytest.fixture
 def wide():
-    """A network in float64, while all else computes in it, too."""
+    """A network in float64, with everything else in float64, too."""
     with helpers.float64():
         yield helpers.network(RECIPE).double().eval()
 

@@ -1,4 +1,4 @@
-"""Held against the official scripts' steps, written out one by one with the reference's network."""
+"""Compared with the official scripts' steps, written out one by one with the reference's network."""
 
 import json
 

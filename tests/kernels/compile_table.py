@@ -111,7 +111,7 @@ def _dump(cubin: bytes, what: str) -> str:
 
 
 def _cubin_resources(cubin: bytes) -> tuple[int, int]:
-    """(registers, stack bytes a thread). Kernels hold no local arrays, so a stack holds spilled registers alone."""
+    """(registers, stack bytes per thread). Kernels have no local arrays, so a stack only holds spilled registers."""
     text = _dump(cubin, "-res-usage")
     usage = re.search(r"REG:(\d+) STACK:(\d+)", text)
     assert usage is not None, f"cuobjdump named no resources:\n{text}"

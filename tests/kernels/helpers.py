@@ -41,7 +41,7 @@ def compile_backend(device: torch.device) -> str:
 
 
 def leaf(tensor: Tensor) -> Tensor:
-    """A fresh leaf with the same values and layout that asks for a gradient."""
+    """A fresh leaf with the same values and layout that requires a gradient."""
     return tensor.detach().clone(memory_format=torch.preserve_format).requires_grad_()
 
 

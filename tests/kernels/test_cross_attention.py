@@ -30,7 +30,7 @@ MATRICES = ("q_weight", "k_weight", "v_weight", "proj_weight")
 def arguments(
     B: int, N: int, D: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", mean: float = 0.5
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Tensors by argument name, leaves that ask for a gradient, and a mask that covers all of the last image."""
+    """Tensors by argument name, leaves that require a gradient, and a mask that covers all of the last image."""
     generator = torch.Generator().manual_seed(B * N + D)
 
     def draw(*shape: int, scale: float = 1.0, shift: float = 0.0) -> Tensor:

@@ -31,7 +31,7 @@ LABELS = ("loss", "student", "student_head", "weight")
 def arguments(
     M: int, E: int, K: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """The five tensors by name, of which student and student head ask for a gradient, and row weights that do."""
+    """The five tensors by name, of which student and student head require a gradient, and row weights that do."""
     generator = torch.Generator().manual_seed(M * E + K)
 
     def draw(*shape: int) -> Tensor:

@@ -28,7 +28,7 @@ SHAPES = (  # B, C + 1, h, w, H, W
 def arguments(
     shape: tuple[int, ...], dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> tuple[Tensor, Tensor]:
-    """Logits that ask for a gradient, and labels of every class and of none."""
+    """Logits that require a gradient, and labels of every class and of none."""
     B, K, h, w, H, W = shape
     generator = torch.Generator().manual_seed(sum(shape))
     logits = torch.randn(B, K, h, w, generator=generator, dtype=torch.float64) * 3

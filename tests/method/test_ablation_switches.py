@@ -105,7 +105,7 @@ CASES: dict[str, Changes] = {
     "stochastic_maps": {"teacher": {"stochastic_depth": "shared"}},
 }
 SAME = ("table_3_full", "table_4_both", "table_5_none")
-"""Rows that are the full method, whose switches all stand as in the recipe."""
+"""Rows that are the full method, with all switches as in the recipe."""
 
 
 def weights_differ(one: Trained, other: Trained) -> bool:

@@ -45,7 +45,7 @@ def work(one: Pass) -> float:
 
 
 def units(made: list[Pass]) -> float:
-    """Work an image of the batch, in passes of one image through the trunk."""
+    """Work per image of the batch, in passes of one image through the trunk."""
     return sum(map(work, made)) / work(Pass(1, 1.0, False, False)) / B
 
 

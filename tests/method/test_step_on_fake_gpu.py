@@ -1,4 +1,4 @@
-"""Whole iterations on tensors that are on a GPU in name alone: devices, shapes and dtypes of all that is computed.
+"""Whole iterations on tensors that are on a GPU only in name: devices, shapes and dtypes of everything computed.
 
 Nothing is computed, so no GPU is needed. The `fsr` operators are stood for by what they are registered with.
 """

@@ -36,7 +36,7 @@ def rename(state: State, *rules: tuple[str, str]) -> State:
 
 
 def split(state: State, names: tuple[str, str, str]) -> State:
-    """Take every joint projection apart."""
+    """Split every joint projection."""
     parts = {}
     for name, value in state.items():
         if ".qkv." in name:
@@ -156,7 +156,7 @@ def transformers_dinov2(state: State) -> object:
 
 
 def transformers_dinov2_since_5(state: State) -> object:
-    """The names of transformers 5: projections as in DINOv3, gate and value apart."""
+    """The names of transformers 5: projections as in DINOv3, separate gate and value."""
     named = split(state, ("q_proj", "k_proj", "v_proj"))
     for name in [name for name in named if ".mlp.fc1." in name]:
         gate, value = named.pop(name).chunk(2)

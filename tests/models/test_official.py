@@ -28,7 +28,7 @@ def file(tmp_path: Path) -> Path:
 
 
 def start(file: Path, **model):
-    """Build the network of the tiny recipe, starting from a file; its hub is out of reach, and must not be asked."""
+    """Build the network of the tiny recipe, starting from a file; its hub is unreachable, and must not be contacted."""
     recipe = build_config(helpers.values({"model": {**MODEL, "pretrained": "hub", "initial": str(file), **model}}), "")
     torch.manual_seed(1)
     return build_network(recipe.model, helpers.CLASSES, recipe.data.image_size)

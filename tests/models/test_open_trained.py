@@ -1,4 +1,4 @@
-"""One way to open a trained network: network, configuration and iteration, of whatever it is stored as."""
+"""One way to open a trained network: network, configuration and iteration, however it is stored."""
 
 from pathlib import Path
 

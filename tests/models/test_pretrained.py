@@ -163,7 +163,7 @@ def test_weights_of_another_network_are_refused_by_the_first_that_differs(tmp_pa
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """A hub that is reached, and what was asked of it."""
+    """A reachable hub that records its requests."""
     asked = []
 
     class Session:

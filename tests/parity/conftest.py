@@ -1,4 +1,4 @@
-"""Both sides compute in float64, where a difference of 1e-9 tells a rounding error from a mistake.
+"""Both sides compute in float64, where a tolerance of 1e-9 separates rounding errors from mistakes.
 
 `TRITON_INTERPRET=1 FSR_KERNELS=triton pytest tests/parity` compares Triton's kernels in float32 instead.
 """

@@ -25,7 +25,7 @@ from fsr_fast.trainer import Trainer
 
 KERNELS = os.environ.get("FSR_KERNELS") == "triton"
 DTYPE, BOUND = (torch.float32, 1e-4) if KERNELS else (torch.float64, 1e-9)
-"""Of the comparison. Triton's kernels know no float64; with them both sides compute in float32."""
+"""Of the comparison. Triton's kernels have no float64; with them both sides compute in float32."""
 
 CLASSES = ("ant", "bee", "cat", "dog")
 PATCH, WIDTH = 8, 32

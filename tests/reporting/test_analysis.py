@@ -1,4 +1,4 @@
-"""Attention of a network, held to a computation step by step on its state dict."""
+"""Attention of a network, compared with a step-by-step computation on its state dict."""
 
 import math
 

@@ -96,7 +96,7 @@ def hang(rank: int, iteration: int, chosen: int) -> None:
 
 
 def starve(rank: int, position: int, grace: float, chosen: tuple[int, ...]) -> None:
-    """Let the data of some processes fail to come at a position of the stream, and ask these to end then."""
+    """Withhold the data of some processes at a position of the stream, and ask these to end then."""
     supervision.GRACE = grace
     draw = RestartingLoader.__next__
 

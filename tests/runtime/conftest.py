@@ -14,7 +14,7 @@ from tests import helpers
 from tests.test_resume import final_state
 
 RECORD = "FSR_FAULT_RECORD"
-"""Environment variable: file that takes what was injected and what came of it."""
+"""Environment variable: file for the record of injected faults and outcomes."""
 _rows: list[dict[str, object]] = []
 
 
@@ -29,7 +29,7 @@ def record() -> Callable[..., None]:
 
 
 def pytest_sessionfinish() -> None:
-    """Write the record, if it was asked for; a new row takes the place of an earlier one."""
+    """Write the record, if requested; a new row replaces an earlier one."""
     if _rows and os.environ.get(RECORD):
         path = Path(os.environ[RECORD])
         earlier = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
@@ -40,7 +40,7 @@ def pytest_sessionfinish() -> None:
 
 @pytest.fixture(scope="package", autouse=True)
 def one_thread():
-    """Compute as the processes do that the tests start: sums depend on the number of threads."""
+    """Compute like the processes that the tests start: sums depend on the number of threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -62,7 +62,7 @@ SETTINGS = {
 
 @pytest.fixture
 def recipe(root, tmp_path) -> Callable[..., Path]:
-    """Write the recipe of a tiny run in `<name>`, and give its file."""
+    """Write the recipe of a tiny run in `<name>`, and return its file."""
 
     def write(name: str, *changes: dict) -> Path:
         values = helpers.values(SETTINGS, *changes, root=root, output=tmp_path / name)

@@ -9,7 +9,7 @@ from fsr_fast.train import main
 from tests.runtime.children import before_iteration
 
 LIFE = Path(sys.argv[1])
-"""File that tells a second life from the first."""
+"""File that distinguishes a second life from the first."""
 
 
 def die_once() -> None:

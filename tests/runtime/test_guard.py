@@ -1,4 +1,4 @@
-"""Iterations that are not finite are skipped whole, counted, and end the run when they do not stop."""
+"""Non-finite iterations are skipped entirely, counted, and end the run if they do not stop."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Profiles, logs, and what a long run uses up."""
+"""Profiles, logs, and the resources of a long run."""
 
 import gzip
 import json

@@ -1,4 +1,4 @@
-"""Checkpoints are written beside the training, whole or not at all, and the right ones stay."""
+"""Checkpoints are written in the background, whole or not at all, and the right ones are kept."""
 
 import errno
 import hashlib

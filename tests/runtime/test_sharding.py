@@ -1,4 +1,4 @@
-"""Weights shared out among two processes: the same training as with whole ones, and the same checkpoints."""
+"""Weights sharded over two processes: the same training as with whole ones, and the same checkpoints."""
 
 import json
 import signal

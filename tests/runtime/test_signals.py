@@ -1,4 +1,4 @@
-"""A signal ends a run behind a checkpoint; the same command ends it as if nothing had happened."""
+"""A signal ends a run after a checkpoint; the same command finishes it as if nothing had happened."""
 
 import os
 import re
