@@ -1,22 +1,20 @@
-"""The operators of NVIDIA DALI that decode an image once and make its views.
+"""The operators of NVIDIA DALI that decode an image once and cut its views out of it.
 
-Every operator does what its counterpart in `augment.py` does to a picture, and all random values come in as
-arguments, drawn on the host. Remaining differences: the resampling and the blur are computed in floating point and
-rounded once, and the hue is not rounded to 256 steps; a learned policy moves pixels by linear interpolation, Pillow
-by cubic.
+Crop, resize, flip and a learned policy do what their counterparts in `augment.py` do to a picture, and all random
+values come in as arguments, drawn on the host. Remaining differences: the resampling is computed in floating point and
+rounded once; a learned policy moves pixels by linear interpolation, Pillow by cubic. The later steps do not run in
+DALI, whose pixel arithmetic needs an operator for each sum: see `dali_pipeline.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from nvidia.dali import Pipeline, fn, pipeline_def, types
 from nvidia.dali import math as dali_math
 from nvidia.dali.auto_aug import augmentations as policies
-
-from fsr_fast.dataloading.augment import SOLARISE_THRESHOLD
 
 POLICY_STEPS = 2  # operations of a learned policy
 OPERATIONS = (  # of AutoAugment; a step that does nothing is 0, these are 1, 2, …
@@ -31,18 +29,14 @@ OPERATIONS = (  # of AutoAugment; a step that does nothing is 0, these are 1, 2,
     "Contrast",
     "Sharpness",
 )
-BEFORE, AFTER = range(3), range(3, 6)  # slots of the jitter, before and after the turn of the hue
 TRUNCATE = 0.4999  # Pillow truncates fractions, where DALI rounds
 Node = Any
 
 
-def parameter_names(view: int, *, policy: bool, colours: bool = True) -> list[str]:
+def parameter_names(view: int, *, policy: bool) -> list[str]:
     """Return the names of a view's arguments, in the order in which they are fed."""
-    jitter = [f"{part}{slot}" for slot in (*BEFORE, *AFTER) for part in ("kind", "amount")]
     chosen = [f"{part}{step}" for step in range(POLICY_STEPS) for part in ("operation", "magnitude")] if policy else []
-    turns = ["turns"] if colours else []
-    names = ["start", "shape", "left", "right", *chosen, *jitter, *turns, "blur", "solarise"]
-    return [f"{name}@{view}" for name in names]
+    return [f"{name}@{view}" for name in ("start", "shape", "left", "right", *chosen)]
 
 
 def build_graph(
@@ -54,11 +48,10 @@ def build_graph(
     threads: int,
     device_id: int | None,
     mean: Sequence[float],
-    std: Sequence[float],
     policy: bool,
     colours: bool = True,
 ) -> Pipeline:
-    """Build the pipeline; its outputs are the views.
+    """Build the pipeline; its output is (B, views, size, size, C) uint8.
 
     Args:
         source: returns the inputs of a batch: encoded images, then the arguments of each view.
@@ -67,16 +60,15 @@ def build_graph(
         batch_size: images per batch.
         threads: of the CPU.
         device_id: number of the GPU; None: everything runs on the CPU.
-        mean: of the normalisation, three values in the range 0 to 1.
-        std: of the normalisation, three values > 0.
+        mean: of the normalisation, three values in the range 0 to 1; fills the area that a policy moves in.
         policy: whether AutoAugment is applied.
         colours: images are files of three colours; else they come decoded, (H, W, C) uint8, with other channels.
     """
-    parameters = [parameter_names(view, policy=policy, colours=colours) for view in range(views)]
+    parameters = [parameter_names(view, policy=policy) for view in range(views)]
     names = ["encoded", *(name for part in parameters for name in part)]
 
     @pipeline_def(enable_conditionals=True)
-    def graph() -> tuple[Node, ...]:
+    def graph() -> Node:
         nodes = fn.external_source(source, num_outputs=len(names))
         inputs = {name: nodes[number] for number, name in enumerate(names)}
         if colours:
@@ -87,20 +79,11 @@ def build_graph(
             image = fn.reshape(inputs["encoded"], layout="HWC")
             image = image if device_id is None else image.gpu()
         fill = types.Constant(np.array([[[round(255 * value) for value in mean]]], np.float32)) if policy else None
-        outputs = []
+        pictures = []
         for view in range(views):
             arguments = {name.partition("@")[0]: inputs[name] for name in parameters[view]}
-            picture = _view(image, arguments, size, fill, colours)
-            outputs.append(
-                fn.crop_mirror_normalize(
-                    picture,
-                    dtype=types.FLOAT,
-                    output_layout="CHW",
-                    mean=[255 * value for value in mean],
-                    std=[255 * value for value in std],
-                )
-            )
-        return tuple(outputs)
+            pictures.append(_view(image, arguments, size, fill))
+        return fn.stack(*pictures)
 
     return graph(batch_size=batch_size, num_threads=threads, device_id=device_id)
 
@@ -121,8 +104,8 @@ def build_decoder(data: bytes, device_id: int | None = None) -> Pipeline:
     return graph()
 
 
-def _view(image: Node, arguments: dict[str, Node], size: int, fill: Node | None, colours: bool) -> Node:
-    """Crop, resize, flip, learned policy, colour jitter, blur, solarisation."""
+def _view(image: Node, arguments: dict[str, Node], size: int, fill: Node | None) -> Node:
+    """Crop, resize, flip, learned policy."""
     picture = fn.slice(image, start=arguments["start"], shape=arguments["shape"], axes=[0, 1])
     picture = fn.resize(
         picture,
@@ -136,30 +119,6 @@ def _view(image: Node, arguments: dict[str, Node], size: int, fill: Node | None,
     if fill is not None:
         for step in range(POLICY_STEPS):
             picture = _operate(picture, arguments[f"operation{step}"], arguments[f"magnitude{step}"], fill)
-    picture = _jitter(picture, arguments, BEFORE, colours)
-    if colours:  # noqa: SIM102 known here; the turn is known where the graph runs
-        if arguments["turns"] != 0.0:
-            picture = _turn_hue(picture, arguments["turns"])
-    picture = _jitter(picture, arguments, AFTER, colours)
-    if arguments["blur"] > 0.0:
-        picture = fn.gaussian_blur(picture, sigma=arguments["blur"])
-    if arguments["solarise"] != 0:
-        picture = fn.lookup_table(picture, keys=list(range(256)), values=SOLARISED, dtype=types.UINT8)
-    return picture
-
-
-SOLARISED = [value if value < SOLARISE_THRESHOLD else 255 - value for value in range(256)]
-
-
-def _jitter(picture: Node, arguments: dict[str, Node], slots: Iterable[int], colours: bool) -> Node:
-    for slot in slots:
-        kind, amount = arguments[f"kind{slot}"], arguments[f"amount{slot}"]
-        if kind == 1:
-            picture = fn.brightness(picture, brightness=amount, brightness_shift=-TRUNCATE / 255)
-        elif kind == 2:
-            picture = _blend(picture, _mean_grey(picture) if colours else _mean(picture), amount)
-        elif kind == 3:
-            picture = _blend(picture, _grey(picture), amount) if colours else picture
     return picture
 
 
@@ -171,32 +130,8 @@ def _mean_grey(picture: Node) -> Node:
     return dali_math.floor(fn.reductions.mean(_grey(picture)) + 0.5)
 
 
-def _mean(picture: Node) -> Node:
-    return dali_math.floor(fn.reductions.mean(picture) + 0.5)
-
-
 def _blend(picture: Node, other: Node, share: Node) -> Node:
     return fn.cast(picture * share + other * (1.0 - share) - TRUNCATE, dtype=types.UINT8)
-
-
-def _turn_hue(picture: Node, turns: Node) -> Node:
-    """Turn the hue of HSV; value and chroma stay. Distances are counted in sixths of a turn."""
-    planes = fn.transpose(picture, perm=[2, 0, 1])
-    red, green, blue = (fn.cast(planes[channel], dtype=types.FLOAT) for channel in range(3))
-    value = dali_math.max(dali_math.max(red, green), blue)
-    chroma = value - dali_math.min(dali_math.min(red, green), blue)
-    is_red = fn.cast(red == value, dtype=types.FLOAT)
-    is_green = fn.cast(green == value, dtype=types.FLOAT) * (1.0 - is_red)
-    is_blue = 1.0 - is_red - is_green
-    spread = is_red * (green - blue) + is_green * (blue - red) + is_blue * (red - green)
-    hue = spread / dali_math.max(chroma, 1.0) + 2.0 * is_green + 4.0 * is_blue
-    turned = []
-    for channel in range(3):
-        # each channel is lowest around the hue opposite its own, by two sixths to either side
-        away = dali_math.abs(hue + (6.0 * turns + (3.0 - 2.0 * channel)))
-        away = dali_math.min(away, dali_math.abs(away - 6.0))
-        turned.append(fn.cast(value - chroma * dali_math.clamp(2.0 - away, 0.0, 1.0), dtype=types.UINT8))
-    return fn.stack(*turned, axis=2, axis_name="C")
 
 
 def _operate(picture: Node, operation: Node, magnitude: Node, fill: Node) -> Node:

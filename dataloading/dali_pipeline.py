@@ -1,8 +1,9 @@
 """The pipeline on NVIDIA DALI: decoding and augmentation on a GPU, or on the CPU if there is none.
 
 Worker processes read the files and draw the views, with the same draws as the torch pipeline, from seed and position
-alone; DALI decodes each image once and makes the views from these draws. So the stream is the same in both pipelines,
-up to rounding, and resumes with the very next sample.
+alone; DALI decodes each image once and crops the views, and one operation jitters and normalises the colours of all of
+them. So the stream is the same in both pipelines, up to the rounding of the resize, and resumes with the very next
+sample. On a GPU nothing is copied out of DALI's memory, and the host never waits for a stream.
 
 DALI gets files as they are if it decodes them as Pillow does: intact JPEG and PNG, 8 bits, colour or grey. All others
 (CMYK, palettes, 16 bits, TIFF, truncated files, …), and pictures with other than three colours, are decoded by the
@@ -12,6 +13,7 @@ about each image in flight, and the stream goes on from the last batch returned.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,30 +22,23 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from nvidia.dali.plugin.pytorch import feed_ndarray
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms.v2 import functional as F
 
 from fsr_fast.config import AugmentConfig, DataConfig
-from fsr_fast.dataloading.augment import View, draw_view_at, isolated
+from fsr_fast.dataloading.augment import SOLARISE_THRESHOLD, View, draw_view_at, isolated
 from fsr_fast.dataloading.batch import Batch, TrainSource
-from fsr_fast.dataloading.dali_graph import (
-    AFTER,
-    BEFORE,
-    OPERATIONS,
-    POLICY_STEPS,
-    build_decoder,
-    build_graph,
-    parameter_names,
-)
+from fsr_fast.dataloading.dali_graph import OPERATIONS, POLICY_STEPS, build_decoder, build_graph, parameter_names
 from fsr_fast.dataloading.images import DamagedFileError, image_header
 from fsr_fast.dataloading.stream import Positions, Stream, StreamLoader, read_ahead
 from fsr_fast.errors import UserError
+from fsr_fast.kernels import jitter_colours
+from fsr_fast.kernels.colour_jitter import STEPS
 
 VIEWS = 2
-KINDS = {"brightness": 1, "contrast": 2, "saturation": 3}
 JPEG, PNG = b"\xff\xd8", b"\x89PNG"
 DECODED = b"P6"  # starts what the reader processes have decoded
 JPEG_END, PNG_END, PNG_EXIF, TAIL = b"\xff\xd9", b"IEND", b"eXIf", 64
@@ -75,7 +70,7 @@ class DaliLoader(StreamLoader):
     ) -> None:
         super().__init__(dataset, **options)
         self._data, self._augment = data, augment
-        self._policy = augment.policy == "autoaugment"
+        self._mean, self._std = mean, std
         self._graph: dict[str, Any] = {
             "views": VIEWS,
             "size": data.image_size,
@@ -83,12 +78,11 @@ class DaliLoader(StreamLoader):
             "threads": max(1, data.workers),
             "device_id": (device.index or 0) if device.type == "cuda" else None,
             "mean": mean,
-            "std": std,
-            "policy": self._policy,
+            "policy": augment.policy == "autoaugment",
             "colours": dataset.reading.channels == 3,
         }
         self._device = device
-        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._held: deque[tuple[torch.cuda.Event, Tensor]] = deque()
         self._bad: dict[int, str] = {}
         self._strange: set[int] = set()  # images that Pillow decodes but DALI does not
 
@@ -123,23 +117,28 @@ class DaliLoader(StreamLoader):
             return encoded.inputs()
 
         graph = build_graph(feed, **self._graph)
+        mean, std = (torch.tensor(values, device=self._device) for values in (self._mean, self._std))
+        on_gpu = self._device.type == "cuda"
         while True:
-            views = tuple(self._tensor(output.as_tensor()) for output in graph.run())
+            current = torch.cuda.current_stream(self._device) if on_gpu else None
+            (output,) = graph.run(current)
+            pixels = torch.from_dlpack(output.as_tensor())  # (B, V, H, W, C), DALI's own memory
             encoded = under_way.popleft()
             self._bad |= encoded.bad
-            labels = encoded.labels if self._copies is None else encoded.labels.pin_memory()
-            yield Batch(views, labels, encoded.indices, encoded.bad)
+            views = jitter_colours(pixels.transpose(0, 1), encoded.steps, mean, std)
+            if current is not None:
+                self._hold(pixels, current)
+            for late in encoded.late:
+                picture = views[late.view, late.item]
+                picture.copy_(_finish(picture, late, mean[:, None, None], std[:, None, None]))
+            labels = encoded.labels.pin_memory() if on_gpu else encoded.labels
+            yield Batch(tuple(views), labels, encoded.indices, encoded.bad)
 
-    def _tensor(self, output: Any) -> Tensor:
-        if self._copies is None:
-            view = torch.from_dlpack(output)
-        else:  # on a stream of its own: waiting for this copy does not wait for the training
-            with torch.cuda.stream(self._copies):
-                view = torch.empty(output.shape(), dtype=torch.float, device=self._device)
-                feed_ndarray(output, view, cuda_stream=self._copies)
-            self._copies.synchronize()  # the copy has only begun, and DALI reuses its memory
-            view.record_stream(torch.cuda.current_stream(self._device))
-        return view
+    def _hold(self, pixels: Tensor, stream: torch.cuda.Stream) -> None:
+        """Keep DALI's memory until the GPU has read it: once released, DALI reuses it in the order of its own stream."""
+        self._held.append((stream.record_event(), pixels))
+        while self._held and self._held[0][0].query():
+            self._held.popleft()
 
     def _judge(self, under_way: deque[_Encoded]) -> bool:
         """Find the images on which DALI failed; return whether there are any."""
@@ -164,6 +163,15 @@ class DaliLoader(StreamLoader):
         return found
 
 
+class _Late(NamedTuple):
+    """Blur and solarisation of a view, where they were drawn."""
+
+    view: int
+    item: int
+    blur: float | None  # radius in pixels
+    solarise: bool
+
+
 @dataclass(frozen=True)
 class _Encoded:
     """Encoded images and the arguments of their views.
@@ -172,7 +180,9 @@ class _Encoded:
         shapes: of the decoded images, (H, W, C), with other than three colours; None: files, which DALI decodes.
         data: contents of the files, or pixels, one after another.
         sizes: (B,) int64, number of bytes of each.
-        numbers: arguments by name, each (B, …).
+        numbers: arguments of DALI by name, each (B, …).
+        steps: (V, B, S, 2) float64, of the colour jitter.
+        late: blur and solarisation, which follow it.
         labels: (B, C) float32.
         indices: (B,) int64.
         bad: damaged images met so far.
@@ -182,6 +192,8 @@ class _Encoded:
     data: Tensor
     sizes: Tensor
     numbers: dict[str, Tensor]
+    steps: Tensor
+    late: list[_Late]
     labels: Tensor
     indices: Tensor
     bad: Mapping[int, str]
@@ -216,12 +228,17 @@ class _Host(Dataset[Any]):
     def _batch(self, positions: list[int]) -> _Encoded:
         indices, files = zip(*(self.stream.load(position, self._file) for position in positions), strict=True)
         numbers: dict[str, Any] = {}
-        for view in range(VIEWS):
-            rows = [
-                self._arguments(draw_view_at(self.stream.seed, position, view, self.augment, file.height, file.width))
-                for position, file in zip(positions, files, strict=True)
-            ]
-            for name in parameter_names(view, policy=self.recorder is not None, colours=self.reading.channels == 3):
+        steps, late = np.zeros((VIEWS, len(positions), len(STEPS) - 1, 2)), []
+        for number in range(VIEWS):
+            rows = []
+            for item, (position, file) in enumerate(zip(positions, files, strict=True)):
+                view = draw_view_at(self.stream.seed, position, number, self.augment, file.height, file.width)
+                rows.append(self._arguments(view))
+                for place, (name, amount) in enumerate(view.jitter):
+                    steps[number, item, place] = STEPS.index(name), amount
+                if view.blur is not None or view.solarise:
+                    late.append(_Late(number, item, view.blur, view.solarise))
+            for name in parameter_names(number, policy=self.recorder is not None):
                 numbers[name] = torch.from_numpy(np.stack([row[name.partition("@")[0]] for row in rows]))
         channels = self.reading.channels
         return _Encoded(
@@ -229,6 +246,8 @@ class _Host(Dataset[Any]):
             torch.from_numpy(np.frombuffer(bytearray().join(file.data for file in files), np.uint8)),
             torch.tensor([len(file.data) for file in files]),
             numbers,
+            torch.from_numpy(steps),
+            late,
             torch.from_numpy(np.stack([file.labels for file in files])),
             torch.tensor(indices),
             dict(self.stream.bad),
@@ -246,25 +265,13 @@ class _Host(Dataset[Any]):
         return _File(head + pixels.tobytes(), width, height, labels)
 
     def _arguments(self, view: View) -> dict[str, NDArray[Any]]:
-        """Convert the draws of a view to the graph's arguments."""
+        """Convert the draws of a view to the arguments of DALI."""
         numbers: dict[str, Any] = {
             "start": np.array([view.top, view.left], np.int32),
             "shape": np.array([view.height, view.width], np.int32),
             "left": np.array([0, view.flip], np.float32),
             "right": np.array([1, not view.flip], np.float32),
         }
-        for slot in (*BEFORE, *AFTER):
-            numbers |= {f"kind{slot}": np.int32(0), f"amount{slot}": np.float32(1)}
-        numbers["turns"] = np.float32(0)
-        slots = iter(BEFORE)
-        for name, amount in view.jitter:
-            if name == "hue":
-                slots, numbers["turns"] = iter(AFTER), np.float32(amount)
-            else:
-                slot = next(slots)
-                numbers |= {f"kind{slot}": np.int32(KINDS[name]), f"amount{slot}": np.float32(amount)}
-        numbers["blur"] = np.float32(view.blur or 0)
-        numbers["solarise"] = np.int32(view.solarise)
         if self.recorder is not None:
             steps = self.recorder.steps(view.seed)
             for step in range(POLICY_STEPS):
@@ -298,6 +305,16 @@ class _Recorder(v2.AutoAugment):
     def _apply_image_or_video_transform(self, image: Any, transform_id: str, magnitude: float, **_: Any) -> Any:
         self._steps.append((transform_id, magnitude))
         return image
+
+
+def _finish(picture: Tensor, late: _Late, mean: Tensor, std: Tensor) -> Tensor:
+    """Blur and solarise a normalised view (C, H, W); neither needs whole grey levels, so nothing is rounded in between."""
+    if late.blur is not None:
+        picture = F.gaussian_blur(picture, [2 * math.ceil(3 * late.blur) + 1] * 2, [late.blur] * 2)
+    if late.solarise:
+        bright = picture * std + mean > (SOLARISE_THRESHOLD - 0.5) / 255
+        picture = torch.where(bright, (1 - 2 * mean) / std - picture, picture)  # 1 - x, normalised
+    return picture
 
 
 def _is_plain(data: bytes, kind: str, mode: str) -> bool:

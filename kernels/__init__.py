@@ -7,6 +7,7 @@ public functions), its Triton kernels and their launches in ``X_kernels.py``; ``
 from .affinity import affinity_sums
 from .cam_merging import MergedCams, merge_cams
 from .class_slots import present_classes
+from .colour_jitter import jitter_colours
 from .crf import dense_crf
 from .cross_attention import masked_cross_attention
 from .distillation import distillation_loss
@@ -22,6 +23,7 @@ __all__ = [
     "dense_crf",
     "dense_energy",
     "distillation_loss",
+    "jitter_colours",
     "masked_cross_attention",
     "merge_cams",
     "pixel_adaptive_refinement",

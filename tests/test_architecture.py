@@ -27,7 +27,7 @@ FLOORS = [
 """From the ground up; the rooms of one floor may import each other."""
 APART = {"kernels": {"torch", "triton"}, "reference": {"torch"}}
 """What these rooms import besides the standard library and themselves."""
-KNOWS_KERNELS = {"models", "method", "evaluation", "reporting"}
+KNOWS_KERNELS = {"dataloading", "models", "method", "evaluation", "reporting"}
 KNOWS_THE_REFERENCE = {"method/reference_step.py"}
 
 

@@ -86,6 +86,10 @@ def launch_all(size: tuple[int, int, int], dtype: torch.dtype) -> None:
         kernels.uncertain_mask_from_cam(cams[0], labels, uniform, grid=(side, side), k=k)
         kernels.top_k_mask(uniform, k=k)
     kernels.top_k_mask(numbers(B, 1), k=1, grid=(side, side), block=side)
+    steps, third = torch.ones(2, B, 4, 2, dtype=torch.float64), torch.full((3,), 0.3)
+    views = images.to(torch.uint8).movedim(1, 3).expand(2, -1, -1, -1, -1)
+    kernels.jitter_colours(views, steps, third, third)
+    kernels.jitter_colours(views[:, :, :1, :1], steps, third, third)
     kernels.dense_crf(numbers(B, C, pixels, pixels).softmax(1), images.to(torch.uint8), iterations=1)
 
 
