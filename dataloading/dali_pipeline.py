@@ -310,7 +310,9 @@ class _Recorder(v2.AutoAugment):
 def _finish(picture: Tensor, late: _Late, mean: Tensor, std: Tensor) -> Tensor:
     """Blur and solarise a normalised view (C, H, W); neither needs whole grey levels, so nothing is rounded in between."""
     if late.blur is not None:
-        picture = F.gaussian_blur(picture, [2 * math.ceil(3 * late.blur) + 1] * 2, [late.blur] * 2)
+        width, sigma = 2 * math.ceil(3 * late.blur) + 1, [late.blur] * 2
+        for sides in ([width, 1], [1, width]):
+            picture = F.gaussian_blur(picture, sides, sigma)
     if late.solarise:
         bright = picture * std + mean > (SOLARISE_THRESHOLD - 0.5) / 255
         picture = torch.where(bright, (1 - 2 * mean) / std - picture, picture)  # 1 - x, normalised
