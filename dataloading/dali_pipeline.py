@@ -135,7 +135,7 @@ class DaliLoader(StreamLoader):
             yield Batch(tuple(views), labels, encoded.indices, encoded.bad)
 
     def _hold(self, pixels: Tensor, stream: torch.cuda.Stream) -> None:
-        """Keep DALI's memory until the GPU has read it: once released, DALI reuses it in the order of its own stream."""
+        """Keep DALI's memory until the GPU has read it: once released, DALI reuses it, in its own stream."""
         self._held.append((stream.record_event(), pixels))
         while self._held and self._held[0][0].query():
             self._held.popleft()
@@ -308,7 +308,7 @@ class _Recorder(v2.AutoAugment):
 
 
 def _finish(picture: Tensor, late: _Late, mean: Tensor, std: Tensor) -> Tensor:
-    """Blur and solarise a normalised view (C, H, W); neither needs whole grey levels, so nothing is rounded in between."""
+    """Blur and solarise a normalised view (C, H, W); nothing is rounded in between."""
     if late.blur is not None:
         width, sigma = 2 * math.ceil(3 * late.blur) + 1, [late.blur] * 2
         for sides in ([width, 1], [1, width]):

@@ -1,14 +1,14 @@
-"""Colour jitter of uint8 pictures and their normalisation: the pixels that Pillow and torchvision give, to the bit.
+"""Colour jitter and normalisation of uint8 pictures, bit for bit as Pillow and torchvision compute the jitter.
 
-Steps of a picture follow each other in an order of its own, each rounded to grey levels. x is a channel of a pixel:
+Each picture has its own order of steps, and each step ends in whole levels. With x a channel of a pixel:
 
-* brightness, contrast, saturation: x <- trunc(clamp(y + a (x - y), 0, 255)), where y is 0, the mean grey level of the
-  picture (rounded) or the grey level of the pixel, (19595 r + 38470 g + 7471 b + 2^15) >> 16;
-* hue: to HSV of 256 levels each, trunc(255 a) levels on, and back.
+* brightness, contrast, saturation: x <- trunc(clamp(y + a (x - y), 0, 255)), where y is 0, the rounded mean grey level
+  of the picture, or the grey level of the pixel, (19595 r + 38470 g + 7471 b + 2^15) >> 16;
+* hue: convert to HSV of 256 levels each, add trunc(255 a) to H modulo 256, and convert back.
 
-At last x <- x / (255 std) - mean / std. Only a mean needs a pass of its own over the picture: its program adds up grey
-levels as whole numbers, so that their order does not matter. The arithmetic has the precisions of Pillow's C, fp64 in
-parts, and no products are fused into sums.
+Finally x <- x / (255 std) - mean / std. Only the mean needs a separate pass over the picture; it sums whole numbers, so
+the order of the sum does not matter. The arithmetic has the precision of Pillow's C code, fp64 in places, and products
+are not fused with sums.
 
 Legend: B batch, V views, S steps, H W pixels, C channels. Source: Pillow (blend, conversion to L and HSV), torchvision.
 """
@@ -30,7 +30,7 @@ from .dispatch import (
 )
 
 STEPS = ("", "brightness", "contrast", "saturation", "hue")
-"""What the number of a step means; 0 is no step."""
+"""Kinds of steps by their number; 0 is no step."""
 CONTRAST, SATURATION, HUE = (tl.constexpr(STEPS.index(name)) for name in ("contrast", "saturation", "hue"))
 BLOCK = 1024  # a program's pixels: 8 a thread at 4 warps
 
@@ -51,7 +51,7 @@ def _blend(base, x, amount):
 
 @triton.jit
 def _turn_hue(r, g, b, levels):
-    """RGB to HSV, the hue some levels on, and back; in Pillow's mixture of single and double precision."""
+    """RGB to HSV, levels added to the hue, and back; in Pillow's mixture of single and double precision."""
     value, least = tl.maximum(tl.maximum(r, g), b), tl.minimum(tl.minimum(r, g), b)
     chroma = tl.maximum(value - least, 1).to(tl.float32)
     red = tl.div_rn((value - r).to(tl.float32), chroma)
@@ -81,7 +81,7 @@ def _turn_hue(r, g, b, levels):
 
 @triton.jit
 def _channel(sector, value, falling, low, rising):
-    """Red in the sixths of the circle of hues; green and blue go the same way two and four sixths later."""
+    """Red over the sixths of the colour wheel; green and blue are the same two and four sixths later."""
     sector = sector % 6
     slope = tl.where(sector == 1, falling, tl.where(sector == 4, rising, low))
     return tl.where((sector == 0) | (sector == 5), value, slope)
@@ -89,7 +89,7 @@ def _channel(sector, value, falling, low, rising):
 
 @triton.jit
 def _load(pixels, B, H, W, stride_v, stride_b, BLOCK: tl.constexpr):
-    """Colours of this program's pixels of its picture, with their places and which are inside."""
+    """Return the colours of this program's pixels, their positions in the picture, and which are inside it."""
     picture = tl.program_id(1).to(tl.int64)
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = place < H * W
@@ -102,7 +102,7 @@ def _load(pixels, B, H, W, stride_v, stride_b, BLOCK: tl.constexpr):
 
 @triton.jit
 def _steps(steps, count, mean, r, g, b):
-    """The first steps of a picture, in their order."""
+    """Apply the first steps of a picture, in order."""
     for number in range(count):
         kind, amount = tl.load(steps + 2 * number).to(tl.int32), tl.load(steps + 2 * number + 1)
         if kind == HUE:
@@ -117,7 +117,7 @@ def _steps(steps, count, mean, r, g, b):
 
 @triton.jit
 def _sum_kernel(pixels, steps, sums, B, H, W, stride_v, stride_b, S: tl.constexpr, BLOCK: tl.constexpr):
-    """sums (V*B,): grey levels of a picture as they are before its contrast is changed; unchanged where it is not."""
+    """sums (V*B,): sum of a picture's grey levels just before its contrast changes; untouched if it does not."""
     own = steps + tl.program_id(1) * S * 2
     before = -1
     for number in range(S):
@@ -190,7 +190,7 @@ def _grey_torch(picture: Tensor) -> Tensor:
 
 
 def _turn_hue_torch(picture: Tensor, levels: int) -> Tensor:
-    """The same as `_turn_hue`, on (3, H, W) in whole-numbered float32."""
+    """Return what `_turn_hue` does, on (3, H, W) in whole-numbered float32."""
     value, least = picture.amax(0), picture.amin(0)
     chroma = value - least
     red, green, blue = (value - picture) / chroma.clamp(min=1)
@@ -208,12 +208,12 @@ def _turn_hue_torch(picture: Tensor, levels: int) -> Tensor:
     falling = value * (1 - (saturation * part).double())
     rising = value * (1 - share * (1 - part.double()))
     found = torch.stack([value, low, falling, rising]).add_(0.5).floor_().float()
-    red = torch.tensor([0, 2, 1, 1, 3, 0])  # which of them is red in each sixth of the circle of hues, see `_channel`
+    red = torch.tensor([0, 2, 1, 1, 3, 0])  # which of them is red in each sixth, see `_channel`
     return found.gather(0, torch.stack([red, red.roll(2), red.roll(4)])[:, sector % 6])
 
 
 def _step_torch(picture: Tensor, name: str, amount: float) -> None:
-    """Do a step to a picture (C, H, W) in place; other channels than three colours have neither grey nor hue."""
+    """Apply a step to a picture (C, H, W) in place; only three colours have saturation and hue."""
     colours = len(picture) == 3
     if name in ("saturation", "hue") and not colours:
         return
@@ -261,13 +261,13 @@ def _(pixels, steps, mean, std):
 def jitter_colours(pixels: Tensor, steps: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """Jitters the colours of pictures, each in its own order of steps, and normalises them.
 
-    Contrast and saturation take their grey from the three colours. With any other number of channels the contrast goes
-    by the mean of all of them, and saturation and hue are left out.
+    With any number of channels other than three, contrast uses the mean of all channels, and saturation and hue are
+    left out.
 
     Args:
         pixels: (V, B, H, W, C) uint8.
-        steps: (V, B, S, 2) float64 on the CPU, the steps of each picture, none of them twice: their number in `STEPS`,
-            then the factor, of the hue the part of a turn in -0.5 ... 0.5.
+        steps: (V, B, S, 2) float64 on the CPU, the steps of each picture, each kind at most once: its index in
+            `STEPS`, then its factor; for the hue, a fraction of a turn in -0.5 ... 0.5.
         mean: (C,) float32 in the range 0 to 1.
         std: (C,) float32 > 0.
 
@@ -278,7 +278,7 @@ def jitter_colours(pixels: Tensor, steps: Tensor, mean: Tensor, std: Tensor) -> 
         ValueError: if shapes or devices do not fit together.
         TypeError: if a dtype is another.
 
-    Source: paper, implementation details; torchvision's `ColorJitter` of Pillow's pictures.
+    Source: paper, implementation details; torchvision's `ColorJitter` on Pillow images.
     """
     V, B, H, W, C = ("V", "B", "H", "W", "C") if pixels.dim() != 5 else pixels.shape
     require_shape("pixels", pixels, (V, B, H, W, C))
@@ -291,5 +291,5 @@ def jitter_colours(pixels: Tensor, steps: Tensor, mean: Tensor, std: Tensor) -> 
     require_dtype("std", std, (torch.float32,))
     require_same_device(pixels=pixels, mean=mean, std=std)
     if steps.device.type != "cpu":
-        raise ValueError(f"steps are on {steps.device}; expected the CPU, where the order of the launches is decided")
+        raise ValueError(f"steps are on {steps.device}; expected the CPU")
     return jitter_colours_op(pixels, steps.contiguous(), mean, std)
