@@ -16,7 +16,7 @@ AMOUNTS = {"brightness": 1.31, "contrast": 0.63, "saturation": 1.17, "hue": -0.0
 
 
 def plain(pixels: Tensor, steps: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """One picture after the other by torchvision's functions of tensors, which round the hue otherwise."""
+    """One picture after another, by torchvision's functions of tensors, which round the hue differently."""
     found = []
     for picture, own in zip(pixels.movedim(4, 2).flatten(0, 1), steps.flatten(0, 1).tolist(), strict=True):
         for kind, amount in own:

@@ -32,7 +32,7 @@ from .dispatch import (
 STEPS = ("", "brightness", "contrast", "saturation", "hue")
 """Kinds of steps by their number; 0 is no step."""
 CONTRAST, SATURATION, HUE = (tl.constexpr(STEPS.index(name)) for name in ("contrast", "saturation", "hue"))
-BLOCK = 1024  # a program's pixels: 8 a thread at 4 warps
+BLOCK = 1024  # a program's pixels: 8 per thread at 4 warps
 
 
 # --- kernels
@@ -171,7 +171,7 @@ def _launch(pixels: Tensor, steps: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 
 def compile_cases() -> Iterator[CompileCase]:
-    """Lists the shipped configurations of the kernels, for the ahead-of-time compile test."""
+    """List the shipped configurations of the kernels, for the ahead-of-time compile test."""
     signature = {"pixels": "*u8", "steps": "*fp64", "sums": "*i64"}
     signature |= dict.fromkeys(("B", "H", "W", "stride_v", "stride_b"), "i32")
     constants = {"S": 4, "BLOCK": BLOCK}
@@ -190,7 +190,7 @@ def _grey_torch(picture: Tensor) -> Tensor:
 
 
 def _turn_hue_torch(picture: Tensor, levels: int) -> Tensor:
-    """Return what `_turn_hue` does, on (3, H, W) in whole-numbered float32."""
+    """The same as `_turn_hue`, on (3, H, W) in whole-numbered float32."""
     value, least = picture.amax(0), picture.amin(0)
     chroma = value - least
     red, green, blue = (value - picture) / chroma.clamp(min=1)
@@ -259,7 +259,7 @@ def _(pixels, steps, mean, std):
 
 
 def jitter_colours(pixels: Tensor, steps: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Jitters the colours of pictures, each in its own order of steps, and normalises them.
+    """Jitter the colours of pictures, each in its own order of steps, and normalise them.
 
     With any number of channels other than three, contrast uses the mean of all channels, and saturation and hue are
     left out.
