@@ -72,7 +72,8 @@ def read_classes(root: Path, encoding: str | None = None, notes: Notes | None = 
     path = root / "classes.txt"
     if not path.is_file():
         raise UserError(
-            f"{path}: no such file; write one class name per line, in the order of mask values, or give data.classes"
+            f"{path}: no such file; write one class name per line, in the order of mask values, or give "
+            "--data.classes cat,dog"
         )
     lines = read_lines(path, encoding=encoding, notes=notes)
     if not lines:

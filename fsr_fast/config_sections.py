@@ -5,14 +5,25 @@ Every field is described by the text below it.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from fsr_fast.config_fields import Count, Iterations, Positive, Probability, Scales, Section, Window
 
-LoggerName = Annotated[str, Field(pattern=r"^(tensorboard|(wandb|mlflow)(:.+)?)$")]
+LOGGER_NAME = r"^(tensorboard|(wandb|mlflow)(:.+)?)$"
+
+
+def _check_logger(name: str) -> str:
+    if not re.search(LOGGER_NAME, name):
+        raise PydanticCustomError("logger", "expected tensorboard, wandb or mlflow, the last two also as wandb:PROJECT")
+    return name
+
+
+LoggerName = Annotated[str, AfterValidator(_check_logger), Field(json_schema_extra={"pattern": LOGGER_NAME})]
 BuiltInDataset = Literal["synthetic", "voc", "coco", "own", "shards"]
 BUILT_IN_DATASETS: tuple[str, ...] = get_args(BuiltInDataset)
 
@@ -100,7 +111,7 @@ class DataConfig(Section):
     train_list: str = "train_aug"
     """Name of the training list without extension (VOC layout: in ImageSets/Segmentation), or path of a list file."""
     val_list: str | None = "val"
-    """The same for the validation list; `none`: train without one, and without scores."""
+    """The same for the validation list; `none`: train without one, and score the image labels of the training."""
     classes: tuple[str, ...] | None = None
     """Names of all foreground classes, in the order of the mask values 1, 2, …; `none`: the names of the data set, for
     `own` those in its classes.txt."""

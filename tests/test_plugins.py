@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from fsr_fast.commands.evaluate import main as evaluate
 from fsr_fast.commands.export import main as export
@@ -14,6 +15,7 @@ from fsr_fast.commands.predict import main as predict
 from fsr_fast.config import build_config, load_config
 from fsr_fast.engine import build_step
 from fsr_fast.errors import UserError
+from fsr_fast.method.plugin_losses import LossInputs
 from fsr_fast.method.schedules import schedule_at
 from fsr_fast.models import build_network, load_network
 from fsr_fast.plugins import BACKBONES, DATASETS, LOSSES, load_plugins
@@ -153,6 +155,8 @@ def test_what_was_trained_with_a_plugin_is_used_where_the_user_names_it_and_impo
     assert (tmp_path / "out/masks/g4.png").is_file()
     assert (tmp_path / "scores/metrics.json").is_file()
     forget()
+    predict([*verbs["predict"][1], "--config", str(tmp_path / "recipe.yaml")])  # a recipe is the user's word, too
+    forget()
     with pytest.raises(UserError, match=r"'thin_vit' is no"):
         load_network(tmp_path / "network")
     load_plugins([plugin])
@@ -184,6 +188,35 @@ def test_the_loss_of_a_plugin_counts_by_its_weight(plugin):
     without, single, triple = total(spread=0.0), total(spread=1.0), total(spread=3.0)
     torch.testing.assert_close(single, without + seen[0], rtol=1e-9, atol=0)
     torch.testing.assert_close(triple, without + 3 * seen[0], rtol=1e-9, atol=0)
+
+
+def test_the_loss_of_a_plugin_gets_what_the_step_knows_of_view_1(no_plugins):
+    known: list[LossInputs] = []
+    LOSSES.register("look")(lambda inputs: known.append(inputs))
+    config = helpers.config({"loss": {"extra": {"look": 1.0}, "segmentation_start": 1}})
+    step, views, labels = helpers.step(config), helpers.views(), helpers.labels()
+    outputs = [
+        step(views, labels, step.draw(2, helpers.generator()), schedule_at(config, iteration)) for iteration in (0, 1)
+    ]
+    before, after = known
+    assert (before.seg_logits, before.cams, before.pseudo_labels) == (None, None, None)
+    for inputs in known:
+        assert torch.equal(inputs.images, views[0])
+        assert torch.equal(inputs.labels, labels)
+    assert torch.equal(after.pseudo_labels, outputs[1].pseudo_labels)
+    assert torch.equal(after.cams.values, outputs[1].cams.values)
+    assert all(one.requires_grad for one in (after.class_logits, after.patch_features, after.seg_logits))
+    assert not after.cams.values.requires_grad
+
+
+def test_a_backbone_of_a_plugin_without_mean_and_deviation_takes_imagenet_s(plugin):
+    load_plugins([plugin])
+    made = sys.modules[plugin].build_thin(pretrained=False)
+    made.pretrained_cfg = {}
+    BACKBONES.register("bare")(lambda pretrained: made)
+    model = helpers.config().model.model_copy(update={"backbone": "bare", "backbone_options": {}})
+    network = build_network(model, helpers.CLASSES, 32)
+    assert (network.mean, network.std) == (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 
 
 # --- mistakes

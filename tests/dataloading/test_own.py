@@ -97,7 +97,10 @@ def test_the_recipe_reads_own_pictures(own: Path) -> None:
 BAD: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "no images": (lambda f: shutil.rmtree(f / "images"), ["data.root", "no folder images", "train.csv"]),
     "no table": (lambda f: (f / "train.csv").unlink(), ["data.train_list", "train.csv does not exist"]),
-    "no classes": (lambda f: (f / "classes.txt").unlink(), ["classes.txt", "one class name per line", "data.classes"]),
+    "no classes": (
+        lambda f: (f / "classes.txt").unlink(),
+        ["classes.txt", "one class name per line", "--data.classes cat,dog"],
+    ),
     "empty table": (lambda f: write_table(f / "train.csv", {}), ["data.train_list", "names no picture"]),
     "unknown class": (
         lambda f: write_table(f / "train.csv", {"one.jpg": ["beee"]}),

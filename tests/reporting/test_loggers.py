@@ -58,6 +58,7 @@ def test_weights_and_biases_gets_scalars_and_pictures_and_goes_on_with_the_same_
     assert first.finished
     assert (first.options["project"], first.options["name"], first.options["id"]) == ("weeds", "first", None)
     assert first.options["config"]["optim"]["iterations"] == 3
+    assert first.options["dir"] == str(tmp_path / "runs/first")
     assert (second.options["id"], second.options["resume"]) == ("abc123", "allow")
     lines = read_metrics(tmp_path / "runs/first")
     assert [(step, values["loss/total"]) for step, values in first.lines if "loss/total" in values] == [
@@ -98,6 +99,38 @@ def test_mlflow_takes_names_and_values_that_it_has_no_form_for(tmp_path):
     assert math.isnan(run.data.metrics["loss/total"])
 
 
+def test_mlflow_writes_where_its_own_variable_says_and_keeps_one_experiment(tmp_path, monkeypatch):
+    tracking = pytest.importorskip("mlflow.tracking")
+    place = (tmp_path / "elsewhere").as_uri()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", place)
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    for name in ("first", "second"):
+        with Tracker(tmp_path / name, loggers=["mlflow"], config={"run": {"long": "x" * 10_000}}):
+            pass
+    client = tracking.MlflowClient(place)
+    runs = client.search_runs([client.get_experiment_by_name("fsr_fast").experiment_id])
+    assert {run.info.run_name for run in runs} == {"first", "second"}
+    assert not (tmp_path / "mlruns").exists()
+
+
+def test_a_run_of_mlflow_that_goes_on_is_running_and_one_that_fails_is_given_up(tmp_path, monkeypatch, caplog):
+    tracking, exceptions = pytest.importorskip("mlflow.tracking"), pytest.importorskip("mlflow.exceptions")
+
+    def fail(*_):
+        raise exceptions.MlflowException("no answer")
+
+    with Tracker(tmp_path / "run", loggers=["mlflow"], config={"run": {}}):
+        pass
+    client = tracking.MlflowClient((tmp_path / "mlruns").as_uri())
+    identity = (tmp_path / "run/.mlflow_id").read_text().strip()
+    assert client.get_run(identity).info.status == "FINISHED"
+    with Tracker(tmp_path / "run", loggers=["mlflow"], config={"run": {}}) as tracker:
+        assert client.get_run(identity).info.status == "RUNNING"
+        monkeypatch.setattr(tracking.MlflowClient, "log_batch", fail)
+        tracker.log(1, {"loss/total": 0.5})
+    assert "mlflow: cannot be written (no answer); the training goes on without" in caplog.text
+
+
 @pytest.mark.parametrize(("logger", "package"), [("wandb", "wandb"), ("mlflow:weeds", "mlflow-skinny")])
 def test_a_logger_whose_package_is_missing_is_one_error_and_leaves_no_run_folder(
     recipe, tmp_path, monkeypatch, logger, package
@@ -131,7 +164,9 @@ def test_a_logger_that_fails_on_the_way_is_given_up_and_the_others_go_on(tmp_pat
 
 
 def test_an_unknown_logger_is_refused():
-    with pytest.raises(UserError, match=r"run\.loggers\.0: .*, not 'tensorbord'"):
+    with pytest.raises(
+        UserError, match=r"run\.loggers\.0: expected tensorboard, wandb or mlflow, .*wandb:PROJECT, not 'tensorbord'"
+    ):
         build_config(helpers.values({"run": {"loggers": ["tensorbord"]}}), "the test")
 
 
