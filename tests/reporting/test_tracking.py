@@ -51,6 +51,16 @@ def test_a_logged_line_is_readable_at_once(tmp_path):
     tracker.close()
 
 
+def test_tensorboard_shows_scalars_and_pictures_while_the_run_goes_on(tmp_path):
+    with Tracker(tmp_path) as tracker:
+        tracker.log(10, {"loss/total": 0.5})
+        assert scalars(tmp_path) == [(10, 0.5)]
+        tracker.pictures(10, Image.new("RGB", (4, 3)))
+        board = EventAccumulator(str(tmp_path / "tensorboard"))
+        board.Reload()
+        assert [event.step for event in board.Images("pictures")] == [10]
+
+
 def test_resuming_drops_what_lies_beyond_and_goes_on_with_the_clock(tmp_path):
     record(tmp_path, [10, 20, 30, 40])
     record(tmp_path, [30], start=20)
