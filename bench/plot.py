@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 from bench.harness import RESULTS
 from bench.seeds import KINDS
+from fsr_fast.commands.paper_tables import TABLES
 
 ROOT = RESULTS.parent.parent
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "evidence.md")
@@ -67,7 +68,7 @@ def draw_rows(cases: Cases, number: int, path: Path) -> None:
         number: of the table.
         path: SVG file.
     """
-    rows = [content for content in cases.values() if content["table"] == number]
+    rows = _rows_of(cases, number)
     figure = Figure(figsize=(8, 1.0 + 0.4 * len(rows)), layout="constrained")
     for axes, kind in zip(figure.subplots(1, len(KINDS), sharey=True), KINDS, strict=True):
         for place, row in enumerate(rows):
@@ -223,10 +224,19 @@ def tabulate_rows(records: list[Cases], number: int) -> str:
     """Return the rows of one of the paper's tables, trained on the embedded data set."""
     lines = [f"| row | {' | '.join(KINDS)} |", f"|---|{'---|' * len(KINDS)}"]
     for cases in records:
-        for content in (content for content in cases.values() if content["table"] == number):
+        for content in _rows_of(cases, number):
             runs = content["seeds"].values()
             lines.append(f"| {content['row']} | {' | '.join(_spread([run[kind] for run in runs]) for kind in KINDS)} |")
     return "\n".join(lines)
+
+
+def _rows_of(cases: Cases, number: int) -> list[dict[str, Any]]:
+    """Return what is recorded of one of the paper's tables, in the paper's order."""
+    order = list(TABLES[number].rows)
+    return sorted(
+        (content for content in cases.values() if content["table"] == number),
+        key=lambda content: order.index(content["row"]),
+    )
 
 
 def tabulate_official(records: list[Cases], whole: bool) -> str:
