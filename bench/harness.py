@@ -14,6 +14,8 @@ A bench file holds the inputs, the two functions and the floor (bytes and FLOPs 
 
 On a GPU: medians with 20th and 80th percentiles of CUDA events, cold L2, rotating random inputs, A and B alternating
 in one process, and the share of the roofline, whose ceilings (copy, matrix product) are measured in the same process.
+Where a call takes microseconds, the time in which Python launches it would hide them: ``graph=True`` also replays the
+calls as one CUDA graph, and the roofline is compared with that.
 On a CPU: the torch path at a small size beside eager, as a ratio only; ``torch.compile`` is left out, since compiling
 takes longer than it is worth. ``FSR_RECORD=1`` writes ``bench/results/<device>/<bench>.json``.
 """
@@ -77,6 +79,8 @@ def compare(
     inputs: Inputs,
     floor: Floor,
     dtype: torch.dtype = torch.float32,
+    amp: bool = False,
+    graph: bool = False,
 ) -> None:
     """Time ours against eager PyTorch (and its compiled form on a GPU) and report beside the roofline.
 
@@ -90,6 +94,8 @@ def compare(
             differentiated, and without any only the forward pass is timed.
         floor: the minimum work.
         dtype: of the matrix products, for the ceiling.
+        amp: on a GPU call under autocast to bfloat16, as a training step does.
+        graph: on a GPU also time all implementations as CUDA graphs; none of them may read back from the device.
     """
     sets = [inputs(torch.Generator().manual_seed(seed)) for seed in range(ROTATION if device.type == "cuda" else 1)]
     trainable = any(isinstance(value, Tensor) and value.requires_grad for value in sets[0])
@@ -98,14 +104,16 @@ def compare(
     if device.type == "cuda":
         torch.compiler.reset()  # all cases compile one function, which Dynamo recompiles only a few times
         functions = {"eager": eager, "compiled": torch.compile(eager, dynamic=False), "ours": ours}
+        if amp:
+            functions = {name: torch.autocast("cuda", torch.bfloat16)(call) for name, call in functions.items()}
         ceilings = _ceilings(dtype)
-        rows = [row for phase in phases for row in _time_on_gpu(functions, sets, phase, floor, ceilings)]
+        rows = [row for phase in phases for row in _time_on_gpu(functions, sets, phase, floor, ceilings, graph)]
     else:
         ceilings = {}
         rows = [row for phase in phases for row in _time_on_cpu(functions, sets, phase)]
     print("\n" + "\n".join(_line(case, row) for row in rows))
     benchmark.extra_info["rows"] = rows
-    benchmark.pedantic(_waiting(_call(ours, sets, phases[-1]), device), rounds=3, warmup_rounds=1)
+    benchmark.pedantic(_waiting(_call(functions["ours"], sets, phases[-1]), device), rounds=3, warmup_rounds=1)
     record(case, device, {"floor": asdict(floor), "ceilings": ceilings, "rows": rows})
 
 
@@ -133,9 +141,10 @@ def _time_on_gpu(
     phase: str,
     floor: Floor,
     ceilings: dict[str, float],
+    graph: bool,
 ) -> list[dict[str, Any]]:
     """Return the median of the rounds' medians per implementation, taken in turn, and one call's peak memory."""
-    from triton.testing import do_bench
+    from triton.testing import do_bench, do_bench_cudagraph
 
     calls = {name: _call(function, sets, phase) for name, function in functions.items()}
     rounds: dict[str, list[Any]] = {name: [] for name in calls}
@@ -145,17 +154,11 @@ def _time_on_gpu(
     rows = []
     for name, call in calls.items():
         median, low, high = (sorted(values)[ROUNDS // 2] for values in zip(*rounds[name], strict=True))
-        rows.append(
-            {
-                "implementation": name,
-                "phase": phase,
-                "median_ms": median,
-                "p20_ms": low,
-                "p80_ms": high,
-                "peak_bytes": _peak_bytes(call),
-                "roofline_percent": 100 * floor.seconds(phase, ceilings) / (median * 1e-3),
-            }
-        )
+        row = {"implementation": name, "phase": phase, "median_ms": median, "p20_ms": low, "p80_ms": high}
+        if graph:
+            row["graph_ms"] = do_bench_cudagraph(call, return_mode="median")
+        share = floor.seconds(phase, ceilings) / (row.get("graph_ms", median) * 1e-3)
+        rows.append(row | {"peak_bytes": _peak_bytes(call), "roofline_percent": 100 * share})
     return rows
 
 
@@ -217,6 +220,8 @@ def _ceilings(dtype: torch.dtype) -> dict[str, float]:
 def _line(case: str, row: dict[str, Any]) -> str:
     """Format one row."""
     text = f"{case:36} {row['phase']:18} {row['implementation']:9} {row['median_ms']:9.4f} ms"
+    if "graph_ms" in row:
+        text += f", {row['graph_ms']:.4f} ms as a graph"
     if "roofline_percent" in row:
         text += f" ({row['p20_ms']:.4f}-{row['p80_ms']:.4f}), {row['roofline_percent']:5.1f} % of the roofline, "
         text += f"{row['peak_bytes'] / 2**20:.1f} MiB"

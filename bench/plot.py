@@ -123,7 +123,8 @@ def tabulate_steps(records: list[Cases]) -> str:
             if "technique" not in content:
                 continue
             setting, technique, row = content["setting"], content["technique"], content["rows"][0]
-            rate = f"{row['tflops_per_second']:.3g} ({row['of_ceiling']:.0%})" if "units" in row else "not counted"
+            shares = ", ".join(f"{row[name]:.0%}" for name in ("of_ceiling", "of_peak") if name in row)
+            rate = f"{row['tflops_per_second']:.3g} ({shares})" if "units" in row else "not counted"
             cells = (
                 content["device"],
                 setting["preset"],
@@ -151,7 +152,7 @@ def tabulate_kernels(results: Path) -> str:
             for phase in dict.fromkeys(row["phase"] for row in rows):
                 named = {row["implementation"]: row for row in rows if row["phase"] == phase}
                 times = [
-                    f"{named[name]['median_ms']:.3g} ms" if name in named else "-"
+                    f"{named[name].get('graph_ms', named[name]['median_ms']):.3g} ms" if name in named else "-"
                     for name in ("eager", "compiled", "ours")
                 ]
                 share = named["ours"].get("roofline_percent")

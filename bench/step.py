@@ -29,7 +29,7 @@ from fsr_fast.method.step import StepOutput
 from fsr_fast.models.build import build_network
 from fsr_fast.runtime.allocator import keep_freed_memory
 from fsr_fast.runtime.distributed import Process, distribute
-from fsr_fast.runtime.precision import autocast, measure_ceiling
+from fsr_fast.runtime.precision import autocast, dense_peak, measure_ceiling
 from fsr_fast.runtime.terminal import peak_memory
 
 PRESETS = {"paper": "voc_vit_b", "official": "voc_official"}
@@ -84,7 +84,8 @@ def measure(
 
     Returns:
         `seconds` (median), `images_per_second`, `peak_gib` (of the device; on a CPU of the process since its start),
-        for the fast step `units`, `tflops_per_second` and their share `of_ceiling` of a large matrix product.
+        for the fast step `units`, `tflops_per_second` and their share `of_ceiling` of a large matrix product
+        and `of_peak` of the data sheet's figure, where that is known.
     """
     with _technique(technique, device):
         iterate = _build(setting, technique, process or Process(0, 1, device))
@@ -107,6 +108,9 @@ def measure(
         rate = output.work.flops / seconds / 1e12
         row |= {"units": output.work.units, "tflops_per_second": rate}
         row["of_ceiling"] = rate / row["ceiling_tflops_per_second"]
+        peak = dense_peak(device, technique.amp)
+        if peak is not None:
+            row |= {"peak_tflops_per_second": peak / 1e12, "of_peak": rate * 1e12 / peak}
     return row
 
 

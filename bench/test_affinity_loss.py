@@ -24,7 +24,10 @@ def plain(features: Tensor, labels: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_affinity_loss(benchmark: object, device: torch.device, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("amp", [False, True], ids=["plain", "amp"])
+def test_affinity_loss(benchmark: object, device: torch.device, dtype: torch.dtype, amp: bool) -> None:
+    if amp and (device.type == "cpu" or dtype != torch.float32):
+        pytest.skip("a step on a GPU passes float32 features under autocast")
     B, N, D = size(device, gpu=(16, 784, 768), cpu=(2, 196, 192))
 
     def inputs(generator: torch.Generator) -> tuple[Tensor, ...]:
@@ -40,5 +43,16 @@ def test_affinity_loss(benchmark: object, device: torch.device, dtype: torch.dty
         backward_bytes=2 * dtype.itemsize * B * N * D + 8 * B * N,
         backward_flops=4 * B * known**2 * D,  # the similarities again, and their product with the features
     )
-    name = f"affinity_loss {str(dtype).removeprefix('torch.')}"
-    compare(benchmark, device, name, ours=affinity_loss, eager=plain, inputs=inputs, floor=floor, dtype=dtype)
+    name = f"affinity_loss {str(dtype).removeprefix('torch.')}{' amp' if amp else ''}"
+    compare(
+        benchmark,
+        device,
+        name,
+        ours=affinity_loss,
+        eager=plain,
+        inputs=inputs,
+        floor=floor,
+        dtype=torch.bfloat16 if amp else dtype,
+        amp=amp,
+        graph=True,
+    )

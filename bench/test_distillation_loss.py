@@ -20,10 +20,10 @@ def written_out(student: Tensor, teacher: Tensor, student_head: Tensor, teacher_
     return -(target * logits.log_softmax(dim=1)).sum(dim=1).mean()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("amp", [False, True], ids=["fp32", "amp"])
 @pytest.mark.parametrize("prototypes", [4096, 65536])
-def test_distillation_loss(benchmark: Any, device: torch.device, dtype: torch.dtype, prototypes: int) -> None:
-    if device.type == "cpu" and (dtype != torch.float32 or prototypes != 4096):
+def test_distillation_loss(benchmark: Any, device: torch.device, amp: bool, prototypes: int) -> None:
+    if device.type == "cpu" and (amp or prototypes != 4096):
         pytest.skip("the CPU is measured in fp32 at the paper's number of prototypes")
     M, E = size(device, gpu=(16 * 313, 256), cpu=(313, 256))  # the masked patches of 16 images, of one
     K = prototypes
@@ -32,13 +32,12 @@ def test_distillation_loss(benchmark: Any, device: torch.device, dtype: torch.dt
         def draw(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=generator)
 
-        student, teacher = (F.normalize(draw(M, E), dim=1).to(dtype).to(device) for _ in range(2))
-        student_head, teacher_head = (draw(K, E).to(dtype).to(device) for _ in range(2))
+        student, teacher = (F.normalize(draw(M, E), dim=1).to(device) for _ in range(2))
+        student_head, teacher_head = (draw(K, E).to(device) for _ in range(2))
         centre = (draw(K) * 0.1).to(device)
         return student.requires_grad_(), teacher, student_head.requires_grad_(), teacher_head, centre
 
-    bytes_each = torch.finfo(dtype).bits // 8
-    features = bytes_each * (M + K) * E  # of the student, or of the teacher
+    features = 4 * (M + K) * E  # of the student, or of the teacher
     floor = Floor(
         forward_bytes=2 * features + 4 * K,
         forward_flops=4 * M * K * E,
@@ -48,10 +47,12 @@ def test_distillation_loss(benchmark: Any, device: torch.device, dtype: torch.dt
     compare(
         benchmark,
         device,
-        f"distillation_loss {'bf16' if dtype == torch.bfloat16 else 'fp32'} M={M} K={K}",
+        f"distillation_loss {'amp' if amp else 'fp32'} M={M} K={K}",
         ours=distillation_loss,
         eager=written_out,
         inputs=inputs,
         floor=floor,
-        dtype=dtype,
+        dtype=torch.bfloat16 if amp else torch.float32,
+        amp=amp,
+        graph=True,
     )

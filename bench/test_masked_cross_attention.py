@@ -36,15 +36,15 @@ def positional(function: Any, class_token: Tensor, tokens: Tensor, mask: Tensor,
     return function(class_token, tokens, mask, dict(zip((*VECTORS, *MATRICES), weights, strict=True)))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_masked_cross_attention(benchmark: Any, device: torch.device, dtype: torch.dtype) -> None:
-    if device.type == "cpu" and dtype != torch.float32:
+@pytest.mark.parametrize("amp", [False, True], ids=["fp32", "amp"])
+def test_masked_cross_attention(benchmark: Any, device: torch.device, amp: bool) -> None:
+    if device.type == "cpu" and amp:
         pytest.skip("the CPU is measured in fp32")
     B, N, D, heads = size(device, gpu=(16, 784, 768, 12), cpu=(2, 196, 768, 12))
 
     def inputs(generator: torch.Generator) -> tuple[Tensor, ...]:
         def draw(*shape: int, scale: float = 1.0) -> Tensor:
-            return (torch.randn(*shape, generator=generator) * scale).to(dtype).to(device).requires_grad_()
+            return (torch.randn(*shape, generator=generator) * scale).to(device).requires_grad_()
 
         mask = torch.rand(B, N, generator=generator) < 0.4
         vectors = [draw(D) for _ in VECTORS]
@@ -53,8 +53,7 @@ def test_masked_cross_attention(benchmark: Any, device: torch.device, dtype: tor
     def ours(class_token: Tensor, tokens: Tensor, mask: Tensor, weights: dict[str, Tensor]) -> Tensor:
         return masked_cross_attention(class_token, tokens, mask, **weights, heads=heads)
 
-    bytes_each = torch.finfo(dtype).bits // 8
-    token_bytes, weight_bytes = bytes_each * B * N * D, bytes_each * 4 * D * D
+    token_bytes, weight_bytes = 4 * B * N * D, 4 * 4 * D * D  # float32, under autocast too
     floor = Floor(
         forward_bytes=token_bytes + weight_bytes,
         forward_flops=4 * B * N * D * heads + 8 * B * D * D,
@@ -64,10 +63,12 @@ def test_masked_cross_attention(benchmark: Any, device: torch.device, dtype: tor
     compare(
         benchmark,
         device,
-        f"masked_cross_attention {'bf16' if dtype == torch.bfloat16 else 'fp32'} B={B} N={N} D={D}",
+        f"masked_cross_attention {'amp' if amp else 'fp32'} B={B} N={N} D={D}",
         ours=functools.partial(positional, ours),
         eager=functools.partial(positional, functools.partial(projected, heads=heads)),
         inputs=inputs,
         floor=floor,
-        dtype=dtype,
+        dtype=torch.bfloat16 if amp else torch.float32,
+        amp=amp,
+        graph=True,
     )

@@ -70,4 +70,5 @@ def test_merge_cams(benchmark: Any, device: torch.device, dtype: torch.dtype, cl
         inputs=inputs,
         floor=floor,
         dtype=dtype,
+        graph=True,
     )

@@ -49,4 +49,5 @@ def test_segmentation_loss(benchmark: Any, device: torch.device, dtype: torch.dt
         inputs=inputs,
         floor=floor,
         dtype=dtype,
+        graph=True,
     )

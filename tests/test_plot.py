@@ -44,6 +44,19 @@ def test_the_table_holds_the_recorded_figures(results):
     assert len(rows) == 2
 
 
+def test_a_second_share_is_that_of_the_dense_peak(results):
+    record = plot.read_cases(results, "step")[0]
+    record["step paper"]["rows"][0]["of_peak"] = 0.4
+    assert "| 0.1 (50%, 40%) |" in plot.tabulate_steps([record])
+
+
+def test_a_kernel_s_time_is_that_of_its_graph_where_it_was_taken(tmp_path):
+    rows = [{"implementation": "ours", "phase": "forward", "median_ms": 2.0, "graph_ms": 0.5, "roofline_percent": 40.0}]
+    (tmp_path / "gpu").mkdir()
+    (tmp_path / "gpu" / "op.json").write_text(json.dumps({"op": {"device": "gpu", "rows": rows}}))
+    assert plot.tabulate_kernels(tmp_path).endswith("| - | - | 0.5 ms | 40 % |")
+
+
 def test_kernels_are_tabulated_by_phase(tmp_path):
     rows = [
         {"implementation": name, "phase": phase, "median_ms": time, "roofline_percent": 40.0}

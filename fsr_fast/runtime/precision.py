@@ -4,6 +4,16 @@ import time
 
 import torch
 
+DENSE_PEAKS = {
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200 NVL": 835e12,
+    "H200": 989e12,
+    "A100": 312e12,
+}
+"""bfloat16 operations a second without sparsity, by what a GPU's name holds. Source: NVIDIA's data sheets."""
+
 
 def autocast(device: torch.device, amp: str) -> torch.autocast:
     """Return a context in which matrix products run in bfloat16, if `run.amp` says so.
@@ -28,6 +38,19 @@ def has_fast_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return True
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and torch.cpu._is_avx512_bf16_supported()
+
+
+def dense_peak(device: torch.device, amp: str) -> float | None:
+    """Return the data sheet's operations a second in half precision; None: not known, or full precision.
+
+    Args:
+        device: of the passes.
+        amp: as in `autocast`.
+    """
+    if device.type != "cuda" or not uses_half(device, amp):
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in DENSE_PEAKS.items() if part in name), None)
 
 
 def measure_ceiling(device: torch.device, amp: str) -> float:

@@ -15,7 +15,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fsr_fast.engine import build_step
 from fsr_fast.evaluation import inference
-from fsr_fast.kernels import affinity
+from fsr_fast.kernels import (
+    affinity,
+    affinity_kernels,
+    cam_merging_kernels,
+    cross_attention_kernels,
+    distillation_kernels,
+    patch_selection_kernels,
+    segmentation_kernels,
+)
 from fsr_fast.method import masking
 from fsr_fast.method.optim import build_optimiser, fill_missing_gradients
 from fsr_fast.method.schedules import schedule_at
@@ -198,6 +206,51 @@ def test_half_precision_reaches_what_no_gradient_or_kernel_needs_wider(fake_gpu,
         iterate(step, build_optimiser(network, config.optim), guard)
     assert streams == {(True, torch.float32), (False, torch.bfloat16)}
     assert contrasted == [torch.bfloat16]
+
+
+class Received(TorchDispatchMode):
+    """Notes the dtypes of the first tensors that each `fsr` operator is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: set[tuple[str, tuple[torch.dtype, ...]]] = set()
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        if function.namespace == "fsr":
+            given = [value[0] if isinstance(value, list) and value else value for value in arguments]
+            dtypes = tuple(value.dtype for value in given if isinstance(value, Tensor))
+            self.dtypes.add((function.name().removeprefix("fsr::"), dtypes[:2]))
+        return function(*arguments, **(options or {}))
+
+
+COMPILED = {
+    "absorbed_attention": (cross_attention_kernels, ("tokens", "query")),
+    "affinity_sums": (affinity_kernels, ("features", "labels")),
+    "distillation_rows": (distillation_kernels, ("student", "directions")),
+    "merge_cams": (cam_merging_kernels, ("cams", "mirrors")),
+    "segmentation_terms": (segmentation_kernels, ("logits", "labels")),
+    "uncertain_mask": (patch_selection_kernels, ("features", "weight")),
+}
+"""Operators whose kernels exist for several dtypes, and the kernels' names of the first two tensors."""
+NAMES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int64: "*i64", torch.uint8: "*u8"}
+
+
+def test_what_half_precision_passes_to_the_kernels_is_compiled_for_every_target(fake_gpu):
+    config = helpers.config(ON_GPU)
+    network = helpers.network(config)
+    with FakeTensorMode():
+        step = build_step(network.to("cuda"), config, 3).to("cuda").train()
+        optimiser = build_optimiser(network, config.optim)
+        guard = NonFiniteGuard(optimiser, step.distillation.buffers())
+        with Received() as received:
+            iterate(step, optimiser, guard)
+    assert {name for name, _ in received.dtypes} >= COMPILED.keys()
+    for name, dtypes in received.dtypes:
+        if name in COMPILED:
+            kernels, parameters = COMPILED[name]
+            wanted = dict(zip(parameters, (NAMES[dtype] for dtype in dtypes), strict=True))
+            mains = [case.signature for case in kernels.compile_cases() if case.main]
+            assert any(wanted.items() <= signature.items() for signature in mains), (name, dtypes)
 
 
 def test_an_evaluation_stays_on_the_gpu(fake_gpu, monkeypatch):
