@@ -1,6 +1,7 @@
 """Options that change how the step is computed, but not the result."""
 
 import os
+from collections import Counter
 from unittest import mock
 
 import pytest
@@ -249,6 +250,27 @@ def test_float8_leaves_nearly_all_pseudo_labels_as_they_are(changes):
         assert not torch.equal(plain.cams.values, rounded.cams.values)
         agreed.append((plain.pseudo_labels == rounded.pseudo_labels).float().mean().item())
     assert sum(agreed) / 3 > 0.98  # random weights: every map is near a threshold somewhere
+
+
+@pytest.mark.parametrize(("changes", "times"), [({}, 1), (OFFICIAL, 2)], ids=["paper", "official"])
+def test_a_step_rounds_each_weight_once_for_each_view_whose_maps_it_reads(monkeypatch, changes: dict, times: int):
+    step = build(OFF, changes, {"cam": {"fp8": True}})
+    rounded, multiply = Counter(), torch._scaled_mm
+
+    def count(inputs, weight, bias=None):
+        rounded[id(weight)] += 1
+        return linear_float8(inputs, weight, bias)
+
+    def follow(*factors, use_fast_accum, **options):
+        assert use_fast_accum
+        return multiply(*factors, **options)
+
+    monkeypatch.setattr("fsr_fast.models.float8.linear_float8", count)
+    monkeypatch.setattr(torch, "_scaled_mm", follow)
+    step(helpers.views(2), helpers.labels(2), step.draw(2, helpers.generator(0)), schedule_at(step.config, LATE))
+    layers = [part for part in step.student.encoder.blocks.modules() if isinstance(part, torch.nn.Linear)]
+    assert rounded.keys() == {id(layer.weight) for layer in layers}
+    assert max(rounded.values()) == times
 
 
 def test_float8_touches_no_loss_that_reads_no_cam():
