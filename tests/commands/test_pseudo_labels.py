@@ -205,7 +205,7 @@ def test_an_archive_is_refused_where_the_server_would(tmp_path, root):
     archive = ["--archive", str(tmp_path / "results.tar")]
     for options, message in (
         (archive, "--archive: the test server scores segmentations"),
-        ([*archive, "--kind", "seg"], "knows 3 classes; the test server expects the 20"),
+        ([*archive, "--kind", "seg"], "the network has 3 classes; the test server expects the 20"),
     ):
         with pytest.raises(UserError, match=message):
             label(tmp_path, root, *options)
