@@ -84,7 +84,7 @@ def draw_rows(cases: Cases, number: int, path: Path) -> None:
 
 
 def draw_engines(engines: dict[str, list[Cases]], path: Path) -> None:
-    """Draw the segmentation's mIoU of both engines against iterations and against seconds, a line per seed.
+    """Draw the mIoUs of both engines against iterations and against seconds, a line per seed; pseudo labels dashed.
 
     Args:
         engines: records of `bench.seeds` with evaluations on the way, by the name of the engine.
@@ -95,12 +95,15 @@ def draw_engines(engines: dict[str, list[Cases]], path: Path) -> None:
     for axes, (field, label) in zip(figure.subplots(1, 2, sharey=True), fields.items(), strict=True):
         for (name, records), colour in zip(engines.items(), ("#1f6f8b", "#d1793a"), strict=True):
             for number, content in enumerate(content for cases in records for content in cases.values()):
-                points = [(line[field], line["seg_miou"]) for line in content["curve"]]
-                style = {"color": colour, "alpha": 0.8, "marker": "o", "markersize": 3}
-                axes.plot(*zip(*points, strict=True), **style, label=None if number else name)
+                for kind, dashes in zip(KINDS, ("--", "-"), strict=True):
+                    points = [(line[field], line[f"{kind}_miou"]) for line in content["curve"]]
+                    style = {"color": colour, "alpha": 0.8, "marker": "o", "markersize": 3, "linestyle": dashes}
+                    axes.plot(
+                        *zip(*points, strict=True), **style, label=name if number == 0 and dashes == "-" else None
+                    )
         axes.set_xlabel(label)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].set_ylabel("segmentation, mIoU in percent")
+    figure.axes[0].set_ylabel("mIoU in percent (dashed: pseudo)")
     figure.axes[0].legend(frameon=False)
     _save(figure, path)
 
