@@ -1,12 +1,16 @@
 """Set-up before any test module is imported: without a GPU the kernels run in Triton's interpreter."""
 
 import os
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+if level := os.environ.get("ATEN_CPU_CAPABILITY"):  # Inductor would take what it compiled for another level
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir(), f"fsr_fast_inductor_{level}")))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
