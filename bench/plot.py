@@ -94,13 +94,11 @@ def draw_engines(engines: dict[str, list[Cases]], path: Path) -> None:
     fields = {"iteration": "iterations", "wall_seconds": "seconds"}
     for axes, (field, label) in zip(figure.subplots(1, 2, sharey=True), fields.items(), strict=True):
         for (name, records), colour in zip(engines.items(), ("#1f6f8b", "#d1793a"), strict=True):
-            for number, content in enumerate(content for cases in records for content in cases.values()):
+            for content in (content for cases in records for content in cases.values()):
                 for kind, dashes in zip(KINDS, ("--", "-"), strict=True):
                     points = [(line[field], line[f"{kind}_miou"]) for line in content["curve"]]
-                    style = {"color": colour, "alpha": 0.8, "marker": "o", "markersize": 3, "linestyle": dashes}
-                    axes.plot(
-                        *zip(*points, strict=True), **style, label=name if number == 0 and dashes == "-" else None
-                    )
+                    axes.plot(*zip(*points, strict=True), dashes, color=colour, alpha=0.8, marker="o", markersize=3)
+            axes.plot([], color=colour, label=name)
         axes.set_xlabel(label)
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].set_ylabel("mIoU in percent (dashed: pseudo)")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 
-COLOURS = 3
+from fsr_fast.dataloading.reading import COLOURS
 
 
 class Channels:
@@ -24,13 +24,13 @@ class Channels:
     @property
     def usual(self) -> int:
         """Channels of the network that fits most pictures."""
-        return self._networks.most_common(1)[0][0] if self._networks else COLOURS
+        return self._networks.most_common(1)[0][0] if self._networks else COLOURS.channels
 
     @property
     def notes(self) -> list[str]:
         """Return a remark if all pictures are read as colours, though not all of them are."""
         found = {channels for channels, _ in self._counts}
-        if set(self._networks) != {COLOURS} or found in ({1}, {COLOURS}):
+        if set(self._networks) != {COLOURS.channels} or found in ({1}, {COLOURS.channels}):
             return []
         clear = "; the last of 2 or 4 channels is taken for transparency, and left out" if found & {2, 4} else ""
         return [f"three colours (model.in_chans 3), from {self._listed()}{clear}"]

@@ -16,7 +16,6 @@ from fsr_fast.cli import run_command
 from fsr_fast.commands import parsers
 from fsr_fast.commands.data_import import import_labels, print_notes
 from fsr_fast.config import DataConfig, build_config
-from fsr_fast.dataloading.channels import COLOURS
 from fsr_fast.dataloading.check import Report, check_dataset, write_clean_lists
 from fsr_fast.dataloading.class_names import COCO_CLASSES, VOC_CLASSES
 from fsr_fast.dataloading.coco import Instances
@@ -30,6 +29,7 @@ from fsr_fast.dataloading.negatives import keeps_negatives
 from fsr_fast.dataloading.notes import Notes
 from fsr_fast.dataloading.official_labels import read_official_labels
 from fsr_fast.dataloading.pack import pack
+from fsr_fast.dataloading.reading import COLOURS
 from fsr_fast.dataloading.threads import map_ahead
 from fsr_fast.errors import UserError, printable
 from fsr_fast.options import Given, given
@@ -69,7 +69,7 @@ def check(options: argparse.Namespace) -> None:
         unscored = "" if "val" in parts else " --data.val_list none"
         small = ", or on a CPU --config own_small" if config.dataset == "own" else ""
         usual = report.channels.usual
-        channels = "" if usual == COLOURS else f" --model.in_chans {usual}"
+        channels = "" if usual == COLOURS.channels else f" --model.in_chans {usual}"
         recipe = f"{RECIPES[config.dataset]} --data.root {config.root}{unscored}{channels}"
         print(f"next: fsr-fast train --config {recipe}{small}")
 
