@@ -164,6 +164,14 @@ def test_a_logger_that_fails_on_the_way_is_given_up_and_the_others_go_on(tmp_pat
     assert any((tmp_path / "run/tensorboard").iterdir())
 
 
+def test_a_logger_that_cannot_write_at_the_start_is_given_up_too(tmp_path, caplog):
+    (tmp_path / "tensorboard").write_text("in the way")
+    with Tracker(tmp_path, loggers=("tensorboard",)) as tracker:
+        tracker.log(1, {"loss/total": 0.5})
+    assert "tensorboard: cannot be written" in caplog.text
+    assert len(read_metrics(tmp_path)) == 1
+
+
 def test_an_unknown_logger_is_refused():
     with pytest.raises(
         UserError, match=r"run\.loggers\.0: expected tensorboard, wandb or mlflow, .*wandb:PROJECT, not 'tensorbord'"
