@@ -13,7 +13,7 @@ from PIL import Image
 
 from fsr_fast.commands.serve import main
 from fsr_fast.errors import UserError
-from fsr_fast.evaluation.inference import segment_batch
+from fsr_fast.evaluation.inference import Prediction, segment_batch
 from fsr_fast.models.build import Trained
 from fsr_fast.reporting.demo import WAITING, DemoServer
 from fsr_fast.reporting.figures import borders
@@ -82,6 +82,17 @@ def test_a_picture_gets_its_scores_masks_and_maps(server):
     shown = np.asarray(mask.convert("RGBA"))
     np.testing.assert_array_equal(shown[..., 3] == 255, (expected.mask > 0) | borders(expected.mask))
     assert (shown[borders(expected.mask)] == 255).all(), "white, so that dark colours are seen"
+
+
+def test_an_object_is_outlined_on_the_transparent_background_too(server, monkeypatch):
+    mask = np.zeros((30, 40), np.uint8)
+    mask[10:20, 10:20] = 1
+    found = Prediction(mask, dict.fromkeys(helpers.CLASSES, 0.5), {}, np.zeros((1 + len(helpers.CLASSES), 30, 40)))
+    monkeypatch.setattr("fsr_fast.reporting.demo.segment_batch", lambda *_: [found])
+    answer = json.loads(ask(server, "POST", "/segment", encoded())[2])
+    shown = Image.open(io.BytesIO(base64.b64decode(answer["mask"].partition(",")[2]))).convert("RGBA")
+    assert shown.getpixel((15, 20)) == (255, 255, 255, 255), "the row below the object"
+    assert shown.getpixel((15, 22))[3] == 0
 
 
 def test_large_pictures_are_scaled_down(server):
