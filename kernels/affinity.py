@@ -38,9 +38,9 @@ def _prepare_torch(features: Tensor, labels: Tensor, ignore_index: int) -> tuple
 
 def _bands(features: Tensor, labels: Tensor, order: Tensor, inverse: Tensor) -> Iterator[_Band]:
     for b, size in enumerate((inverse != NO_NORM).sum(1).tolist()):
-        known = order[b, :size]
-        unit = features[b, known].to(inverse.dtype) * inverse[b, :size, None]
-        label = labels[b, known]
+        known = order[b, :size].long()
+        unit = features[b].index_select(0, known).to(inverse.dtype) * inverse[b, :size, None]
+        label = labels[b].index_select(0, known)
         for start in range(0, size, BAND):
             rows = slice(start, min(start + BAND, size))
             yield _Band(b, rows, known[rows], unit, label[rows, None] == label)
@@ -51,23 +51,23 @@ def _sums_torch(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     order, inverse = _prepare_torch(features, labels, ignore_index)
     B, N = labels.shape
-    rows = inverse.new_zeros((B, N, 2) if with_gradient else (0, 0, 2))
+    rows = inverse.new_zeros((B, N, 2))
     signs = inverse.new_zeros((B, N, N) if with_gradient else 0, dtype=torch.int8)
-    sums = inverse.new_zeros(4, dtype=torch.float64)
+    pairs = same_count = 0
     for band in _bands(features, labels, order, inverse):
         similarity = band.unit[band.rows] @ band.unit.T
-        similarity[:, band.rows].fill_diagonal_(0)  # a patch does not pair with itself
+        similarity.diagonal(band.rows.start).zero_()  # a patch does not pair with itself
         if with_gradient:
             signs[band.image, band.rows, : len(band.unit)] = similarity.sign()
-        similarity.abs_()
-        row_sums = torch.stack(((similarity * band.same).sum(1), similarity.masked_fill_(band.same, 0).sum(1)), dim=1)
-        if with_gradient:
-            rows[band.image, band.rows] = row_sums
-        same_count = band.same.sum() - len(band.patches)
-        sums[::2] += row_sums.sum(0)
-        sums[1] += same_count
-        sums[3] += len(band.patches) * (len(band.unit) - 1) - same_count
-    return sums.to(inverse.dtype), order, inverse, rows, signs
+        different = similarity.abs_().masked_fill(band.same, 0)
+        same_sum, different_sum = rows[band.image, band.rows].unbind(1)
+        torch.sum(different, 1, out=different_sum)
+        torch.sum(similarity.sub_(different), 1, out=same_sum)  # exact: the difference is similarity or 0
+        pairs += len(band.patches) * (len(band.unit) - 1)
+        same_count += int(band.same.count_nonzero()) - len(band.patches)
+    same, other = rows.sum((0, 1), dtype=torch.float64).tolist()
+    sums = inverse.new_tensor([same, same_count, other, pairs - same_count])
+    return sums, order, inverse, rows if with_gradient else rows.new_empty((0, 0, 2)), signs
 
 
 def _backward_torch(gradient: Tensor, features: Tensor, labels: Tensor, *found: Tensor) -> Tensor:
@@ -77,8 +77,8 @@ def _backward_torch(gradient: Tensor, features: Tensor, labels: Tensor, *found: 
         weight = torch.where(band.same, gradient[0], gradient[2]).mul_(signs[band.image, band.rows, : len(band.unit)])
         scale = inverse[band.image, band.rows, None]
         along = (rows[band.image, band.rows] @ gradient[::2])[:, None].masked_fill(scale >= 1 / EPS, 0)
-        change = (weight @ band.unit).sub_(along * band.unit[band.rows]).mul_(2 * scale)
-        result[band.image, band.patches] = change.to(result.dtype)
+        change = torch.addcmul(weight @ band.unit, along, band.unit[band.rows], value=-1).mul_(2 * scale)
+        result[band.image].index_copy_(0, band.patches, change.to(result.dtype))
     return result
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from .dispatch import FEATURE_DTYPES, require_dtype, require_same_device, require_shape, use_triton
 from .patch_selection_kernels import empty_selection, launch_activation, launch_selection
 
-# --- torch path: present classes only, one product per image; two stable sorts
+# --- torch path: present classes only, one product per image; a stable sort
 
 
 def _soft_torch(value: Tensor, uniform: Tensor, low: float, high: float) -> Tensor:
@@ -27,9 +27,9 @@ def _value_from_features(features: Tensor, weight: Tensor, labels: Tensor) -> Te
     for b in range(features.shape[0]):
         present = weight[labels[b] > 0].to(features.dtype)
         if present.shape[0]:
-            cam = torch.relu(features[b].to(exact) @ present.to(exact).T)  # (N, present classes)
-            cam -= cam.amin(0)
-            value[b] = (cam / (cam.amax(0) + 1e-5)).amax(1)
+            cam = (present.to(exact) @ features[b].to(exact).T).relu_()  # (present classes, N)
+            lowest, highest = cam.aminmax(dim=1, keepdim=True)
+            torch.amax(cam.sub_(lowest).div_(highest - lowest + 1e-5), 0, out=value[b])
     return value
 
 
@@ -39,14 +39,13 @@ def _value_from_cam(cam: Tensor, labels: Tensor, rows: int, columns: int) -> Ten
 
 
 def _select_torch(soft: Tensor, rows: int, columns: int, block: int, k: int) -> tuple[Tensor, Tensor]:
-    """The torch path of :func:`top_k_mask`: two stable sorts."""
+    """The torch path of :func:`top_k_mask`: a stable sort."""
     soft = soft.contiguous()
     chosen = torch.sort(soft, dim=1, descending=True, stable=True).indices[:, :k]
     blocks = torch.zeros_like(soft, dtype=torch.bool).scatter_(1, chosen, True)
     grid = blocks.view(-1, rows, 1, columns, 1).expand(-1, rows, block, columns, block)
     mask = grid.reshape(soft.shape[0], -1).clone()
-    masked = torch.sort(mask, dim=1, stable=True, descending=True).indices[:, : k * block * block]
-    return mask, masked.contiguous()
+    return mask, mask.nonzero()[:, 1].reshape(len(mask), k * block * block).contiguous()
 
 
 # --- registration
