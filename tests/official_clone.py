@@ -31,7 +31,7 @@ def WSSSNetwork(encoder, decoder, projector, num_classes):
     options = {name: sizes[name] for name in ("img_size", "patch_size", "embed_dim", "depth", "num_heads")}
     config = ModelConfig(
         backbone_options=options, pretrained="none", normalisation="imagenet", mask_mode="none",
-        stochastic_depth=0.0, prototypes=projector.prototypes,
+        stochastic_depth=0.0, prototypes=projector.prototypes, decoder_width=32, projector_hidden=64, bottleneck=32,
     )
     network = build_network(config, tuple(map(str, range(1, num_classes))), sizes["img_size"])
     network.__class__ = StandIn

@@ -235,12 +235,11 @@ def dense_energy(
         gate = (1 - probabilities.amax(dim=1)).clamp(min=0).masked_fill(labels == ignore_index, 1)  # (B, h, w)
         for b in range(B):
             for y in range(h):
-                for x in range(w):
-                    kernel = gaussian_kernel(images[b], y, x, sigma_rgb, sigma_xy).to(probabilities.dtype)
-                    filtered = (kernel * probabilities[b]).sum(dim=(1, 2))  # (K S)_i, (C + 1)
-                    gated = gate[b, y, x] * filtered
-                    energy = energy - (gated * probabilities[b, :, y, x]).sum() / B
-                    gradient[b, :, y, x] = -2 * gated / B
+                kernel = gaussian_kernel(images[b], y, sigma_rgb, sigma_xy).to(probabilities.dtype)  # (w, h, w)
+                filtered = torch.einsum("xij,cij->cx", kernel, probabilities[b])  # (K S)_i of the row, (C + 1, w)
+                gated = gate[b, y] * filtered
+                energy = energy - (gated * probabilities[b, :, y]).sum() / B
+                gradient[b, :, y] = -2 * gated / B
     # the value of E with the official gradient: a term that is 0, whose derivative is `gradient`
     return energy + (gradient * (probabilities - probabilities.detach())).sum()
 
@@ -273,24 +272,23 @@ def energy_loss(logits: Tensor, images: Tensor, labels: Tensor) -> Tensor:
     return 1e-7 * dense_energy(probabilities, colours, halved_labels)
 
 
-def gaussian_kernel(image: Tensor, y: int, x: int, sigma_rgb: float, sigma_xy: float) -> Tensor:
-    """Weight all pixels of an image by their proximity in colour and place to one pixel.
+def gaussian_kernel(image: Tensor, y: int, sigma_rgb: float, sigma_xy: float) -> Tensor:
+    """Weight all pixels of an image by their proximity in colour and place to each pixel of a row.
 
     Args:
         image: (3, h, w) floating, RGB in 0..255.
-        y: row of that pixel.
-        x: its column.
+        y: the row.
         sigma_rgb: standard deviation in colour, in grey levels.
         sigma_xy: standard deviation in place, in pixels.
 
     Returns:
-        (h, w): exp(-½|Δrgb / σ_rgb|² - ½|Δxy / σ_xy|²).
+        (w, h, w), first the pixels of the row: exp(-½|Δrgb / σ_rgb|² - ½|Δxy / σ_xy|²).
 
     Source: official code, dense energy loss.
     """
     _, h, w = image.shape
-    rows = torch.arange(h, dtype=image.dtype, device=image.device)[:, None]
-    columns = torch.arange(w, dtype=image.dtype, device=image.device)[None, :]
-    colour = (image - image[:, y, x][:, None, None]).square().sum(dim=0) / sigma_rgb**2
-    place = ((rows - y).square() + (columns - x).square()) / sigma_xy**2
+    rows = torch.arange(h, dtype=image.dtype, device=image.device)[None, :, None]
+    columns = torch.arange(w, dtype=image.dtype, device=image.device)
+    colour = (image[:, None] - image[:, y, :, None, None]).square().sum(dim=0) / sigma_rgb**2
+    place = ((rows - y).square() + (columns - columns[:, None, None]).square()) / sigma_xy**2
     return torch.exp(-0.5 * (colour + place))
