@@ -29,7 +29,7 @@ from fsr_fast.dataloading.build import build_train_loader
 from fsr_fast.dataloading.datasets import build_datasets
 from fsr_fast.errors import UserError
 
-PERIOD = 0.2
+PERIOD = 1.0
 """Seconds between two samples of a part's processes."""
 BATCH, WORKERS = 8, 2
 NETWORK = {
