@@ -107,10 +107,10 @@ class DaliLoader(StreamLoader):
     def _run(self, positions: Positions, under_way: deque[_Encoded]) -> Iterator[Batch | UserError]:
         stream = Stream(self._dataset, self._seed, self._bad)
         host = _Host(stream, self._augment, self._data, self._strange)
-        reader = read_ahead(host, self._data.workers, batch_sampler=positions)
+        readers = [read_ahead(host, self._data.workers, batch_sampler=positions)]
 
         def feed() -> Sequence[Any]:
-            encoded = next(reader)
+            encoded = next(readers[0])
             if isinstance(encoded, UserError):
                 raise encoded
             under_way.append(encoded)
@@ -119,20 +119,25 @@ class DaliLoader(StreamLoader):
         graph = build_graph(feed, **self._graph)
         mean, std = (torch.tensor(values, device=self._device) for values in (self._mean, self._std))
         on_gpu = self._device.type == "cuda"
-        while True:
-            current = torch.cuda.current_stream(self._device) if on_gpu else None
-            (output,) = graph.run(current)
-            pixels = torch.from_dlpack(output.as_tensor())  # (B, V, H, W, C), DALI's own memory
-            encoded = under_way.popleft()
-            self._bad |= encoded.bad
-            views = jitter_colours(pixels.transpose(0, 1), encoded.steps, mean, std)
-            if current is not None:
-                self._hold(pixels, current)
-            for late in encoded.late:
-                picture = views[late.view, late.item]
-                picture.copy_(_finish(picture, late, mean[:, None, None], std[:, None, None]))
-            labels = encoded.labels.pin_memory() if on_gpu else encoded.labels
-            yield Batch(tuple(views), labels, encoded.indices, encoded.bad)
+        try:
+            while True:
+                current = torch.cuda.current_stream(self._device) if on_gpu else None
+                (output,) = graph.run(current)
+                pixels = torch.from_dlpack(output.as_tensor())  # (B, V, H, W, C), DALI's own memory
+                encoded = under_way.popleft()
+                self._bad |= encoded.bad
+                views = jitter_colours(pixels.transpose(0, 1), encoded.steps, mean, std)
+                if current is not None:
+                    self._hold(pixels, current)
+                for late in encoded.late:
+                    picture = views[late.view, late.item]
+                    picture.copy_(_finish(picture, late, mean[:, None, None], std[:, None, None]))
+                labels = encoded.labels.pin_memory() if on_gpu else encoded.labels
+                yield Batch(tuple(views), labels, encoded.indices, encoded.bad)
+        finally:
+            # DALI's graph keeps `feed` until garbage is collected. A reader that lives until then cannot tell its
+            # processes to end, and waits five seconds for each.
+            readers.clear()
 
     def _hold(self, pixels: Tensor, stream: torch.cuda.Stream) -> None:
         """Keep DALI's memory until the GPU has read it: once released, DALI reuses it, in its own stream."""

@@ -1,6 +1,8 @@
 """Small data sets to read."""
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ from PIL import Image
 
 from fsr_fast.config import DataConfig
 from fsr_fast.dataloading.datasets import SegmentationDataset
+from fsr_fast.dataloading.stream import StreamLoader
 from fsr_fast.dataloading.synthetic import generate
 from tests.dataloading import people
 
@@ -28,6 +31,22 @@ def shown(dataset: SegmentationDataset) -> dict[str, set[str]]:
         name: {dataset.classes[number] for number in np.flatnonzero(row)}
         for name, row in zip(dataset.ids, dataset.labels, strict=True)
     }
+
+
+@pytest.fixture(autouse=True)
+def close_loaders(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Close the loaders that a test has left: once they are garbage, each of their processes is waited for."""
+    opened: list[StreamLoader] = []
+    start = StreamLoader.__init__
+
+    def listed(self: StreamLoader, *arguments: Any, **options: Any) -> None:
+        start(self, *arguments, **options)
+        opened.append(self)
+
+    monkeypatch.setattr(StreamLoader, "__init__", listed)
+    yield
+    for loader in opened:
+        loader.close()
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -138,9 +139,11 @@ def test_a_closed_loader_goes_on_where_it_was(train: SegmentationDataset, pipeli
     whole = list(islice(loader(train, pipeline=pipeline), 4))
     stream = loader(train, pipeline=pipeline, workers=1)
     started = list(islice(stream, 2))
+    processes = psutil.Process().children()
     stream.close()
+    assert processes
+    assert not any(process.is_running() for process in processes), "none waits until garbage is collected"
     assert_same(whole, started + list(islice(stream, 2)))
-    stream.close()
 
 
 def test_the_position_counts_the_samples_of_all_ranks(train: SegmentationDataset, pipeline: str) -> None:
