@@ -48,7 +48,8 @@ except ImportError:  # a platform without Triton: Python can still parse the ker
     triton = tl = _NoTriton()
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
-FEATURE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # what the kernels take; the torch path adds float64
+TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+FEATURE_DTYPES = tuple(TRITON_DTYPES)  # what the kernels take; the torch path adds float64
 
 
 class CompileCase(NamedTuple):
@@ -194,3 +195,12 @@ def dot(a, b, total):
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, total, input_precision="tf32x3")
+
+
+@triton.jit
+def rounded(x, dtype: tl.constexpr):
+    """fp32 to a narrower dtype, to nearest even as the hardware does; the interpreter would truncate bfloat16."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        x = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+    return x.to(dtype)

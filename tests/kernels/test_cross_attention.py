@@ -11,6 +11,7 @@ from fsr_fast.kernels.cross_attention import (
     absorbed_attention_op,
     masked_cross_attention,
 )
+from fsr_fast.kernels.projection import projection_backward_op, projection_op
 from fsr_fast.reference.attention import masked_cross_attention as reference
 from tests.kernels.helpers import (
     assert_close,
@@ -18,11 +19,13 @@ from tests.kernels.helpers import (
     compile_backend,
     converted,
     gradients,
+    launches,
     permuted,
 )
 
 MODES = ("exclude", "multiply", "none")
 SHAPES = ((2, 37, 24, 3), (1, 5, 48, 2), (3, 70, 40, 5))  # B, N, D, heads
+LONG, WIDE = (1, 530, 36, 2), (1, 9, 300, 2)  # more than one step of every loop over parts, columns, summands
 VECTORS = ("norm_weight", "norm_bias", "q_bias", "k_bias", "v_bias", "proj_bias")
 MATRICES = ("q_weight", "k_weight", "v_weight", "proj_weight")
 
@@ -74,7 +77,15 @@ def test_torch_path_equals_reference(mode: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "mode"), [(SHAPES[0], "exclude"), (SHAPES[0], "none"), (SHAPES[1], "exclude"), (SHAPES[2], "multiply")]
+    ("shape", "mode"),
+    [
+        (SHAPES[0], "exclude"),
+        (SHAPES[0], "none"),
+        (SHAPES[1], "exclude"),
+        (SHAPES[2], "multiply"),
+        (LONG, "exclude"),
+        (WIDE, "exclude"),
+    ],
 )
 def test_kernels_equal_reference(shape: tuple[int, int, int, int], mode: str, triton_device: torch.device) -> None:
     B, N, D, heads = shape
@@ -181,6 +192,18 @@ def test_kernels_save_nothing_of_the_size_of_the_tokens(triton_device: torch.dev
     assert max(tensor.numel() for tensor in ours) < tensors["tokens"].numel() // 2
 
 
+def test_a_block_under_autocast_takes_few_launches(triton_device: torch.device) -> None:
+    tensors, mask = arguments(2, 9, 24, device=triton_device)
+    with torch.autocast(triton_device.type, torch.bfloat16), launches() as forward:
+        output = masked_cross_attention(mask=mask, **tensors, heads=3)
+    gradient = torch.ones_like(output)
+    with launches() as backward:
+        torch.autograd.grad(output, list(tensors.values()), gradient)
+    around = ["projection_kernel", "projection_kernel"]
+    assert forward == ["native_layer_norm", *around, "attend_kernel", "combine_kernel", *around]
+    assert len(backward) == 26, backward
+
+
 def test_attention_carries_no_gradient(triton_device: torch.device) -> None:
     tensors, mask = arguments(2, 9, 24, device=triton_device)
     _, attention = masked_cross_attention(mask=mask, **tensors, heads=3, return_attention=True)
@@ -193,15 +216,30 @@ def test_attention_carries_no_gradient(triton_device: torch.device) -> None:
 def test_operators_pass_opcheck_on_permuted_layouts(mode: str, triton_device: torch.device) -> None:
     generator = torch.Generator().manual_seed(0)
     tokens = permuted(torch.randn(2, 7, 24, generator=generator).to(triton_device)).requires_grad_()
-    query = permuted(torch.randn(2, 3, 24, generator=generator).to(triton_device)).requires_grad_()
+    queries = permuted(torch.randn(2, 3, 24, generator=generator).to(triton_device)).requires_grad_()
+    gain, shift = (torch.randn(24, generator=generator).to(triton_device).requires_grad_() for _ in range(2))
     offset = torch.randn(2, 3, generator=generator).to(triton_device).requires_grad_()
     mask = permuted(torch.rand(2, 7, generator=generator) < 0.4).to(triton_device)
-    torch.library.opcheck(absorbed_attention_op, (tokens, query, offset, mask, mode, 1e-6))
+    arguments = (tokens, queries, gain, shift, offset, mask, mode, 1e-6, torch.float32)
+    torch.library.opcheck(absorbed_attention_op, arguments)
     with torch.no_grad():
-        results = absorbed_attention_op(tokens, query, offset, mask, mode, 1e-6)
-        gradient = permuted(torch.ones_like(results[0]))
-        inputs = (gradient, tokens.detach(), query.detach(), mask, *results, mode)
-    torch.library.opcheck(absorbed_attention_backward_op, inputs)
+        read, average, attention, _, statistics = absorbed_attention_op(*arguments)
+        given = (permuted(torch.ones_like(read)), tokens, queries, gain, mask, average, attention, statistics)
+        given = tuple(tensor.detach() for tensor in given)
+    torch.library.opcheck(absorbed_attention_backward_op, (*given, mode, torch.float32))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_projections_pass_opcheck_on_permuted_layouts(transposed: bool, triton_device: torch.device) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = (2, 3, 6), (18, 5) if transposed else (15, 6), (15,)
+    x, weight, bias = (
+        permuted(torch.randn(shape, generator=generator)).to(triton_device).requires_grad_() for shape in shapes
+    )
+    share = torch.rand(2, 3, generator=generator).to(triton_device)
+    torch.library.opcheck(projection_op, (x, weight, bias, share, transposed, 0.5, torch.float32, torch.float32))
+    given = torch.ones(2, 3, 5, device=triton_device), x.detach(), weight.detach()
+    torch.library.opcheck(projection_backward_op, (*given, transposed, torch.float32))
 
 
 def test_permuted_tokens_give_the_same_result(triton_device: torch.device) -> None:

@@ -224,7 +224,7 @@ class Received(TorchDispatchMode):
 
 
 COMPILED = {
-    "absorbed_attention": (cross_attention_kernels, ("tokens", "query")),
+    "absorbed_attention": (cross_attention_kernels, ("tokens", "queries")),
     "affinity_sums": (affinity_kernels, ("features", "labels")),
     "distillation_rows": (distillation_kernels, ("student", "directions")),
     "merge_cams": (cam_merging_kernels, ("cams", "mirrors")),
