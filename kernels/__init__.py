@@ -14,7 +14,7 @@ from .distillation import distillation_loss
 from .energy import dense_energy
 from .patch_selection import PatchSelection, top_k_mask, uncertain_mask, uncertain_mask_from_cam
 from .refinement import pixel_adaptive_refinement, refine_pseudo_labels
-from .segmentation import segmentation_sums
+from .segmentation import segmentation_counts, segmentation_sum
 
 __all__ = [
     "MergedCams",
@@ -29,7 +29,8 @@ __all__ = [
     "pixel_adaptive_refinement",
     "present_classes",
     "refine_pseudo_labels",
-    "segmentation_sums",
+    "segmentation_counts",
+    "segmentation_sum",
     "top_k_mask",
     "uncertain_mask",
     "uncertain_mask_from_cam",

@@ -3,7 +3,8 @@
 Legend: B batch, K = C + 1 channels, H W label pixels, h w logit grid.
 Cell (i, j): the pixels between logits i, i+1 and j, j+1, the four corners that their resized logits are made of. Each
 pixel belongs to one cell, so one program per cell computes each softmax once, forward and gradient in one pass; a
-second kernel gathers, in a fixed order, what up to four cells hold for one logit.
+second kernel gathers, in a fixed order, what up to four cells hold for one logit. The pixels are counted beforehand, so
+that the pass knows what each of them weighs.
 """
 
 from collections.abc import Iterator
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor
 
 from .dispatch import FEATURE_DTYPES, CompileCase, device_guard, next_power_of_2, require_dtype, tl, triton
+
+COUNTED = 4096  # pixels that one program counts
 
 # --- kernels
 
@@ -57,19 +60,29 @@ def _load_corners(logits, i, j, h, w, stride_h, stride_w, inside):
 
 @triton.jit
 def _both_sides(values, right, column: tl.constexpr):
-    """(BLOCK_K, 8): the sum over pixels for the left corner in `column`, for the right corner four columns on."""
-    columns = tl.arange(0, 8)[None, :]
+    """(BLOCK_K, 4): the sum over pixels for the left corner in `column`, for the right corner two columns on."""
+    columns = tl.arange(0, 4)[None, :]
     left_sum = tl.sum(values * (1 - right), axis=1)[:, None]
     right_sum = tl.sum(values * right, axis=1)[:, None]
-    return tl.where(columns == column, left_sum, 0.0) + tl.where(columns == column + 4, right_sum, 0.0)
+    return tl.where(columns == column, left_sum, 0.0) + tl.where(columns == column + 2, right_sum, 0.0)
+
+
+@triton.jit
+def _count_kernel(labels, counts, pixels, ignore_index, BLOCK: tl.constexpr):
+    """counts (blocks, 2): background and foreground pixels of each block."""
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    label = tl.load(labels + place, mask=place < pixels, other=ignore_index).to(tl.int32)
+    known = label != ignore_index
+    tl.store(counts + tl.program_id(0) * 2, tl.sum((known & (label == 0)).to(tl.float32)))
+    tl.store(counts + tl.program_id(0) * 2 + 1, tl.sum((known & (label != 0)).to(tl.float32)))
 
 
 @triton.jit
 def _cell_kernel(
-    logits, labels, sums, parts, K, h, w, H, W, ratio_h, ratio_w, stride_b, stride_k, stride_h, stride_w,
+    logits, labels, weights, sums, parts, K, h, w, H, W, ratio_h, ratio_w, stride_b, stride_k, stride_h, stride_w,
     label_b, label_h, label_w, ignore_index, WITH_GRADIENT: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_X: tl.constexpr,
 ):  # fmt: skip
-    """One cell: sums (B, h, w, 4) and parts (B, h, w, 8, K), the eight being left/right x upper/lower x either set."""
+    """One cell: sums (B, h, w) and parts (B, h, w, 4, K), the four being left/right x upper/lower."""
     b = tl.program_id(1).to(tl.int64)
     cell = b * h * w + tl.program_id(0)
     i, j = tl.program_id(0) // w, tl.program_id(0) % w
@@ -77,11 +90,9 @@ def _cell_kernel(
     channel = tl.broadcast_to(k, (BLOCK_K, BLOCK_X))  # loading the whole tile sets its layout: lanes along the pixels
     first_y, last_y = _cell_start(i, h, H), _cell_start(i + 1, h, H)
     first_x, last_x = _cell_start(j, w, W), _cell_start(j + 1, w, W)
-    background_sum = tl.full((BLOCK_X,), 0, tl.float32)
-    background_pixels = tl.full((BLOCK_X,), 0, tl.float32)
-    foreground_sum = tl.full((BLOCK_X,), 0, tl.float32)
-    foreground_pixels = tl.full((BLOCK_X,), 0, tl.float32)
-    corners = tl.full((BLOCK_K, 8), 0, tl.float32)
+    background, foreground = tl.load(weights), tl.load(weights + 1)
+    loss = tl.full((BLOCK_X,), 0, tl.float32)
+    corners = tl.full((BLOCK_K, 4), 0, tl.float32)
     for start in range(first_x, last_x, BLOCK_X):
         x = start + tl.arange(0, BLOCK_X)
         right = _part(x, ratio_w, j, w)[None, :]
@@ -90,70 +101,75 @@ def _cell_kernel(
         )
         upper = upper_left * (1 - right) + upper_right * right
         lower = lower_left * (1 - right) + lower_right * right
-        upper_background = tl.full((BLOCK_K, BLOCK_X), 0, tl.float32)
-        lower_background = tl.full((BLOCK_K, BLOCK_X), 0, tl.float32)
-        upper_foreground = tl.full((BLOCK_K, BLOCK_X), 0, tl.float32)
-        lower_foreground = tl.full((BLOCK_K, BLOCK_X), 0, tl.float32)
+        upper_gradient = tl.full((BLOCK_K, BLOCK_X), 0, tl.float32)
+        lower_gradient = tl.full((BLOCK_K, BLOCK_X), 0, tl.float32)
         for y in range(first_y, last_y):
             down = _part(y, ratio_h, i, h)
             pixels = labels + b * label_b + y * label_h + x * label_w
             label = tl.load(pixels, mask=x < last_x, other=ignore_index).to(tl.int32)
-            background = ((label == 0) & (label != ignore_index)).to(tl.float32)
-            foreground = ((label != 0) & (label != ignore_index)).to(tl.float32)
+            weight = tl.where(label == ignore_index, 0.0, tl.where(label == 0, background, foreground))
             entropy, gradient = _cross_entropy(upper * (1 - down) + lower * down, label, k, K)
-            background_sum += tl.where(background > 0, entropy, 0.0)
-            foreground_sum += tl.where(foreground > 0, entropy, 0.0)
-            background_pixels += background
-            foreground_pixels += foreground
+            loss += weight * tl.where(label == ignore_index, 0.0, entropy)
             if WITH_GRADIENT:
-                upper_background += gradient * (background * (1 - down))[None, :]
-                lower_background += gradient * (background * down)[None, :]
-                upper_foreground += gradient * (foreground * (1 - down))[None, :]
-                lower_foreground += gradient * (foreground * down)[None, :]
+                upper_gradient += gradient * (weight * (1 - down))[None, :]
+                lower_gradient += gradient * (weight * down)[None, :]
         if WITH_GRADIENT:
-            corners += _both_sides(upper_background, right, 0) + _both_sides(upper_foreground, right, 1)
-            corners += _both_sides(lower_background, right, 2) + _both_sides(lower_foreground, right, 3)
-    tl.store(sums + cell * 4, tl.sum(background_sum))
-    tl.store(sums + cell * 4 + 1, tl.sum(background_pixels))
-    tl.store(sums + cell * 4 + 2, tl.sum(foreground_sum))
-    tl.store(sums + cell * 4 + 3, tl.sum(foreground_pixels))
+            corners += _both_sides(upper_gradient, right, 0) + _both_sides(lower_gradient, right, 1)
+    tl.store(sums + cell, tl.sum(loss))
     if WITH_GRADIENT:
-        tl.store(parts + (cell * 8 + tl.arange(0, 8)[None, :]) * K + k, corners, mask=k < K)
+        tl.store(parts + (cell * 4 + tl.arange(0, 4)[None, :]) * K + k, corners, mask=k < K)
 
 
 @triton.jit
 def _gather_kernel(parts, gradient, K, h, w, BLOCK_K: tl.constexpr):
-    """gradient (2, B, K, h, w): for each logit, what its own cell and those above and to the left hold."""
+    """gradient (B, K, h, w): for each logit, what its own cell and those above and to the left hold."""
     b = tl.program_id(1).to(tl.int64)
     i, j = tl.program_id(0) // w, tl.program_id(0) % w
     k = tl.arange(0, BLOCK_K)
-    for either in tl.static_range(2):
-        total = tl.zeros((BLOCK_K,), tl.float32)
-        for right in tl.static_range(2):
-            for lower in tl.static_range(2):
-                cell = (b * h + i - lower) * w + j - right
-                exists = (k < K) & (i >= lower) & (j >= right)
-                row = cell * 8 + right * 4 + lower * 2 + either
-                total += tl.load(parts + row * K + k, mask=exists, other=0.0)
-        plane = ((either * tl.num_programs(1) + b) * K + k) * h * w
-        tl.store(gradient + plane + i * w + j, total, mask=k < K)
+    total = tl.zeros((BLOCK_K,), tl.float32)
+    for right in tl.static_range(2):
+        for lower in tl.static_range(2):
+            cell = (b * h + i - lower) * w + j - right
+            exists = (k < K) & (i >= lower) & (j >= right)
+            total += tl.load(parts + (cell * 4 + right * 2 + lower) * K + k, mask=exists, other=0.0)
+    tl.store(gradient + (b * K + k) * h * w + i * w + j, total, mask=k < K)
 
 
 # --- launch
 
 
-def launch_terms(logits: Tensor, labels: Tensor, ignore_index: int, with_gradient: bool) -> tuple[Tensor, Tensor]:
-    """Launch the kernels.
+def launch_counts(labels: Tensor, ignore_index: int) -> Tensor:
+    """Count the pixels of both sets.
+
+    Args:
+        labels: (B, H, W), uint8 or int64.
+        ignore_index: label of the pixels in neither set.
+
+    Returns:
+        (2,) float32, background and foreground pixels.
+    """
+    labels = labels.contiguous()
+    blocks = triton.cdiv(labels.numel(), COUNTED)
+    counts = labels.new_empty((blocks, 2), dtype=torch.float32)
+    with device_guard(labels):
+        _count_kernel[(blocks,)](labels, counts, labels.numel(), ignore_index, COUNTED)
+    return counts.sum(0)
+
+
+def launch_loss(
+    logits: Tensor, labels: Tensor, weights: Tensor, ignore_index: int, with_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """Launch the kernels of the loss.
 
     Args:
         logits: (B, K, h, w), float32, bfloat16 or float16.
         labels: (B, H, W), uint8 or int64.
+        weights: (2,) float32, of a background and of a foreground pixel.
         ignore_index: label of the pixels in neither set.
-        with_gradient: whether to compute the gradients.
+        with_gradient: whether to compute the gradient.
 
     Returns:
-        (4,) float32, background sum and pixels, foreground sum and pixels; (2, B, K, h, w) float32, the gradients of
-        the two sums, or an empty tensor.
+        Scalar, float32; its gradient (B, K, h, w), float32, or an empty tensor.
 
     Raises:
         TypeError: if the logits are float64.
@@ -161,17 +177,17 @@ def launch_terms(logits: Tensor, labels: Tensor, ignore_index: int, with_gradien
     require_dtype("logits", logits, FEATURE_DTYPES)
     B, K, h, w = logits.shape
     H, W = labels.shape[1:]
-    sums = logits.new_empty((B * h * w, 4), dtype=torch.float32)
-    parts = logits.new_empty((B * h * w, 8, K) if with_gradient else 0, dtype=torch.float32)
-    gradient = logits.new_empty((2, *logits.shape) if with_gradient else 0, dtype=torch.float32)
+    sums = logits.new_empty(B * h * w, dtype=torch.float32)
+    parts = logits.new_empty((B * h * w, 4, K) if with_gradient else 0, dtype=torch.float32)
+    gradient = logits.new_empty(logits.shape if with_gradient else 0, dtype=torch.float32)
     with device_guard(logits):
         _cell_kernel[(h * w, B)](
-            logits, labels, sums, parts, K, h, w, H, W, h / H, w / W, *logits.stride(), *labels.stride(),
-            ignore_index, WITH_GRADIENT=with_gradient, **_configuration(K),
+            logits, labels, weights.contiguous(), sums, parts, K, h, w, H, W, h / H, w / W,
+            *logits.stride(), *labels.stride(), ignore_index, WITH_GRADIENT=with_gradient, **_configuration(K),
         )  # fmt: skip
         if with_gradient:
             _gather_kernel[(h * w, B)](parts, gradient, K, h, w, BLOCK_K=next_power_of_2(K), num_warps=1)
-    return sums.sum(0), gradient
+    return sums.sum(), gradient
 
 
 def _configuration(channels: int) -> dict[str, Any]:
@@ -192,7 +208,8 @@ def compile_cases() -> Iterator[CompileCase]:
         configuration = _configuration(channels)
         warps, stages = configuration.pop("num_warps"), configuration.pop("num_stages")
         integers = ("K", "h", "w", "H", "W", "stride_b", "stride_k", "stride_h", "label_b", "label_h", "ignore_index")
-        signature = {"logits": f"*{kind}", "labels": f"*{label}", "sums": "*fp32", "parts": "*fp32"}
+        signature = {"logits": f"*{kind}", "labels": f"*{label}"}
+        signature |= dict.fromkeys(("weights", "sums", "parts"), "*fp32")
         signature |= dict.fromkeys(integers, "i32") | {"ratio_h": "fp32", "ratio_w": "fp32"}
         constants = configuration | {"stride_w": 1, "label_w": 1, "WITH_GRADIENT": with_gradient}
         name = f"cells {kind} {label} K={channels}{'' if with_gradient else ' forward only'}"
@@ -201,3 +218,6 @@ def compile_cases() -> Iterator[CompileCase]:
         )
     signature = {"parts": "*fp32", "gradient": "*fp32", "K": "i32", "h": "i32", "w": "i32"}
     yield CompileCase("gather K=21", _gather_kernel, signature, {"BLOCK_K": 32}, num_warps=1, main=True)
+    for label in ("u8", "i64"):
+        signature = {"labels": f"*{label}", "counts": "*fp32", "pixels": "i32", "ignore_index": "i32"}
+        yield CompileCase(f"count {label}", _count_kernel, signature, {"BLOCK": COUNTED}, main=label == "u8")

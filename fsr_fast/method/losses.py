@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fsr_fast.kernels import affinity_sums, dense_energy, segmentation_sums
+from fsr_fast.kernels import affinity_sums, dense_energy, segmentation_counts, segmentation_sum
 from fsr_fast.method.cam import resize_images
 from fsr_fast.method.pseudo_labels import half_size
 from fsr_fast.runtime.distributed import sum_over_ranks, world_size
@@ -42,8 +42,10 @@ def affinity_loss(features: Tensor, labels: Tensor, normalise: Normalise = "glob
     Returns:
         Scalar, float32. Its mean over the processes is L_aff: of the whole batch, or the mean over the processes' own.
     """
-    same, same_count, different, different_count = _share_counts(affinity_sums(features, labels), normalise)
-    return 0.5 * (1 - same / (same_count + 1)) + 0.5 * different / (different_count + 1)
+    sums, counts = affinity_sums(features, labels).view(2, 2).unbind(1)
+    counts, factor = _share_counts(counts.detach(), normalise)
+    same, different = (factor * sums / (counts + 1)).unbind()
+    return 0.5 * (1 - same) + 0.5 * different
 
 
 def segmentation_loss(logits: Tensor, labels: Tensor, normalise: Normalise = "global") -> Tensor:
@@ -57,10 +59,8 @@ def segmentation_loss(logits: Tensor, labels: Tensor, normalise: Normalise = "gl
     Returns:
         Scalar, float32. Its mean over the processes is L_seg: of the whole batch, or the mean over the processes' own.
     """
-    background, background_count, foreground, foreground_count = _share_counts(
-        segmentation_sums(logits, labels), normalise
-    )
-    return 0.5 * (background / background_count.clamp(min=1) + foreground / foreground_count.clamp(min=1))
+    counts, factor = _share_counts(segmentation_counts(labels), normalise)
+    return segmentation_sum(logits, labels, 0.5 * factor / counts.clamp(min=1))
 
 
 def energy_loss(logits: Tensor, images: Tensor, labels: Tensor) -> Tensor:
@@ -83,11 +83,10 @@ def energy_loss(logits: Tensor, images: Tensor, labels: Tensor) -> Tensor:
     return ENERGY_SCALE * dense_energy(probabilities, halved_images, halved_labels)
 
 
-def _share_counts(sums: Tensor, normalise: Normalise) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    first, first_count, second, second_count = sums.unbind()
+def _share_counts(counts: Tensor, normalise: Normalise) -> tuple[Tensor, int]:
+    """Return the counts to divide by, and the factor of this process's sums."""
     if normalise == "process":
-        return first, first_count, second, second_count
+        return counts, 1
     # DDP averages gradients over the processes: sums are multiplied by their number, counts are those of all.
     # Every pair and pixel of the whole batch then weighs the same, however the classes are spread over the processes.
-    counts = sum_over_ranks(torch.stack([first_count, second_count]).detach())
-    return first * world_size(), counts[0], second * world_size(), counts[1]
+    return sum_over_ranks(counts), world_size()

@@ -61,7 +61,8 @@ def launch_all(size: tuple[int, int, int], dtype: torch.dtype) -> None:
     mask = torch.zeros(B, N, dtype=torch.bool)
 
     losses = [kernels.affinity_sums(features, torch.zeros(B, N, dtype=torch.int64))]
-    losses.append(kernels.segmentation_sums(numbers(B, C + 1, side, side, **gradient), pixel_labels))
+    weights_of_sets = kernels.segmentation_counts(pixel_labels)
+    losses.append(kernels.segmentation_sum(numbers(B, C + 1, side, side, **gradient), pixel_labels, weights_of_sets))
     losses.append(kernels.dense_energy(maps.float(), images, pixel_labels))
     for rows, prototypes in ((B, 64 * C), (B * N, 1024)):
         heads_of_both = numbers(prototypes, D, gradient=True), numbers(prototypes, D)

@@ -8,14 +8,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fsr_fast.kernels import segmentation, segmentation_sums
-from fsr_fast.kernels.segmentation import segmentation_terms_op
+from fsr_fast.kernels import segmentation, segmentation_counts, segmentation_sum
+from fsr_fast.kernels.segmentation import segmentation_counts_op, segmentation_loss_op
 from fsr_fast.method.losses import segmentation_loss
 from fsr_fast.reference import segmentation_loss as reference_loss
 from fsr_fast.reference import segmentation_sums as reference_sums
-from tests.kernels.helpers import assert_close, assert_low_precision, compile_backend, gradients, leaf, permuted
+from tests.kernels.helpers import (
+    assert_close,
+    assert_low_precision,
+    compile_backend,
+    gradients,
+    launches,
+    leaf,
+    permuted,
+)
 
 IGNORE = 255
+WEIGHTS = (0.75, 2.5)  # of a background and of a foreground pixel
 SHAPES = (  # B, C + 1, h, w, H, W
     pytest.param((1, 3, 2, 2, 7, 1), id="one pixel wide"),
     pytest.param((2, 21, 2, 1, 5, 13), id="not divisible"),
@@ -39,15 +48,26 @@ def arguments(
 
 
 def run(function: Any, logits: Tensor, labels: Tensor) -> list[Tensor]:
-    sums = function(logits, labels)
-    return [sums, *gradients(sums, [logits])]
+    """Weighted sum, counts and gradient."""
+    total, counts = function(logits, labels)
+    return [total, counts, *gradients(total, [logits])]
+
+
+def ours_of(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    weights = torch.tensor(WEIGHTS, device=labels.device)
+    return segmentation_sum(logits, labels, weights), segmentation_counts(labels)
+
+
+def reference_of(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    background, background_pixels, foreground, foreground_pixels = reference_sums(logits, labels)
+    return WEIGHTS[0] * background + WEIGHTS[1] * foreground, torch.stack([background_pixels, foreground_pixels])
 
 
 def check_against_reference(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
     logits, labels = arguments(shape, dtype, device)
-    truth = run(reference_sums, leaf(logits.double()), labels)
-    ours = run(segmentation_sums, permuted(logits), permuted(labels).to(torch.uint8))
-    for name, actual, expected in zip(("sums", "gradient"), ours, truth, strict=True):
+    truth = run(reference_of, leaf(logits.double()), labels)
+    ours = run(ours_of, permuted(logits), permuted(labels).to(torch.uint8))
+    for name, actual, expected in zip(("sum", "counts", "gradient"), ours, truth, strict=True):
         assert_close(actual, expected, label=f"{name} {shape}")
 
 
@@ -86,7 +106,7 @@ def test_torch_path_equals_reference_at_any_size_and_band(shape: tuple[int, ...]
 @pytest.mark.usefixtures("torch_path")
 def test_gradient_is_the_derivative() -> None:
     logits, labels = arguments((2, 3, 3, 2, 7, 5), torch.float64)
-    assert torch.autograd.gradcheck(lambda x: segmentation_sums(x, labels)[[0, 2]], (logits,))
+    assert torch.autograd.gradcheck(lambda x: ours_of(x, labels)[0], (logits,))
     assert torch.autograd.gradcheck(lambda x: segmentation_loss(x, labels), (logits,))
 
 
@@ -107,36 +127,35 @@ def test_loss_counts_an_empty_set_as_zero(label: int | None, triton_device: torc
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_is_as_exact_as_torch(dtype: torch.dtype, path: torch.device) -> None:
     logits, labels = arguments((1, 21, 1, 2, 3, 9), dtype, path)
-    ours = run(segmentation_sums, logits, labels)
-    low = run(reference_sums, leaf(logits), labels)
-    truth = run(reference_sums, leaf(logits.float()), labels)
+    ours = run(ours_of, logits, labels)
+    low = run(reference_of, leaf(logits), labels)
+    truth = run(reference_of, leaf(logits.float()), labels)
     assert ours[0].dtype == torch.float32
-    assert ours[1].dtype == dtype
+    assert ours[2].dtype == dtype
     for actual, plain, exact in zip(ours, low, truth, strict=True):
         assert_low_precision(actual, plain, exact)
 
 
 def test_gradient_is_the_same_in_every_run(triton_device: torch.device) -> None:
     logits, labels = arguments((1, 3, 2, 1, 4, 5), device=triton_device)
-    first, second = (run(segmentation_sums, logits, labels) for _ in range(2))
-    assert torch.equal(first[0], second[0])
-    assert torch.equal(first[1], second[1])
+    for first, second in zip(*(run(ours_of, logits, labels) for _ in range(2)), strict=True):
+        assert torch.equal(first, second)
 
 
-def test_sums_without_gradient_are_the_same(triton_device: torch.device) -> None:
+def test_the_sum_without_gradient_is_the_same(triton_device: torch.device) -> None:
     logits, labels = arguments((2, 3, 1, 1, 2, 3), device=triton_device)
     with torch.no_grad():
-        sums = segmentation_sums(logits, labels)
-    assert not sums.requires_grad
-    assert torch.equal(sums, segmentation_sums(logits, labels).detach())
+        total, _ = ours_of(logits, labels)
+    assert not total.requires_grad
+    assert torch.equal(total, ours_of(logits, labels)[0].detach())
 
 
 @pytest.mark.usefixtures("torch_path")
 def test_autocast_changes_nothing_on_the_cpu() -> None:
     logits, labels = arguments((1, 3, 3, 3, 8, 8))
-    plain = run(segmentation_sums, logits, labels)
+    plain, _ = ours_of(logits, labels)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(segmentation_sums(logits, labels), plain[0])
+        assert torch.equal(ours_of(logits, labels)[0], plain)
 
 
 @pytest.mark.gpu
@@ -164,10 +183,30 @@ def test_host_never_waits() -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_operator_is_registered_rightly(triton_device: torch.device) -> None:
+def test_operators_are_registered_rightly(triton_device: torch.device) -> None:
     logits, labels = arguments((1, 3, 2, 1, 2, 2), device=triton_device)
-    torch.library.opcheck(segmentation_terms_op, (permuted(logits), permuted(labels), IGNORE, True))
-    torch.library.opcheck(segmentation_terms_op, (logits.detach(), labels, IGNORE, False))
+    weights = torch.tensor(WEIGHTS, device=triton_device)
+    torch.library.opcheck(segmentation_loss_op, (permuted(logits), permuted(labels), weights, IGNORE, True))
+    torch.library.opcheck(segmentation_loss_op, (logits.detach(), labels, weights, IGNORE, False))
+    torch.library.opcheck(segmentation_counts_op, (permuted(labels), IGNORE))
+
+
+def test_the_loss_takes_few_launches(triton_device: torch.device) -> None:
+    logits, labels = arguments((1, 3, 2, 1, 4, 3), device=triton_device)
+    with launches() as forward:
+        loss = segmentation_loss(logits, labels)
+    gradient = torch.ones_like(loss)
+    with launches() as backward:
+        torch.autograd.grad(loss, [logits], gradient)
+    weights = ["clamp", "reciprocal", "mul"]
+    assert forward == ["_count_kernel", "sum", *weights, "_cell_kernel", "_gather_kernel", "sum"]
+    assert backward == ["mul"]
+
+
+def test_more_pixels_than_one_program_counts_are_counted(triton_device: torch.device) -> None:
+    labels = torch.arange(3 * 60 * 70).view(3, 60, 70).remainder(7).to(triton_device)
+    labels[labels == 6] = IGNORE
+    assert segmentation_counts(labels).tolist() == [(labels == 0).sum().item(), ((labels != 0) & (labels != 255)).sum()]
 
 
 def test_loss_compiles_into_one_graph(path: torch.device) -> None:
@@ -207,9 +246,24 @@ def test_kernels_refuse_float64(triton_device: torch.device) -> None:
         (torch.zeros(2, 3, 4, 4), torch.zeros(2, 8, 8, dtype=torch.uint8, device="meta"), ValueError, "device"),
     ],
 )
-@pytest.mark.parametrize("function", [segmentation_loss, segmentation_sums])
-def test_bad_input_is_refused(
-    function: Any, logits: Tensor, labels: Tensor, error: type[Exception], message: str
-) -> None:
+def test_bad_input_is_refused(logits: Tensor, labels: Tensor, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        function(logits, labels)
+        segmentation_sum(logits, labels, torch.ones(2))
+
+
+@pytest.mark.parametrize(
+    ("weights", "error", "message"),
+    [
+        (torch.ones(3), ValueError, r"weights has shape \(3,\); expected \(2\)"),
+        (torch.ones(2).long(), TypeError, "weights is int64"),
+        (torch.ones(2, device="meta"), ValueError, "weights is on meta"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(weights: Tensor, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        segmentation_sum(torch.zeros(2, 3, 4, 4), torch.zeros(2, 8, 8, dtype=torch.uint8), weights)
+
+
+def test_labels_of_another_dtype_are_not_counted() -> None:
+    with pytest.raises(TypeError, match="labels is float32; expected uint8, int64"):
+        segmentation_counts(torch.zeros(2, 8, 8))

@@ -228,7 +228,7 @@ COMPILED = {
     "affinity_sums": (affinity_kernels, ("features", "labels")),
     "distillation_rows": (distillation_kernels, ("student", "directions")),
     "merge_cams": (cam_merging_kernels, ("cams", "mirrors")),
-    "segmentation_terms": (segmentation_kernels, ("logits", "labels")),
+    "segmentation_loss": (segmentation_kernels, ("logits", "labels")),
     "uncertain_mask": (patch_selection_kernels, ("features", "weight")),
 }
 """Operators whose kernels exist for several dtypes, and the kernels' names of the first two tensors."""
