@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import threading
 import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
 
 import numpy as np
@@ -40,6 +41,7 @@ STRANGERS = {  # first bytes of files that are often mistaken for pictures
     b"version https://git-lfs": "a pointer of Git LFS: fetch the file itself by `git lfs pull`",
 }
 PHONES = (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftypavif")
+PLAIN = re.compile(r"[\w./-]*", re.ASCII).fullmatch  # such names need no closer look
 LONGEST = 250  # bytes of a picture's name, and of each folder in it
 SCANS = 100  # of a progressive JPEG; each costs a pass over all pixels, and cameras write about ten
 MAX_PIXELS = 80_000_000  # of one image, unless more are allowed: 320 MB decoded; larger ones are refused undecoded
@@ -141,7 +143,7 @@ def inside(folder: Path, name: str, links: Sequence[Path] = ()) -> Path:
     """
     check_name(name)
     path = folder / name
-    target = os.path.realpath(path)
+    target = os.path.realpath(path) if path.is_symlink() else f"{_real(path.parent.absolute())}{path.name}"
     if not target.startswith(tuple(_real(root.absolute()) for root in (folder, *links))):
         raise OutsideError(
             f"{path}: a symbolic link that leads out of {folder}, to {target}; put the file itself there, or allow "
@@ -161,8 +163,8 @@ def check_name(name: str) -> None:
     Raises:
         OutsideError: an empty name, an absolute path, a part `..`; or as `check_spelling`.
     """
-    parts = PurePosixPath(name).parts
-    if not name or PurePosixPath(name).is_absolute() or PureWindowsPath(name).drive or ".." in parts:
+    drive = not PLAIN(name) and PureWindowsPath(name).drive
+    if not name or name.startswith("/") or drive or ".." in name.split("/"):
         raise OutsideError(f"{name!r} leads out of the data set; expected a name within its folder")
     check_spelling(name)
 
@@ -173,6 +175,8 @@ def check_spelling(name: str) -> None:
     Raises:
         OutsideError: a part of more than 250 bytes, control characters, or bytes that are not UTF-8.
     """
+    if len(name) <= LONGEST and PLAIN(name):
+        return
     if any(len(part.encode(errors="replace")) > LONGEST for part in name.split("/")):
         raise OutsideError(f"{name[:80]!r}…: too long for the files of its results ({LONGEST} bytes); rename it")
     if any(unicodedata.category(one) in ("Cc", "Cs") for one in name):

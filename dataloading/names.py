@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import pairwise
 
 import numpy as np
 
@@ -35,7 +36,8 @@ class Names:
         return any(name == other for other in self)
 
     def __iter__(self) -> Iterator[str]:
-        return map(self.__getitem__, range(len(self)))
+        ends = self._ends.tolist()
+        return (self._bytes[start:end].decode("utf-8", "surrogatepass") for start, end in pairwise(ends))
 
     def take(self, indices: Iterable[int]) -> Names:
         """Return some of the names, in the order of their numbers."""

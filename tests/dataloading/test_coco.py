@@ -207,7 +207,6 @@ HOSTILE = {
     "runs beyond the picture, compressed": {"counts": "0PPPP4", "size": [HEIGHT, WIDTH]},
     "negative runs": {"counts": [0, -WHOLE, 2 * WHOLE], "size": [HEIGHT, WIDTH]},
     "far away": [[0.0, 0.0, FAR, 0.0, FAR, FAR, 0.0, FAR]],
-    "not finite": [[0.0, 0.0, 9.0, 0.0, float("nan"), 9.0]],
     "half a point": [[1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]],
     "text": [["a", "b", "c", "d", "e", "f"]],
 }
@@ -278,7 +277,8 @@ def test_images_without_objects_join_the_training_list_by_option(coco: Path, neg
     assert len(val) == 2
 
 
-def test_deep_json_is_one_error(coco: Path) -> None:
-    (coco / "annotations/instances_train2014.json").write_text('{"images": ' + "[" * 100_000)
+@pytest.mark.parametrize("content", ['{"info": ' + "[" * 100_000, '{"images": [], "area": NaN}', '{"images": ['])
+def test_what_is_no_json_is_one_error(coco: Path, content: str) -> None:
+    (coco / "annotations/instances_train2014.json").write_text(content)
     with pytest.raises(UserError, match=r"instances_train2014\.json: not valid JSON"):
         build_datasets(config(coco))
