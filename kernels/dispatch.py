@@ -64,6 +64,7 @@ class CompileCase(NamedTuple):
         num_warps: as launched.
         num_stages: as launched.
         main: compile for every target, not only for sm_90.
+        least: lowest compute capability whose shared memory suffices.
         spill_reason: why register spills are accepted here; empty if they are not.
     """
 
@@ -74,6 +75,7 @@ class CompileCase(NamedTuple):
     num_warps: int = 4
     num_stages: int = 3
     main: bool = False
+    least: int = 80
     spill_reason: str = ""
 
 

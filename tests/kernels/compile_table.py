@@ -36,7 +36,9 @@ def jobs(names: list[str]) -> list[tuple[str, str, int]]:
     for name in names:
         cases = list(importlib.import_module(f"fsr_fast.kernels.{name}").compile_cases())
         assert len({case.name for case in cases}) == len(cases), f"{name}: case names are not unique"
-        found += [(name, case.name, target) for case in cases for target in (TARGETS if case.main else (90,))]
+        for case in cases:
+            targets = [target for target in TARGETS if target >= case.least] if case.main else [90]
+            found += [(name, case.name, target) for target in targets]
     return found
 
 

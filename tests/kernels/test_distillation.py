@@ -171,6 +171,23 @@ def test_far_logits_do_not_overflow(triton_device: torch.device) -> None:
         assert_close(actual, expected, 1e-4, label=name)
 
 
+@pytest.mark.parametrize(
+    ("E", "dtype", "kibibytes", "stay"),
+    [
+        (256, torch.bfloat16, 227, True),  # H100
+        (256, torch.bfloat16, 163, False),  # A100
+        (128, torch.float16, 163, True),
+        (512, torch.bfloat16, 227, False),
+        (256, torch.float32, 227, False),
+    ],
+)
+def test_rows_are_read_once_where_shared_memory_holds_them(
+    E: int, dtype: torch.dtype, kibibytes: int, stay: bool
+) -> None:
+    options = distillation_kernels.launch_options(E, dtype, kibibytes * 1024)
+    assert (options["BLOCK_E"] == E) == stay
+
+
 def test_operators_pass_opcheck_on_permuted_layouts(triton_device: torch.device) -> None:
     tensors, _ = arguments(5, 7, 11, device=triton_device)
     given = [permuted(tensors[name]) for name in ("student", "student_head", "teacher", "teacher_head")]
