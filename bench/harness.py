@@ -240,17 +240,17 @@ def device_name(device: torch.device) -> str:
     return name.replace(" ", "-")
 
 
-def record(case: str, device: torch.device, content: dict[str, Any]) -> None:
+def record(case: str, device: torch.device | str, content: dict[str, Any]) -> None:
     """Add or replace a case in the JSON of its bench and device, if ``FSR_RECORD=1`` is set.
 
     Args:
         case: the bench's name, which is the file's, then what distinguishes the case.
-        device: that was measured.
+        device: that was measured; the name of one that is not there.
         content: the measurement; device, versions and commit are added.
     """
     if os.environ.get("FSR_RECORD") != "1":
         return
-    name = device_name(device)
+    name = device if isinstance(device, str) else device_name(device)
     file = RESULTS / name / f"{case.split()[0]}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     cases = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}

@@ -14,6 +14,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
+from bench.counted import tabulate_counts
 from bench.harness import RESULTS
 from bench.seeds import KINDS
 from fsr_fast.commands.paper_tables import TABLES
@@ -323,6 +324,7 @@ def tabulate(results: Path) -> dict[str, str]:
         "sizes": tabulate_sizes(read_cases(results, "sizes")),
         **{f"table {number}": tabulate_rows(read_cases(results, "tables"), number) for number in (3, 4)},
         "depth": tabulate_depth(read_cases(results, "seeds"), read_cases(results, "depth")),
+        "counted": tabulate_counts(read_cases(results, "counts"), read_cases(results, "counts_before")),
         "rehearsal": tabulate_rehearsal(read_cases(results, "rehearsal")),
     }
 

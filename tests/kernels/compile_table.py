@@ -72,7 +72,7 @@ def compile_one(job: tuple[str, str, int]) -> dict[str, Any]:
     """Compile one configuration for one target and read its resources from the cubin."""
     name, case_name, target = job
     case, compiled = compile_job(job)
-    registers, stack = _cubin_resources(compiled.asm["cubin"])
+    registers, stack = cubin_resources(compiled.asm["cubin"])
     return {
         "module": name,
         "case": case_name,
@@ -89,17 +89,22 @@ def compile_one(job: tuple[str, str, int]) -> dict[str, Any]:
 def count_loops(job: tuple[str, str, int]) -> str:
     """Compile one configuration and count the instructions of its innermost loops, and of the whole."""
     name, case_name, target = job
-    text = _dump(compile_job(job)[1].asm["cubin"], "-sass")
-    lines = re.findall(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?);", text, re.MULTILINE)
+    places, loops = read_loops(compile_job(job)[1].asm["cubin"])
+    inner = [loop for loop in loops if not any(loop[0] <= a and b < loop[1] for a, b in loops if (a, b) != loop)]
+    counts = [sum(start <= place <= end for place in places) for start, end in inner]
+    return f"{name:26} {case_name:44} sm_{target:<4} loops {counts}, all {len(places)}"
+
+
+def read_loops(cubin: bytes) -> tuple[list[int], list[tuple[int, int]]]:
+    """Places of the instructions in the machine code, and the first and last place of each loop, in order."""
+    lines = re.findall(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?);", _dump(cubin, "-sass"), re.MULTILINE)
     places = [int(place, 16) for place, _ in lines]
     loops = []
     for end, (_, instruction) in zip(places, lines, strict=True):
         jump = re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", instruction)
         if jump and int(jump[1], 16) < end:
             loops.append((int(jump[1], 16), end))
-    inner = [loop for loop in loops if not any(loop[0] <= a and b < loop[1] for a, b in loops if (a, b) != loop)]
-    counts = [sum(start <= place <= end for place in places) for start, end in inner]
-    return f"{name:26} {case_name:44} sm_{target:<4} loops {counts}, all {len(places)}"
+    return places, sorted(loops)
 
 
 def _dump(cubin: bytes, what: str) -> str:
@@ -112,7 +117,7 @@ def _dump(cubin: bytes, what: str) -> str:
         return subprocess.run([tool, what, file.name], capture_output=True, text=True, check=True).stdout
 
 
-def _cubin_resources(cubin: bytes) -> tuple[int, int]:
+def cubin_resources(cubin: bytes) -> tuple[int, int]:
     """(registers, stack bytes per thread). Kernels have no local arrays, so a stack only holds spilled registers."""
     text = _dump(cubin, "-res-usage")
     usage = re.search(r"REG:(\d+) STACK:(\d+)", text)

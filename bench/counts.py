@@ -1,0 +1,243 @@
+"""Count what a GPU would do, without one: ``python -m bench.counts``.
+
+Every operation is called at batch 16 as a step under autocast calls it, on a GPU of compute capability 9.0 in name.
+Triton compiles the kernels that are launched; the instructions of each, loops included, times the warps that execute
+them give the instructions of the call. Operators of torch count as one launch each. Inductor compiles a block of the
+transformer as far as its code; DALI builds the operators of a batch.
+
+To count another operation, add a `Case`. ``python -m tests.kernels.compile_table --loops`` shows the loops of a kernel.
+``FSR_RECORD=1`` writes ``bench/results/sm_90/counts.json``.
+"""
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+from unittest import mock
+
+from bench import fake_gpu  # before the kernels are defined
+
+# isort: split
+import timm
+import torch
+import triton
+from torch import Tensor
+from torch._library.custom_ops import OPDEFS
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.compiler import ASTSource
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from bench.fake_gpu import TARGET
+from bench.harness import record
+from fsr_fast import kernels
+from fsr_fast.config import ModelConfig
+from fsr_fast.dataloading import dali_graph
+from fsr_fast.models.attention import Backends
+from fsr_fast.models.encoder import Encoder
+from tests.kernels.compile_table import cubin_resources, read_loops
+
+B, N, D = 16, 784, 768
+"""Images, patches of one, width."""
+FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "lift_fresh"}
+"""Operators that launch nothing, beside those that return a view."""
+Counts = dict[str, float]
+
+
+class Launch(NamedTuple):
+    """A launch of one of Triton's kernels."""
+
+    kernel: str
+    programs: int
+    source: ASTSource
+    """The kernel, with the types and constants that it is compiled for."""
+    options: Any
+    """Warps and stages."""
+
+
+class Work(NamedTuple):
+    """What a program does."""
+
+    trips: tuple[float, ...]
+    """Of each loop of the machine code, in its order; a loop that contains another has its own."""
+    share: float = 1.0
+    """Of the programs that do not return at once."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operation at one size."""
+
+    make: Callable[[], Sequence[Any]]
+    """Makes the arguments; those that require a gradient get one."""
+    call: Callable[..., Tensor]
+    forward: dict[str, Work] = field(default_factory=dict)
+    """By the names of the kernels."""
+    backward: dict[str, Work] = field(default_factory=dict)
+    amp: bool = False
+    """Call under autocast to bfloat16."""
+
+
+def tiles(length: int, size: int) -> int:
+    """Number of tiles of a length."""
+    return math.ceil(length / size)
+
+
+def of_pairs(size: int) -> float:
+    """Share of square tiles of pairs of patches on and above the diagonal."""
+    count = tiles(N, size)
+    return (count + 1) / (2 * count)
+
+
+def affinity_case(pairs: int, width: int, columns: int, amp: bool = False) -> Case:
+    """All labels known: the most pairs there can be."""
+    return Case(
+        lambda: (torch.zeros(B, N, D, requires_grad=True), torch.zeros(B, N, dtype=torch.int64)),
+        kernels.affinity_sums,
+        {"prepare_kernel": Work((tiles(N, 256),)), "sums_kernel": Work((tiles(D, width),), of_pairs(pairs))},
+        {"backward_kernel": Work((tiles(N, columns),) * 2)},
+        amp,
+    )
+
+
+def refinement_case(side: int = 224, slots: int = 2, dilations: int = 6) -> Case:
+    """Two classes per image, each against two backgrounds."""
+    return Case(
+        lambda: (
+            torch.zeros(B, 3, side, side),
+            torch.zeros(B, slots, side, side),
+            torch.zeros(B, slots, dtype=torch.int64),
+            torch.ones(B, slots, dtype=torch.bool),
+        ),
+        lambda *arguments: kernels.refine_pseudo_labels(*arguments, size=(2 * side, 2 * side)),
+        {
+            "_affinity": Work((dilations,) * 4),
+            "_refine": Work((dilations,)),
+            "_foreground_softmax": Work((slots // 4, slots % 4, slots)),  # the first is unrolled four times
+            "_label": Work((slots,)),
+        },
+    )
+
+
+CASES = {
+    "affinity_sums, autocast": affinity_case(pairs=128, width=64, columns=64, amp=True),
+    "affinity_sums, float32": affinity_case(pairs=64, width=32, columns=32),
+    "refine_pseudo_labels": refinement_case(),
+}
+
+
+class Operators(TorchDispatchMode):
+    """Counts the operators of torch that launch something, also those within the `fsr` operators."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        """Count an operator of torch; look into one of ours."""
+        if function.namespace == "fsr":
+            with self:
+                return OPDEFS[function.name()]._init_fn(*arguments, **(options or {}))
+        self.count += not function.is_view and function.overloadpacket.__name__ not in FREE
+        return function(*arguments, **(options or {}))
+
+
+def count_call(call: Callable[[], Any], works: dict[str, Work]) -> tuple[Any, Counts]:
+    """Return the result of a call, its launches, and of Triton's kernels the instructions and the most registers.
+
+    Raises:
+        ValueError: the loops of a kernel are not those that `works` describes.
+    """
+    launches: list[Launch] = []
+
+    def note(kernel, key, signature, device, constants, options, attributes, warmup):
+        source = ASTSource(kernel, signature, constants, attributes)
+
+        def run(x: int, y: int, z: int, *_: Any) -> None:
+            launches.append(Launch(kernel.__name__, x * y * z, source, options))
+
+        return SimpleNamespace(run=run, function=None, packed_metadata=None, launch_metadata=lambda *_: None)
+
+    with Operators() as operators, mock.patch.object(JITFunction, "_do_compile", note):
+        result = call()
+    executed, registers = 0.0, 0
+    for launch in launches:
+        work = works[launch.kernel]
+        instructions, needed = _read(launch, work.trips)
+        executed += instructions * launch.programs * work.share * launch.options.num_warps
+        registers = max(registers, needed)
+    counts = {"launches": float(len(launches) + operators.count)}
+    return result, counts | ({"instructions of a warp": executed, "registers": registers} if launches else {})
+
+
+def _read(launch: Launch, trips: Sequence[float]) -> tuple[float, int]:
+    """Instructions of one warp, and registers."""
+    cubin = triton.compile(launch.source, target=TARGET, options=launch.options.__dict__).asm["cubin"]
+    places, loops = read_loops(cubin)
+    if len(loops) != len(trips):
+        sizes = [sum(start <= place <= end for place in places) for start, end in loops]
+        raise ValueError(f"{launch.kernel}: loops of {sizes} instructions; {len(trips)} numbers of trips are given")
+    ranges = list(zip(loops, trips, strict=True))
+    executed = sum(math.prod(times for (start, end), times in ranges if start <= place <= end) for place in places)
+    return executed, cubin_resources(cubin)[0]
+
+
+def count_case(case: Case) -> dict[str, Counts]:
+    """Return the counts of the forward and, where there is one, of the backward pass."""
+    arguments = case.make()
+    leaves = [value for value in arguments if isinstance(value, Tensor) and value.requires_grad]
+    with torch.autocast("cpu", torch.bfloat16, enabled=case.amp):
+        output, forward = count_call(lambda: case.call(*arguments), case.forward)
+    if not leaves:
+        return {"forward": forward}
+    gradient = torch.ones_like(output)
+    _, backward = count_call(lambda: torch.autograd.grad(output, leaves, gradient), case.backward)
+    return {"forward": forward, "backward": backward}
+
+
+def compile_block() -> fake_gpu.Program:
+    """Compile a block of ViT-B as the paper's step runs it on packed images, without gradient."""
+    vit = timm.create_model("vit_base_patch16_224", num_classes=0, depth=1)
+    encoder = Encoder(vit, ModelConfig(aux_block=-1), 448).train()
+    encoder.attention = Backends("varlen", "varlen", "varlen")
+    encoder.compile_blocks()
+    sizes = ((3 * B, 448), (2 * B, 224), (2 * B, 672))
+    with fake_gpu.pretend(), torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+        bounds = torch.empty(7 * B + 1, dtype=torch.int32, device="cuda")
+        fake_gpu.put_on_gpu(encoder)
+        images = [torch.empty(number, 3, side, side, device="cuda") for number, side in sizes]
+        with mock.patch("fsr_fast.models.attention.boundaries", return_value=bounds):
+            (program,) = fake_gpu.programs_of(lambda: encoder.forward_packed(images))
+    return program
+
+
+def count_block() -> Counts:
+    """Return the counts of that block."""
+    program = compile_block()
+    return {"launches": program.kernels + program.others, "bytes of element-wise kernels": program.traffic}
+
+
+def count_dali(policy: bool) -> Counts:
+    """Return the number of DALI's operators and inputs for a batch of two views."""
+    settings: dict[str, Any] = {"views": 2, "size": 448, "batch_size": B, "threads": 2, "mean": (0.5,) * 3}
+    graph = dali_graph.build_graph(lambda: (), device_id=0, policy=policy, **settings)
+    graph._build_graph()
+    inputs = 1 + sum(len(dali_graph.parameter_names(view, policy=policy)) for view in range(2))
+    return {"operators": len(graph._ops), "inputs": inputs}
+
+
+def main() -> None:
+    """Count everything, print and record it."""
+    driver.set_active(fake_gpu.Driver())
+    os.environ |= {"TRITON_INTERPRET": "1", "FSR_KERNELS": "triton"}  # let CPU tensors pass
+    found = {f"{name}, {part}": counts for name, case in CASES.items() for part, counts in count_case(case).items()}
+    found["transformer block without gradient"] = count_block()
+    found["DALI, VOC recipe"] = count_dali(policy=False)
+    found["DALI, AutoAugment"] = count_dali(policy=True)
+    for name, counts in found.items():
+        print(name, *(f"{figure} {value:.4g}" for figure, value in counts.items()), sep="\n  ")
+        record(f"counts {name}", "sm_90", {"counts": counts})
+
+
+if __name__ == "__main__":
+    main()

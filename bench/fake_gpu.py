@@ -1,0 +1,136 @@
+"""A GPU of compute capability 9.0 in name: what Triton and Inductor would run there, without one.
+
+For processes of their own: what is replaced stays replaced.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+from unittest import mock
+
+os.environ["TRITON_INTERPRET"] = "0"  # while the kernels are defined
+
+import torch
+from torch import nn
+from torch._subclasses import FakeTensorMode
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+TARGET = GPUTarget("cuda", 90, 32)
+PROPERTIES = SimpleNamespace(
+    name="sm_90", major=9, minor=0, multi_processor_count=132, warp_size=32, max_threads_per_multi_processor=2048,
+    regs_per_multiprocessor=65536, max_threads_per_block=1024, shared_memory_per_block=49152, total_memory=80 * 2**30,
+    shared_memory_per_block_optin=232448, shared_memory_per_multiprocessor=233472, L2_cache_size=50 * 2**20,
+)  # fmt: skip
+"""What Inductor asks of a GPU."""
+
+
+class Driver:
+    """Triton's driver of the GPU that is not there."""
+
+    def get_current_target(self) -> GPUTarget:
+        """Return the target of compilation."""
+        return TARGET
+
+    def get_current_device(self) -> int:
+        """Return the number of the GPU."""
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        """Return the default stream."""
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        """Return where the tensors are."""
+        return torch.device("cpu")
+
+
+class Program(NamedTuple):
+    """What Inductor makes of one graph."""
+
+    code: str
+    """Python, with the kernels in it."""
+    kernels: int
+    """Launches of Inductor's own kernels."""
+    others: int
+    """Calls of other operators, such as matrix products and attention."""
+    traffic: int
+    """Bytes that Inductor's own kernels read and write."""
+    refusal: str | None
+    """Why the program cannot be a CUDA graph; None: it can."""
+
+
+class _Lowered(Exception):  # noqa: N818, not an error
+    """Inductor has made its code, which nothing here can run."""
+
+
+def programs_of(call: Callable[[], Any]) -> list[Program]:
+    """Return the programs that Inductor makes for a call of a compiled function.
+
+    Args:
+        call: of a function from `torch.compile`, on tensors made within `pretend`.
+    """
+    from torch._inductor import config, cudagraph_utils, graph, scheduler, utils
+
+    made: list[Program] = []
+
+    def lower(lowering: Any) -> Any:
+        code, _ = lowering.codegen()
+        nodes = lowering.scheduler.nodes
+        others = [node for node in nodes if isinstance(node, scheduler.ExternKernelSchedulerNode)]
+        silent = (scheduler.ExternKernelSchedulerNode, scheduler.NopKernelSchedulerNode)
+        own = [node for node in nodes if not isinstance(node, silent)]
+        refusal = lowering.disable_cudagraphs_reason or cudagraph_utils.check_multiple_devices_or_any_cpu_nodes(
+            dict(lowering.device_node_mapping)
+        )
+        refused = utils.get_first_incompatible_cudagraph_node(lowering.module)
+        called = sum(type(node.node).__name__ != "MultiOutput" for node in others)
+        traffic = sum(node.get_read_write_buffers_sizes() for node in own)
+        made.append(Program(code.value, len(own), called, traffic, refusal or (refused and str(refused))))
+        raise _Lowered
+
+    compiler = {"compile_threads": 1, "fx_graph_cache": False}
+    with mock.patch.object(graph.GraphLowering, "_compile_to_module", lower), config.patch(compiler):
+        try:
+            call()
+        except Exception as error:  # Dynamo wraps what a backend raises
+            if not isinstance(error.__cause__ or error, _Lowered) and "_Lowered" not in repr(error):
+                raise
+    return made
+
+
+@contextmanager
+def pretend() -> Iterator[None]:
+    """Make tensors on the GPU that is not there; nothing is computed."""
+    from torch._dynamo.device_interface import CudaInterface
+
+    def fixed(value: Any) -> Callable[..., Any]:
+        return staticmethod(lambda *_, **__: value)
+
+    asked = {"is_available": True, "device_count": 1, "current_device": 0, "get_device_properties": PROPERTIES}
+    asked |= {"get_compute_capability": 90, "is_bf16_supported": True, "synchronize": None}
+    for name, value in asked.items():
+        setattr(CudaInterface, name, fixed(value))
+    for name in ("current_device", "get_device_properties"):
+        setattr(CudaInterface.Worker, name, fixed(asked[name]))
+    cuda = {"get_device_capability": (9, 0), "get_device_properties": PROPERTIES, "current_device": 0}
+    cuda |= {"is_bf16_supported": True, "get_rng_state": None, "set_rng_state": None, "synchronize": None}
+    cuda |= {"is_current_stream_capturing": False, "_lazy_init": None, "amp.common.amp_definitely_not_available": False}
+    driver.set_active(Driver())
+    for name, value in cuda.items():
+        mock.patch(f"torch.cuda.{name}", lambda *_, value=value, **__: value).start()
+    with FakeTensorMode():
+        yield
+
+
+def put_on_gpu(module: nn.Module) -> nn.Module:
+    """Replace the parameters and buffers of a module by ones on the GPU that is not there."""
+    for part in module.modules():
+        for named in (part._parameters, part._buffers):
+            for name, value in named.items():
+                if value is not None:
+                    other = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cuda")
+                    named[name] = nn.Parameter(other, value.requires_grad) if isinstance(value, nn.Parameter) else other
+    return module
