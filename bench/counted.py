@@ -23,6 +23,8 @@ def tabulate_counts(now: list[dict[str, Any]], before: list[dict[str, Any]]) -> 
 
 
 def _rounded(value: float) -> str:
-    """Return a count in three digits, in millions or billions where it is large."""
-    unit, name = next(((unit, name) for unit, name in ((1e9, " G"), (1e6, " M")) if value >= unit), (1, ""))
-    return f"{value / unit:.3g}{name}"
+    """Return a count, in three digits where it is large."""
+    for unit, name in ((1e9, "G"), (1e6, "M")):
+        if value >= unit:
+            return f"{value / unit:.3g} {name}"
+    return f"{value:,.0f}"

@@ -226,10 +226,15 @@ def count_dali(policy: bool) -> Counts:
     return {"operators": len(graph._ops), "inputs": inputs}
 
 
+def admit_cpu_tensors() -> None:
+    """Let CPU tensors pass to the kernels."""
+    driver.set_active(fake_gpu.Driver())
+    os.environ |= {"TRITON_INTERPRET": "1", "FSR_KERNELS": "triton"}
+
+
 def main() -> None:
     """Count everything, print and record it."""
-    driver.set_active(fake_gpu.Driver())
-    os.environ |= {"TRITON_INTERPRET": "1", "FSR_KERNELS": "triton"}  # let CPU tensors pass
+    admit_cpu_tensors()
     found = {f"{name}, {part}": counts for name, case in CASES.items() for part, counts in count_case(case).items()}
     found["transformer block without gradient"] = count_block()
     found["DALI, VOC recipe"] = count_dali(policy=False)

@@ -1,0 +1,74 @@
+"""What a GPU would do, counted without one."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench.counted import tabulate_counts
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = """
+import json
+from dataclasses import replace
+from bench import counts
+from bench.counts import Work
+
+counts.admit_cpu_tensors()
+case = counts.CASES["affinity_sums, autocast"]
+usual = counts.count_case(case)
+longer = {name: Work((work.trips[0] + 1,), work.share) for name, work in case.forward.items()}
+executed = counts.count_case(replace(case, forward=longer))["forward"]["instructions of a warp"]
+try:
+    counts.count_case(replace(case, backward={"backward_kernel": Work((1,))}))
+    message = ""
+except ValueError as error:
+    message = str(error)
+block = counts.compile_block()
+print(json.dumps([usual, executed, message, block]))
+"""
+
+
+@pytest.fixture(scope="module")
+def counted() -> list:
+    """Counts of the affinity loss, its instructions with one more trip, an error's message, a compiled block."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", SCRIPT]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_loop_counts_as_often_as_it_runs(counted):
+    usual, executed, message, _ = counted
+    assert executed > usual["forward"]["instructions of a warp"] > 1e6
+    assert "backward_kernel: loops of [" in message, "trips are given for another number of loops"
+
+
+def test_what_is_launched_is_what_the_step_computes(counted):
+    """Under autocast the features are rounded first, and with them the gradient comes back."""
+    assert counted[0]["forward"]["launches"] == 5  # cast, two kernels, two sums
+    assert counted[0]["forward"]["registers"] < 255
+
+
+def test_a_block_without_gradient_keeps_no_tensor_of_tokens_in_float32(counted):
+    code, kernels, others, traffic, _ = counted[3]
+    tokens = 16 * (3 * 784 + 2 * 196 + 2 * 1764)
+    assert f"({tokens}, 768), (768, 1), torch.bfloat16)" in code
+    assert f"({tokens}, 768), (768, 1), torch.float32)" not in code
+    assert f"({tokens}, 3072), (3072, 1), torch.float32)" not in code
+    assert others == 5, "four matrix products and the attention"
+    assert kernels > 4
+    assert traffic > 2 * 2 * tokens * 768
+
+
+def test_counts_are_tabulated_beside_earlier_ones():
+    now = [{"counts loss, forward": {"counts": {"launches": 3, "instructions of a warp": 32_210_000.0}}}]
+    before = [{"counts loss, forward": {"counts": {"launches": 5}}}]
+    assert tabulate_counts(now, before).splitlines()[2:] == [
+        "| loss, forward | launches | 5 | 3 |",
+        "|  | instructions of a warp | - | 32.2 M |",
+    ]
