@@ -133,7 +133,7 @@ class Operators(TorchDispatchMode):
 
     count = 0
 
-    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
         """Count an operator of torch; look into one of ours."""
         if function.namespace == "fsr":
             with self:
@@ -150,7 +150,9 @@ def count_call(call: Callable[[], Any], works: dict[str, Work]) -> tuple[Any, Co
     """
     launches: list[Launch] = []
 
-    def note(kernel, key, signature, device, constants, options, attributes, warmup):
+    def note(
+        kernel: Any, key: Any, signature: Any, device: Any, constants: Any, options: Any, attributes: Any, warmup: Any
+    ) -> Any:
         source = ASTSource(kernel, signature, constants, attributes)
 
         def run(x: int, y: int, z: int, *_: Any) -> None:

@@ -88,7 +88,7 @@ def programs_of(call: Callable[[], Any]) -> list[Program]:
         refused = utils.get_first_incompatible_cudagraph_node(lowering.module)
         called = sum(type(node.node).__name__ != "MultiOutput" for node in others)
         traffic = sum(node.get_read_write_buffers_sizes() for node in own)
-        made.append(Program(code.value, len(own), called, traffic, refusal or (refused and str(refused))))
+        made.append(Program(code.value, len(own), called, traffic, refusal or (str(refused) if refused else None)))
         raise _Lowered
 
     compiler = {"compile_threads": 1, "fx_graph_cache": False}
@@ -128,7 +128,8 @@ def pretend() -> Iterator[None]:
 def put_on_gpu(module: nn.Module) -> nn.Module:
     """Replace the parameters and buffers of a module by ones on the GPU that is not there."""
     for part in module.modules():
-        for named in (part._parameters, part._buffers):
+        kinds: tuple[dict[str, Any], ...] = (part._parameters, part._buffers)
+        for named in kinds:
             for name, value in named.items():
                 if value is not None:
                     other = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cuda")
