@@ -60,7 +60,8 @@ def segmentation_loss(logits: Tensor, labels: Tensor, normalise: Normalise = "gl
         Scalar, float32. Its mean over the processes is L_seg: of the whole batch, or the mean over the processes' own.
     """
     counts, factor = _share_counts(segmentation_counts(labels), normalise)
-    return segmentation_sum(logits, labels, 0.5 * factor / counts.clamp(min=1))
+    counts = counts.clamp(min=1).to(torch.promote_types(logits.dtype, torch.float32))
+    return segmentation_sum(logits, labels, 0.5 * factor / counts)
 
 
 def energy_loss(logits: Tensor, images: Tensor, labels: Tensor) -> Tensor:
