@@ -137,6 +137,15 @@ def test_pipelines_are_tabulated_by_their_views():
     assert last == "| cpu-x | plain | photographs | dali | 80 | 23 ms | 2 GiB |"
 
 
+def test_a_run_is_tabulated_class_by_class():
+    def scores(cat, dog):
+        return {"mean": (cat + dog) / 2, "classes": {"cat": cat, "dog": dog}}
+
+    cases = {"photographs 0": {"pseudo": scores(40.0, 20.0), "seg": scores(41.0, 23.0)}}
+    lines = plot.tabulate_classes([cases]).splitlines()[2:]
+    assert lines == ["| cat | 40.0 | 41.0 |", "| dog | 20.0 | 23.0 |", "| **mean** | 30.0 | 32.0 |"]
+
+
 def test_seeds_are_tabulated_with_their_worst_class_and_the_worst_of_all():
     def scores(mean, worst):
         return {"mean": mean, "classes": {"background": 90.0, "pogo": worst}}
