@@ -40,7 +40,7 @@ class Inference:
     cams: MergedCams
     """Normalised multi-scale CAMs, values (B, M, H, W)."""
     seg_logits: Tensor
-    """(B, C+1, H, W), float32, merged over the scales."""
+    """(B, C+1, H, W), float32, merged over the scales; without scales (B, 0, H, W)."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def infer(
         labels: (B, C), 0 or 1, classes whose CAMs are wanted; None: the likeliest, and all that are
             likelier than not.
         cam_scales: scales of the CAMs; the first is 1.0.
-        scales: scales of the segmentation.
+        scales: scales of the segmentation; may be none.
         flip: add the mirror image to the segmentation; the CAMs always do.
         amp: `auto`, `off` or `bf16`, as in the configuration.
         size: height and width of the results; None: those of the images.
@@ -137,7 +137,8 @@ def _read_out(network: Network, passed: Passed, labels: Tensor | None, size: tup
     max_classes = max(1, int(labels.sum(1).max()))
     cams = merge_passes(network, passed.cams, labels, classifier="top", max_classes=max_classes, size=size)
     scaled = (F.interpolate(logits, size=size, mode="bilinear", align_corners=False) for logits in passed.logits)
-    return Inference(class_logits, labels, cams, reduce(torch.maximum, scaled))
+    nothing = class_logits.new_empty((len(labels), 0, *size))
+    return Inference(class_logits, labels, cams, reduce(torch.maximum, scaled) if passed.logits else nothing)
 
 
 def inference_settings(config: Config) -> dict[str, Any]:

@@ -52,7 +52,8 @@ def infer_officially(
         count = max(1, int(shown.sum(1).max()))
         cams = merge_passes(network, passes, shown, classifier="top", max_classes=count, size=square, output_size=size)
         logits = [_segment(network, _pass_both(network, image[None], scale), size, flip) for scale in scales]
-    return Inference(class_logits, shown, cams, reduce(torch.maximum, logits))
+    nothing = class_logits.new_empty((1, 0, *size))
+    return Inference(class_logits, shown, cams, reduce(torch.maximum, logits) if logits else nothing)
 
 
 def _pass_both(network: Network, images: Tensor, scale: float) -> ScalePass:

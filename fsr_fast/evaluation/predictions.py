@@ -172,7 +172,7 @@ class _Stream:
         evaluate, cam_scales = self.config.evaluate, self.config.cam.scales
         options: dict[str, Any] = {
             "cam_scales": cam_scales if "pseudo" in self.kinds else cam_scales[:1],  # no pass whose result is unused
-            "scales": evaluate.scales if self._decodes else cam_scales[:1],
+            "scales": evaluate.scales if self._decodes else (),
             "flip": evaluate.flip,
             "amp": self.config.run.amp,
         }
@@ -190,7 +190,7 @@ class _Stream:
     def _read(self, sample: Sample, result: Inference) -> Inferred:
         maps: dict[Kind, Labels] = {}
         cam = result.cams.values[0].amax(0)
-        if not (cam.isfinite().all() and result.seg_logits.isfinite().all()):
+        if not (_finite(cam) and _finite(result.seg_logits)):
             raise ValueError("the network's result is not finite; take an earlier checkpoint")
         if "pseudo" in self.kinds:
             maps["pseudo"] = labels_of_cams(result.cams, self.config.evaluate.threshold, confidence=self.confidence)
@@ -200,3 +200,8 @@ class _Stream:
         if "seg+crf" not in self.kinds:
             return item, None, None
         return item, sample.image, result.seg_logits[0].softmax(0).cpu().numpy()
+
+
+def _finite(values: Tensor) -> bool:
+    """Return whether all values are finite, in one pass: the extremes are NaN where a value is."""
+    return not values.numel() or bool(torch.stack(values.aminmax()).isfinite().all())

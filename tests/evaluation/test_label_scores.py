@@ -39,6 +39,16 @@ def test_f1_precision_and_recall_are_those_of_the_classes_above_one_half():
     assert scores["mean_f1"] == pytest.approx(100 / 3)
 
 
+@pytest.mark.parametrize("protocol", ["own", "official"])
+def test_the_classifier_is_scored_without_the_decoder(tmp_path, monkeypatch, protocol):
+    changes = {"data": {"root": str(helpers.write_dataset(tmp_path / "data"))}, "evaluate": {"protocol": protocol}}
+    recipe = helpers.config(changes)
+    network = helpers.network(recipe)
+    monkeypatch.setattr(network.decoder, "forward", None)
+    train, _ = build_datasets(recipe.data)
+    assert score_labels(network, train, recipe, ALONE)["images"] == len(train)
+
+
 def test_the_classifier_of_a_network_is_scored_on_pictures_without_masks(tmp_path):
     recipe = helpers.config({"data": {"root": str(helpers.write_dataset(tmp_path / "data")), "val_list": None}})
     train, _ = build_datasets(recipe.data)
