@@ -197,12 +197,17 @@ def count_case(case: Case) -> dict[str, Counts]:
     return {"forward": forward, "backward": backward}
 
 
-def compile_block() -> fake_gpu.Program:
-    """Compile a block of ViT-B as the paper's step runs it on packed images, without gradient."""
-    vit = timm.create_model("vit_base_patch16_224", num_classes=0, depth=1)
+def compile_block(blocks: int = 1, *, graphs: bool = False) -> fake_gpu.Program:
+    """Compile blocks of ViT-B as the paper's step runs them on packed images, without gradient.
+
+    Args:
+        blocks: their number; without `graphs` only the first is compiled, since one program serves all.
+        graphs: as one program.
+    """
+    vit = timm.create_model("vit_base_patch16_224", num_classes=0, depth=blocks)
     encoder = Encoder(vit, ModelConfig(aux_block=-1), 448).train()
     encoder.attention = Backends("varlen", "varlen", "varlen")
-    encoder.compile_blocks()
+    encoder.compile_blocks(graphs=graphs)
     sizes = ((3 * B, 448), (2 * B, 224), (2 * B, 672))
     with fake_gpu.pretend(), torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
         bounds = torch.empty(7 * B + 1, dtype=torch.int32, device="cuda")
@@ -213,9 +218,9 @@ def compile_block() -> fake_gpu.Program:
     return program
 
 
-def count_block() -> Counts:
-    """Return the counts of that block."""
-    program = compile_block()
+def count_blocks(number: int, *, graphs: bool = False) -> Counts:
+    """Return the counts of those blocks."""
+    program = compile_block(number, graphs=graphs)
     return {"launches": program.kernels + program.others, "bytes of element-wise kernels": program.traffic}
 
 
@@ -238,7 +243,8 @@ def main() -> None:
     """Count everything, print and record it."""
     admit_cpu_tensors()
     found = {f"{name}, {part}": counts for name, case in CASES.items() for part, counts in count_case(case).items()}
-    found["transformer block without gradient"] = count_block()
+    found["transformer block without gradient"] = count_blocks(1)
+    found["two blocks as one program, run.graphs"] = count_blocks(2, graphs=True)
     found["DALI, VOC recipe"] = count_dali(policy=False)
     found["DALI, AutoAugment"] = count_dali(policy=True)
     for name, counts in found.items():

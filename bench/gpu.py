@@ -30,7 +30,7 @@ LONGEST = 480
 FIRST = ("attention_backends", "paper-vit_base")
 """Parts of the bench of whole steps that come right after the kernels' checks."""
 SPLIT = {
-    "test_step": (*FIRST, "official", "vit_small", "vit_tiny", "the_batch", "the_processes"),
+    "test_step": (*FIRST, "official", "cuda_graphs", "vit_small", "vit_tiny", "the_batch", "the_processes"),
 }
 """Benches that would take longer, divided into parts: substrings of their tests' names."""
 NEXT = ("test_data", "test_crf", "test_evaluation")

@@ -47,6 +47,8 @@ class Technique:
     attention: str = "sdpa"
     """Of the fast step; the reference materialises the N by N matrix unless this is `fused`."""
     compile: bool = False
+    graphs: bool = False
+    """Replay the compiled blocks as CUDA graphs."""
     kernels: str = ""
     """FSR_KERNELS."""
     keep_memory: bool = True
@@ -120,6 +122,7 @@ def build_settings(setting: Setting, technique: Technique) -> Config:
     attention = "sdpa" if technique.attention == "fused" else technique.attention
     amp = "off" if technique.engine == "reference" else technique.amp
     run = {"engine": technique.engine, "amp": amp, "attention": attention, "compile": technique.compile}
+    run |= {"graphs": technique.graphs}
     changes: dict[str, dict[str, Any]] = {
         "run": run,
         "data": {"root": ".", "image_size": setting.size},
@@ -148,10 +151,10 @@ def _build(setting: Setting, technique: Technique, process: Process) -> Callable
     schedule = schedule_at(config, config.optim.iterations - 1)  # every loss counts by then
 
     def iterate(number: int) -> StepOutput:
+        optimiser.zero_grad()
         draws = step.draw(setting.batch, torch.Generator().manual_seed(number))
         with autocast(device, technique.amp if technique.engine == "reference" else "off"):
             output: StepOutput = forward((first, second), labels, draws, schedule)
-        optimiser.zero_grad()
         output.loss.backward()
         fill_missing_gradients(optimiser)
         optimiser.step()
@@ -199,12 +202,13 @@ def main() -> None:
     parser.add_argument("--amp", choices=("off", "bf16"), default="off")
     parser.add_argument("--attention", choices=("sdpa", "xformers", "varlen"), default="sdpa")
     parser.add_argument("--compile", action="store_true", help="compile the transformer's blocks")
+    parser.add_argument("--graphs", action="store_true", help="replay the compiled blocks as CUDA graphs")
     parser.add_argument("--iterations", type=int, default=2, help="number of timed iterations, after an untimed one")
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     setting = Setting(options.preset, options.backbone, options.batch, options.size)
-    technique = Technique(options.engine, options.amp, options.attention, options.compile)
+    technique = Technique(options.engine, options.amp, options.attention, options.compile, options.graphs)
     if options.print_config:
         print(dump_config(build_settings(setting, technique)), end="")
         return

@@ -65,6 +65,20 @@ def test_attention_backends(benchmark, device):
     benchmark.pedantic(lambda: measure(setting, Technique(amp=half), device, 1, warm_up=0), rounds=1)
 
 
+@pytest.mark.parametrize("batch", [2, 16])
+def test_cuda_graphs(benchmark, device, batch):
+    """The step with one graph per pass, beside compiled blocks without; few images show the host's work most."""
+    if device.type == "cpu":
+        pytest.skip("CUDA graphs need a GPU")
+    setting = Setting("paper", BACKBONES[2], batch, 448)
+    plain = Technique(amp="bf16", attention="varlen", compile=True)
+    techniques = {"compiled blocks": plain, "graphs": replace(plain, graphs=True)}
+    # graphs are warmed up, then recorded, then replayed
+    rows = {name: measure(setting, one, device, 10, warm_up=4) for name, one in techniques.items()}
+    record(f"step graphs batch {batch}", device, {"setting": asdict(setting), "rows": rows})
+    benchmark.pedantic(lambda: measure(setting, plain, device, 1, warm_up=0), rounds=1)
+
+
 def test_growth_with_the_batch(benchmark, device):
     batches, side = size(device, gpu=((1, 2, 4, 8, 16, 32), 448), cpu=((1, 2, 4), 64))
     ours = list(waterfall(device).values())[-1]

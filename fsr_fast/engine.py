@@ -33,9 +33,11 @@ def build_step(student: Network, config: Config, max_classes: int) -> FSRStep:
     run, encoder, device = config.run, student.encoder, student.top_classifier.weight.device
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = run.tf32
     _check_scales(config, encoder.patch_size)
+    if run.graphs and device.type != "cuda":
+        raise UserError(f"run.graphs: CUDA graphs need a GPU, and this run is on {device.type}; --run.graphs false")
     encoder.checkpointing = run.checkpointing
     if run.compile is True or (run.compile == "auto" and device.type == "cuda" and not run.shard):
-        encoder.compile_blocks()
+        encoder.compile_blocks(graphs=run.graphs)
     if device.type == "cuda" and not run.shard:  # only contiguous weights can be sharded
         student.decoder.to(memory_format=torch.channels_last)
     if config.cam.fp8:

@@ -240,8 +240,8 @@ class Trainer:
         draws = self.step.draw(len(labels), stream(config.run.seed, "step", rank, self.iteration))
 
         self.guard.hold()
+        self.optimiser.zero_grad()  # before the memory of the last gradients may be used again
         output: StepOutput = forward(views, labels, draws, schedule)
-        self.optimiser.zero_grad()
         output.loss.backward()
         fill_missing_gradients(self.optimiser)
         skipped = self.guard.judge(output.loss, gradient_norm(self.network.parameters(), config.optim.clip_norm))

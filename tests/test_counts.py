@@ -28,13 +28,14 @@ try:
 except ValueError as error:
     message = str(error)
 block = counts.compile_block()
-print(json.dumps([usual, executed, message, block]))
+pair = counts.compile_block(2, graphs=True)
+print(json.dumps([usual, executed, message, block, pair]))
 """
 
 
 @pytest.fixture(scope="module")
 def counted() -> list:
-    """Counts of the affinity loss, its instructions with one more trip, an error's message, a compiled block."""
+    """Counts of the affinity loss, its instructions with one more trip, an error's message; a block, two in a graph."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-c", SCRIPT]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -43,7 +44,7 @@ def counted() -> list:
 
 
 def test_a_loop_counts_as_often_as_it_runs(counted):
-    usual, executed, message, _ = counted
+    usual, executed, message, *_ = counted
     assert executed > usual["forward"]["instructions of a warp"] > 1e6
     assert "backward_kernel: loops of [" in message, "trips are given for another number of loops"
 
@@ -64,6 +65,14 @@ def test_a_block_without_gradient_keeps_no_tensor_of_tokens_in_float32(counted):
     assert kernels > 4
     assert refusal is None, "it could be a CUDA graph"
     assert traffic > 2 * 2 * tokens * 768
+
+
+def test_blocks_of_one_program_can_be_a_cuda_graph(counted):
+    _, kernels, others, _, _ = counted[3]
+    _, together, calls, _, refusal = counted[4]
+    assert refusal is None, "all of it stays on the GPU"
+    assert calls == 2 * others
+    assert together == 2 * kernels - 1, "the sum after the first block and the norm of the second are one kernel"
 
 
 def test_counts_are_tabulated_beside_earlier_ones():

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -94,6 +95,7 @@ class Encoder(nn.Module):
         self.attention = Backends("sdpa", "sdpa", "sdpa")
         self.checkpointing = False
         self._run_block: Callable[..., Tensor] = run_block
+        self._run_blocks: Callable[..., tuple[Tensor, Tensor]] = run_blocks
         self.drop_rates: list[float] = torch.linspace(0, config.stochastic_depth, self.depth).tolist()  # for the host
 
     def draw_drop_path(self, batch: int, generator: torch.Generator) -> Tensor:
@@ -119,9 +121,18 @@ class Encoder(nn.Module):
         values = self.in_chans * self.patch_size**2
         return TrunkShape(self.width, weights, values, self.depth, patches, self.prefix)
 
-    def compile_blocks(self) -> None:
-        """Compile the blocks for training, one program for all of them; names and weights stay as they are."""
-        self._run_block = torch.compile(run_block, dynamic=False)
+    def compile_blocks(self, *, graphs: bool = False) -> None:
+        """Compile the blocks for training; names and weights stay as they are.
+
+        Args:
+            graphs: make one program of all blocks of a pass, which is replayed as a CUDA graph; without, one program
+                serves every block.
+        """
+        if graphs:  # where a program cannot become a graph, an error is better than a pass that is silently slower
+            options: dict[str, Any] = {"triton.cudagraphs": True, "triton.cudagraph_or_error": True}
+            self._run_blocks = torch.compile(run_blocks, dynamic=False, options=options)
+        else:
+            self._run_block = torch.compile(run_block, dynamic=False)
         # Dynamo would split a block at DDP's bucket boundaries to overlap gradients; one block is too small to benefit.
         torch._dynamo.config.optimize_ddp = False
 
@@ -218,17 +229,11 @@ class Encoder(nn.Module):
         packing = describe_packing(groups, backend, tokens.device)
         rotary = self.turn_angles([(one.shape[0], grid) for one, grid in embedded])
         # an evaluation meets a new size with nearly every image: each would be recompiled, up to Dynamo's limit
-        run = self._run_block if self.training else run_block
-        aux = tokens
-        for index, block in enumerate(self.blocks[:depth]):
-            keep_here = None if factors is None else factors[index]
-            arguments = block, tokens, keep_here, groups, backend, float8, packing, rotary
-            if self.checkpointing and torch.is_grad_enabled():
-                tokens = checkpoint(run, *arguments, use_reentrant=False, preserve_rng_state=False)
-            else:
-                tokens = run(*arguments)
-            if index == self.aux_block:
-                aux = tokens
+        run, run_all = (self._run_block, self._run_blocks) if self.training else (run_block, run_blocks)
+        if self.checkpointing and torch.is_grad_enabled():
+            run = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
+        arguments = groups, backend, float8, packing, rotary
+        tokens, aux = run_all(run, tuple(self.blocks[:depth]), self.aux_block, tokens, factors, *arguments)
         sizes = [images * count for images, count in shapes]
         return [
             Features(self._patches(top, images), self._patches(low, images), grid, source)
@@ -261,6 +266,35 @@ class Encoder(nn.Module):
         for block in self.cls_blocks:
             class_token = block(class_token, tokens, mask)
         return self.norm(class_token)
+
+
+def run_blocks(
+    run: Callable[..., Tensor],
+    blocks: Sequence[nn.Module],
+    aux_block: int,
+    tokens: Tensor,
+    drop_path: Tensor | None,
+    *arguments: Any,
+) -> tuple[Tensor, Tensor]:
+    """Run blocks one after another.
+
+    Args:
+        run: `run_block`, or a form of it.
+        blocks: of the transformer.
+        aux_block: number of the block whose output is also returned.
+        tokens: (T, D).
+        drop_path: (depth, 2, T, 1), as each block takes it; None: every branch counts.
+        arguments: the others of `run_block`, the same for all blocks.
+
+    Returns:
+        Output of the last and of the auxiliary block, (T, D) each.
+    """
+    aux = tokens
+    for index, block in enumerate(blocks):
+        tokens = run(block, tokens, None if drop_path is None else drop_path[index], *arguments)
+        if index == aux_block:
+            aux = tokens
+    return tokens, aux
 
 
 def _spread(drop_path: Tensor, groups: Groups) -> Tensor:
