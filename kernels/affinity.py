@@ -61,8 +61,8 @@ def _sums_torch(
             signs[band.image, band.rows, : len(band.unit)] = similarity.sign()
         different = similarity.abs_().masked_fill(band.same, 0)
         same_sum, different_sum = rows[band.image, band.rows].unbind(1)
-        torch.sum(different, 1, out=different_sum)
-        torch.sum(similarity.sub_(different), 1, out=same_sum)  # exact: the difference is similarity or 0
+        torch.sum(different, 1, dtype=rows.dtype, out=different_sum)  # under autocast the products are bf16
+        torch.sum(similarity.sub_(different), 1, dtype=rows.dtype, out=same_sum)  # exact: similarity, or 0
         pairs += len(band.patches) * (len(band.unit) - 1)
         same_count += int(band.same.count_nonzero()) - len(band.patches)
     same, other = rows.sum((0, 1), dtype=torch.float64).tolist()

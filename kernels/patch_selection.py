@@ -29,7 +29,7 @@ def _value_from_features(features: Tensor, weight: Tensor, labels: Tensor) -> Te
         if present.shape[0]:
             cam = (present.to(exact) @ features[b].to(exact).T).relu_()  # (present classes, N)
             lowest, highest = cam.aminmax(dim=1, keepdim=True)
-            torch.amax(cam.sub_(lowest).div_(highest - lowest + 1e-5), 0, out=value[b])
+            value[b] = cam.sub_(lowest).div_(highest - lowest + 1e-5).amax(0)
     return value
 
 
