@@ -10,6 +10,7 @@ counts, halves) stay as they are, for sums of them are exact everywhere, as are 
 import os
 import re
 
+import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -70,3 +71,9 @@ def activate() -> None:
     """Compute so from now on if the environment asks for it."""
     if seed := os.environ.get("FSR_ROUNDING"):
         OtherRounding(int(seed), int(os.environ.get("FSR_ROUNDING_UNITS", "1"))).__enter__()
+
+
+def skip_if_intercepted() -> None:
+    """Skip a test that compiles: nothing is compiled while operations are intercepted."""
+    if "FSR_ROUNDING" in os.environ:
+        pytest.skip("nothing is compiled while operations are intercepted")

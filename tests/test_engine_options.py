@@ -1,6 +1,5 @@
 """Options that change how the step is computed, but not the result."""
 
-import os
 from collections import Counter
 from unittest import mock
 
@@ -20,6 +19,7 @@ from fsr_fast.models.float8 import linear_float8
 from fsr_fast.runtime.distributed import distribute
 from tests import helpers
 from tests.helpers import OFFICIAL
+from tests.rounding import skip_if_intercepted
 
 LATE = 3
 OFF = {"run": {"compile": False}}
@@ -68,8 +68,7 @@ def test_a_teacher_of_its_own_is_compiled_too():
 @pytest.fixture
 def graphs(monkeypatch) -> list[torch.fx.GraphModule]:
     """Record what would be compiled."""
-    if "FSR_ROUNDING" in os.environ:
-        pytest.skip("nothing is compiled while operations are intercepted")
+    skip_if_intercepted()
     found: list[torch.fx.GraphModule] = []
     compile_with = torch.compile
 

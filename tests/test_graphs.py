@@ -1,7 +1,5 @@
 """CUDA graphs: one program per pass, whose launches are replayed. No GPU is needed: nothing is captured here."""
 
-import os
-
 import pytest
 import torch
 
@@ -11,6 +9,7 @@ from fsr_fast.method.schedules import schedule_at
 from fsr_fast.method.step import FSRStep, StepOutput
 from tests import helpers
 from tests.helpers import DEPTH, OFFICIAL
+from tests.rounding import skip_if_intercepted
 
 LATE = 3
 GRAPHS = {"run": {"graphs": True}}
@@ -28,8 +27,7 @@ def run(step: FSRStep) -> StepOutput:
 @pytest.fixture
 def programs(monkeypatch) -> list[tuple[torch.fx.GraphModule, dict]]:
     """Record what would be compiled, and the compiler's options."""
-    if "FSR_ROUNDING" in os.environ:
-        pytest.skip("nothing is compiled while operations are intercepted")
+    skip_if_intercepted()
     found: list[tuple[torch.fx.GraphModule, dict]] = []
     compile_with = torch.compile
 
