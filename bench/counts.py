@@ -10,7 +10,6 @@ To count another operation, add a `Case`. ``python -m tests.kernels.compile_tabl
 """
 
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -27,7 +26,6 @@ from torch import Tensor
 from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.compiler import ASTSource
-from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from bench.fake_gpu import TARGET
@@ -233,15 +231,9 @@ def count_dali(policy: bool) -> Counts:
     return {"operators": len(graph._ops), "inputs": inputs}
 
 
-def admit_cpu_tensors() -> None:
-    """Let CPU tensors pass to the kernels."""
-    driver.set_active(fake_gpu.Driver())
-    os.environ |= {"TRITON_INTERPRET": "1", "FSR_KERNELS": "triton"}
-
-
 def main() -> None:
     """Count everything, print and record it."""
-    admit_cpu_tensors()
+    fake_gpu.admit_cpu_tensors()
     found = {f"{name}, {part}": counts for name, case in CASES.items() for part, counts in count_case(case).items()}
     found["transformer block without gradient"] = count_blocks(1)
     found["two blocks as one program, run.graphs"] = count_blocks(2, graphs=True)

@@ -47,6 +47,12 @@ class Driver:
         return torch.device("cpu")
 
 
+def admit_cpu_tensors() -> None:
+    """Let CPU tensors pass to the kernels."""
+    driver.set_active(Driver())
+    os.environ |= {"TRITON_INTERPRET": "1", "FSR_KERNELS": "triton"}
+
+
 class Program(NamedTuple):
     """What Inductor makes of one graph."""
 

@@ -14,10 +14,10 @@ ROOT = Path(__file__).parents[1]
 SCRIPT = """
 import json
 from dataclasses import replace
-from bench import counts
+from bench import counts, fake_gpu
 from bench.counts import Work
 
-counts.admit_cpu_tensors()
+fake_gpu.admit_cpu_tensors()
 case = counts.CASES["affinity_sums, autocast"]
 usual = counts.count_case(case)
 longer = {name: Work((work.trips[0] + 1,), work.share) for name, work in case.forward.items()}

@@ -6,43 +6,24 @@ lowered, one JSON row each, and what was.
 """
 
 import json
-import os
 from collections import Counter
 from typing import Any
 
-os.environ["TRITON_INTERPRET"] = "0"  # while the kernels are defined
+from bench.fake_gpu import TARGET, admit_cpu_tensors  # before the kernels are defined
 
+# isort: split
 import torch
 from torch import Tensor
 from triton._C.libtriton import ir
-from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
-from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from fsr_fast import kernels
 
-TARGET = GPUTarget("cuda", 90, 32)
 SIZES = {"one of everything": (1, 1, 1), "odd": (2, 3, 5), "usual": (2, 4, 16)}
 """Images, classes, side of the patch grid."""
 DTYPES = (torch.float32, torch.bfloat16)
 GENERATOR = torch.Generator().manual_seed(0)
-
-
-class Driver:
-    """Names a GPU that is not there."""
-
-    def get_current_target(self) -> GPUTarget:
-        return TARGET
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
 
 
 def numbers(*shape: int, dtype: torch.dtype = torch.float32, gradient: bool = False) -> Tensor:
@@ -116,9 +97,8 @@ def main() -> None:
             failures.setdefault(kernel.__name__, what)
         made[kernel.__name__] += 1
 
-    driver.set_active(Driver())
     JITFunction._do_compile = lower
-    os.environ.update(TRITON_INTERPRET="1", FSR_KERNELS="triton")  # let CPU tensors pass
+    admit_cpu_tensors()
     for name, size in SIZES.items():
         for dtype in DTYPES:
             case = f"{name}, {dtype}"
