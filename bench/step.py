@@ -24,7 +24,7 @@ from fsr_fast.config import CONFIG_FOLDER, Config, build_config, dump_config, re
 from fsr_fast.engine import build_step
 from fsr_fast.kernels import dense_energy
 from fsr_fast.method.optim import build_optimiser, fill_missing_gradients
-from fsr_fast.method.schedules import schedule_at
+from fsr_fast.method.schedules import reaches_all, schedule_at
 from fsr_fast.method.step import StepOutput
 from fsr_fast.models.build import build_network
 from fsr_fast.runtime.allocator import keep_freed_memory
@@ -141,14 +141,15 @@ def _build(setting: Setting, technique: Technique, process: Process) -> Callable
     torch.manual_seed(0)
     network = build_network(config.model, CLASSES, setting.size).to(device)
     step = build_step(network, config, PRESENT).to(device)
-    forward = distribute(step, process)
+    last = config.optim.iterations - 1  # every loss counts by then
+    forward = distribute(step, process, all_reached=reaches_all(config, last))
     optimiser = build_optimiser(network, config.optim)
     first, second = torch.randn(2, setting.batch, 3, setting.size, setting.size).to(device)
     labels = torch.zeros(setting.batch, len(CLASSES))
     for number, row in enumerate(labels):
         row[: 1 + number % PRESENT] = 1
     labels = labels.to(device)
-    schedule = schedule_at(config, config.optim.iterations - 1)  # every loss counts by then
+    schedule = schedule_at(config, last)
 
     def iterate(number: int) -> StepOutput:
         optimiser.zero_grad()

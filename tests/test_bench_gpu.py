@@ -9,6 +9,10 @@ from bench import gpu, step
 from fsr_fast import reference
 from fsr_fast.config import dump_config, load_config
 from fsr_fast.errors import UserError
+from fsr_fast.runtime.distributed import Process
+
+
+CPU = torch.device("cpu")
 
 
 def printing(text: str, code: int = 0) -> list[str]:
@@ -121,3 +125,16 @@ def test_the_reference_s_energy_is_ours_on_a_gpu_alone():
             assert (reference.losses.dense_energy is step._fast_energy) == (kind == "cuda")
             found = reference.losses.energy_loss(*given)
         torch.testing.assert_close(found, reference.losses.energy_loss(*given), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("preset", step.PRESETS)
+def test_a_step_of_either_engine_is_timed_and_computes_the_same(preset):
+    setting = step.Setting(preset, "vit_tiny_patch16_224", batch=2, size=64)
+    losses = []
+    for engine in ("fast", "reference"):
+        technique = step.Technique(engine=engine)
+        row = step.measure(setting, technique, CPU, 1)
+        assert row["images_per_second"] == pytest.approx(2 / row["seconds"])
+        assert ("units" in row) == (engine == "fast")
+        losses.append(step._build(setting, technique, Process(0, 1, CPU))(0).losses)
+    torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-5)
