@@ -150,7 +150,7 @@ def _time_on_gpu(
     rounds: dict[str, list[Any]] = {name: [] for name in calls}
     for _ in range(ROUNDS):
         for name, call in calls.items():
-            rounds[name].append(do_bench(call, quantiles=[0.5, 0.2, 0.8]))
+            rounds[name].append(do_bench(call, warmup=10, rep=40, quantiles=[0.5, 0.2, 0.8]))
     rows = []
     for name, call in calls.items():
         median, low, high = (sorted(values)[ROUNDS // 2] for values in zip(*rounds[name], strict=True))

@@ -6,6 +6,7 @@ weights are random, which does not change the work.
 
 import argparse
 import contextlib
+import itertools
 import os
 import statistics
 import time
@@ -45,10 +46,12 @@ class Technique:
     """On a GPU the reference's dense energy is ours: its own loop over the pixels would take minutes."""
     amp: str = "off"
     attention: str = "sdpa"
-    """Of the fast step; the reference materialises the N by N matrix unless this is `fused`."""
+    """`run.attention` of the fast step; the reference materialises the N by N matrix unless this is `fused`."""
     compile: bool = False
     graphs: bool = False
     """Replay the compiled blocks as CUDA graphs."""
+    fp8: bool = False
+    """Run the passes that only give CAMs in float8."""
     kernels: str = ""
     """FSR_KERNELS."""
     keep_memory: bool = True
@@ -93,20 +96,14 @@ def measure(
         iterate = _build(setting, technique, process or Process(0, 1, device))
         for number in range(warm_up):
             iterate(number)
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        times, ceilings, output = [], [], None
-        for number in range(iterations):
-            ceilings.append(measure_ceiling(device, technique.amp))
-            began = time.perf_counter()
-            output = iterate(warm_up + number)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            times.append(time.perf_counter() - began)
+        numbers = range(warm_up, warm_up + iterations)
+        output, times, ceiling = (_time_on_gpu if device.type == "cuda" else _time_on_cpu)(
+            iterate, numbers, device, technique.amp
+        )
     seconds = statistics.median(times)
     row = {"seconds": seconds, "images_per_second": setting.batch / seconds, "peak_gib": peak_memory(device) / 2**30}
-    row["ceiling_tflops_per_second"] = statistics.median(ceilings) / 1e12
-    if output is not None and output.work is not None:
+    row["ceiling_tflops_per_second"] = ceiling / 1e12
+    if output.work is not None:
         rate = output.work.flops / seconds / 1e12
         row |= {"units": output.work.units, "tflops_per_second": rate}
         row["of_ceiling"] = rate / row["ceiling_tflops_per_second"]
@@ -114,6 +111,38 @@ def measure(
         if peak is not None:
             row |= {"peak_tflops_per_second": peak / 1e12, "of_peak": rate * 1e12 / peak}
     return row
+
+
+def _time_on_gpu(
+    iterate: Callable[[int], StepOutput], numbers: range, device: torch.device, amp: str
+) -> tuple[StepOutput, list[float], float]:
+    """Return the last output, seconds of the iterations, and the ceiling around them.
+
+    The host does not wait between iterations, as in training.
+    """
+    before = measure_ceiling(device, amp)
+    torch.cuda.reset_peak_memory_stats(device)
+    ends = [torch.cuda.Event(enable_timing=True) for _ in range(len(numbers) + 1)]
+    ends[0].record()
+    for number, end in zip(numbers, ends[1:], strict=True):
+        output = iterate(number)
+        end.record()
+    torch.cuda.synchronize(device)
+    times = [begin.elapsed_time(end) * 1e-3 for begin, end in itertools.pairwise(ends)]
+    return output, times, statistics.mean((before, measure_ceiling(device, amp)))
+
+
+def _time_on_cpu(
+    iterate: Callable[[int], StepOutput], numbers: range, device: torch.device, amp: str
+) -> tuple[StepOutput, list[float], float]:
+    """Return the same; a CPU is shared with other programs, so the ceiling is measured between the iterations."""
+    times, ceilings = [], []
+    for number in numbers:
+        ceilings.append(measure_ceiling(device, amp))
+        began = time.perf_counter()
+        output = iterate(number)
+        times.append(time.perf_counter() - began)
+    return output, times, statistics.median(ceilings)
 
 
 def build_settings(setting: Setting, technique: Technique) -> Config:
@@ -125,6 +154,8 @@ def build_settings(setting: Setting, technique: Technique) -> Config:
     run |= {"graphs": technique.graphs}
     changes: dict[str, dict[str, Any]] = {
         "run": run,
+        "cam": {"fp8": technique.fp8},
+        "optim": {"batch_size": setting.batch},
         "data": {"root": ".", "image_size": setting.size},
         "model": {"backbone": setting.backbone, "pretrained": "none"},
     }
@@ -179,8 +210,8 @@ def _technique(technique: Technique, device: torch.device) -> Iterator[None]:
         yield
 
 
-def _fused_attention(state: dict[str, Tensor], name: str, tokens: Tensor, heads: int) -> Tensor:
-    """The reference's self-attention by one call of torch's own."""
+def _fused_attention(state: dict[str, Tensor], name: str, tokens: Tensor, heads: int, *_: Any) -> Tensor:
+    """The reference's self-attention by one call of torch's own, for backbones without rotary positions."""
     weight, bias = (state[f"{name}.qkv.{part}"] for part in ("weight", "bias"))
     query, key, value = F.linear(tokens, weight, bias).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
     mixed = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
@@ -201,15 +232,16 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=2, help="images per step")
     parser.add_argument("--size", type=int, default=448, help="side of the views in pixels")
     parser.add_argument("--amp", choices=("off", "bf16"), default="off")
-    parser.add_argument("--attention", choices=("sdpa", "xformers", "varlen"), default="sdpa")
+    parser.add_argument("--attention", choices=("auto", "sdpa", "xformers", "varlen"), default="auto")
     parser.add_argument("--compile", action="store_true", help="compile the transformer's blocks")
     parser.add_argument("--graphs", action="store_true", help="replay the compiled blocks as CUDA graphs")
+    parser.add_argument("--fp8", action="store_true", help="run the passes that only give CAMs in float8")
     parser.add_argument("--iterations", type=int, default=2, help="number of timed iterations, after an untimed one")
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     setting = Setting(options.preset, options.backbone, options.batch, options.size)
-    technique = Technique(options.engine, options.amp, options.attention, options.compile, options.graphs)
+    technique = Technique(options.engine, options.amp, options.attention, options.compile, options.graphs, options.fp8)
     if options.print_config:
         print(dump_config(build_settings(setting, technique)), end="")
         return

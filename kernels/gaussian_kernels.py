@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .dispatch import CompileCase, device_guard, next_power_of_2, require_dtype, tl, triton
+from .dispatch import INTERPRETED, CompileCase, device_guard, next_power_of_2, require_dtype, tl, triton
 
 QUERIES = 128  # pixels that a program filters
 KEYS = (64, 32)  # pixels that it reads at a time, for up to 64 values and for more
@@ -73,7 +73,8 @@ def _filter(
             distance += _squared_difference(q4, tl.load(features + 4 * padded + key))
         inside = (channel < V)[:, None] & (key < P)[None, :]
         value = tl.load(values + channel.to(tl.int64)[:, None] * padded + key[None, :], mask=inside, other=0.0)
-        total = tl.dot(tl.exp2(-distance), tl.trans(value), total, input_precision="tf32")
+        weight = _to_nearest_tf32(tl.exp2(-distance))
+        total = tl.dot(weight, tl.trans(_to_nearest_tf32(value)), total, input_precision="tf32")
     pixel = tl.load(order + image.to(tl.int64) * padded + query)
     target = output + (image * V + channel).to(tl.int64)[None, :] * P + pixel[:, None]
     tl.store(target, total, mask=(query < P)[:, None] & (channel < V)[None, :])
@@ -83,6 +84,16 @@ def _filter(
 def _squared_difference(query, key):
     difference = query[:, None] - key[None, :]
     return difference * difference
+
+
+@triton.jit
+def _to_nearest_tf32(x):
+    """Half a tf32 step more, so that cutting off the bits, which is what the matrix units do, rounds to nearest.
+
+    Cut off alone, all products would be too small, and ten iterations of a mean field would add that up. The
+    interpreter multiplies fp32 as it is.
+    """
+    return x if INTERPRETED else (x.to(tl.int32, bitcast=True) + 0x1000).to(tl.float32, bitcast=True)
 
 
 # --- launch

@@ -92,9 +92,26 @@ def resize_position_embedding(embedding: Tensor, grid: tuple[int, int], size: tu
     Returns:
         (1, 1 + size rows · columns, D).
     """
-    if not torch.compiler.is_exporting() and tuple(grid) == tuple(size):  # an exported graph accepts any size
+    exporting = torch.compiler.is_exporting()  # an exported graph accepts any size
+    if not exporting and tuple(grid) == tuple(size):
         return embedding
-    patches = embedding[:, 1:].transpose(1, 2).unflatten(2, grid)
-    patches = patches.to(torch.promote_types(patches.dtype, torch.float32))
-    patches = F.interpolate(patches, size=tuple(size), mode="bicubic", align_corners=False)
-    return torch.cat([embedding[:, :1], patches.flatten(2).transpose(1, 2).to(embedding.dtype)], dim=1)
+    first, patches = embedding[:, :1], embedding[:, 1:]
+    wide = torch.promote_types(patches.dtype, torch.float32)
+    if exporting:
+        patches = patches.transpose(1, 2).unflatten(2, grid).to(wide)
+        patches = F.interpolate(patches, size=tuple(size), mode="bicubic", align_corners=False)
+        patches = patches.flatten(2).transpose(1, 2)
+    else:  # torch's bicubic kernel for GPUs runs one thread per patch, each over all D channels: milliseconds
+        rows, columns = (_bicubic(*sides, wide, patches.device) for sides in zip(grid, size, strict=True))
+        with torch.autocast(patches.device.type, enabled=False):
+            patches = rows @ patches.to(wide).reshape(grid[0], -1)  # (rows, grid columns · D)
+            patches = (columns @ patches.unflatten(1, (grid[1], -1))).flatten(0, 1).unsqueeze(0)
+    return torch.cat([first, patches.to(embedding.dtype)], dim=1)
+
+
+@functools.lru_cache(maxsize=64)
+def _bicubic(before: int, after: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return the matrix (after, before) that resizes one side; recent ones are cached."""
+    points = torch.eye(before, dtype=dtype).view(1, before, before, 1)
+    weights = F.interpolate(points, size=(after, 1), mode="bicubic", align_corners=False)[0, :, :, 0].T.contiguous()
+    return weights.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else weights

@@ -165,10 +165,13 @@ def test_kernels_save_no_logits(triton_device: torch.device) -> None:
 def test_far_logits_do_not_overflow(triton_device: torch.device) -> None:
     tensors, _ = arguments(5, 20, 130, device=triton_device)
     tensors["centre"] = tensors["centre"] * 100
-    ours = run(distillation_loss, tensors, None, student_temperature=0.002, teacher_temperature=0.002)
-    truth = run(reference, tensors, None, student_temperature=0.002, teacher_temperature=0.002)
+    options = {"student_temperature": 0.002, "teacher_temperature": 0.002}
+    ours = run(distillation_loss, tensors, None, **options)
+    truth = run(reference, tensors, None, **options)
+    # a probability is off by as much, relatively, as its logit absolutely; products of three tf32 passes keep 21 bits
+    far = max((tensors[name] @ tensors[f"{name}_head"].T).abs().max().item() for name in ("student", "teacher")) / 0.002
     for name, actual, expected in zip(LABELS, ours, truth, strict=False):
-        assert_close(actual, expected, 1e-4, label=name)
+        assert_close(actual, expected, far * 2**-21, label=name)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from torch import Tensor
 from fsr_fast.kernels.gaussian import _Weights, bilateral_features, gaussian_filter, gaussian_filter_op
 from tests.kernels.helpers import assert_close, permuted
 
-TF32 = 2.0**-9  # both factors of a product are cut off, by less than 2⁻¹⁰, and nothing cancels
+TF32 = 2.0**-10  # both factors of a product are rounded, by at most 2⁻¹¹, and nothing cancels
 
 
 def tolerance(device: torch.device) -> float:

@@ -54,10 +54,11 @@ def test_images_are_normalised_as_by_the_official_code(file):
 
 @pytest.mark.parametrize("size", [(32, 32), (40, 24)])
 def test_all_outputs_are_those_of_the_reference_on_the_same_tensors(file, size):
-    images = torch.randn(2, 3, *size, generator=helpers.generator())
+    images = torch.randn(2, 3, *size, generator=helpers.generator()).double()
+    weights = {name: value.double() for name, value in official.official_weights().items()}
     with torch.no_grad():
-        actual = load_network(file)(images)
-        expected = reference.forward_network(official.official_weights(), images, heads=1, patch_size=8)
+        actual = load_network(file).double()(images)
+        expected = reference.forward_network(weights, images, heads=1, patch_size=8)
     grid = (size[0] // 8, size[1] // 8)
     shapes = {
         "class_logits": (2, 3),
@@ -71,7 +72,7 @@ def test_all_outputs_are_those_of_the_reference_on_the_same_tensors(file, size):
     }
     assert {name: tuple(getattr(actual, name).shape) for name in actual._fields} == shapes
     for name in shapes:
-        torch.testing.assert_close(getattr(actual, name), getattr(expected, name), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(getattr(actual, name), getattr(expected, name), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize(
