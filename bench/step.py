@@ -6,6 +6,7 @@ weights are random, which does not change the work.
 
 import argparse
 import contextlib
+import gc
 import itertools
 import os
 import statistics
@@ -121,7 +122,6 @@ def _time_on_gpu(
     The host does not wait between iterations, as in training.
     """
     before = measure_ceiling(device, amp)
-    torch.cuda.reset_peak_memory_stats(device)
     ends = [torch.cuda.Event(enable_timing=True) for _ in range(len(numbers) + 1)]
     ends[0].record()
     for number, end in zip(numbers, ends[1:], strict=True):
@@ -168,6 +168,10 @@ def build_settings(setting: Setting, technique: Technique) -> Config:
 
 def _build(setting: Setting, technique: Technique, process: Process) -> Callable[[int], StepOutput]:
     device = process.device
+    if device.type == "cuda":  # what the setting before has left
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
     config = build_settings(setting, technique)
     torch.manual_seed(0)
     network = build_network(config.model, CLASSES, setting.size).to(device)

@@ -24,7 +24,7 @@ from fsr_fast.dataloading.datasets import build_datasets
 from fsr_fast.dataloading.synthetic import generate
 
 SIZE, WARM_UP = 448, 3  # pixels; batches
-BATCH, SECONDS = {"cuda": 64, "cpu": 8}, {"cuda": 6.0, "cpu": 8.0}
+BATCH, SECONDS = {"cuda": 16, "cpu": 8}, {"cuda": 6.0, "cpu": 8.0}
 RECIPES = {
     "VOC recipe": AugmentConfig(),
     "without jitter": AugmentConfig(jitter=0.0),

@@ -73,8 +73,8 @@ def _filter(
             distance += _squared_difference(q4, tl.load(features + 4 * padded + key))
         inside = (channel < V)[:, None] & (key < P)[None, :]
         value = tl.load(values + channel.to(tl.int64)[:, None] * padded + key[None, :], mask=inside, other=0.0)
-        weight = _to_nearest_tf32(tl.exp2(-distance))
-        total = tl.dot(weight, tl.trans(_to_nearest_tf32(value)), total, input_precision="tf32")
+        weight = _near_tf32(tl.exp2(-distance))
+        total = tl.dot(weight, tl.trans(_near_tf32(value)), total, input_precision="tf32")
     pixel = tl.load(order + image.to(tl.int64) * padded + query)
     target = output + (image * V + channel).to(tl.int64)[None, :] * P + pixel[:, None]
     tl.store(target, total, mask=(query < P)[:, None] & (channel < V)[None, :])
@@ -87,10 +87,10 @@ def _squared_difference(query, key):
 
 
 @triton.jit
-def _to_nearest_tf32(x):
-    """Half a tf32 step more, so that cutting off the bits, which is what the matrix units do, rounds to nearest.
+def _near_tf32(x):
+    """Half a step of tf32 more, so that the matrix units, which cut the bits off, round to nearest.
 
-    Cut off alone, all products would be too small, and ten iterations of a mean field would add that up. The
+    Cut off alone, all products would be too small, and the ten iterations of a mean field would add that up. The
     interpreter multiplies fp32 as it is.
     """
     return x if INTERPRETED else (x.to(tl.int32, bitcast=True) + 0x1000).to(tl.float32, bitcast=True)

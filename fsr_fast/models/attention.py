@@ -159,7 +159,7 @@ def _admit_xformers() -> bool:
 
 
 def _attend_sdpa(images: int, *projected: Tensor) -> Tensor:
-    query, key, value = (tensor.unflatten(0, (images, -1)).transpose(1, 2) for tensor in projected)
+    query, key, value = (torch.unflatten(tensor, 0, (images, -1)).transpose(1, 2) for tensor in projected)
     return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2).flatten(0, 1)
 
 
@@ -167,7 +167,7 @@ def _attend_xformers(query: Tensor, key: Tensor, value: Tensor, groups: Groups, 
     from xformers.ops import memory_efficient_attention
 
     images = groups[0][0] if mask is None else 1
-    query, key, value = (tensor.unflatten(0, (images, -1)) for tensor in (query, key, value))
+    query, key, value = (torch.unflatten(tensor, 0, (images, -1)) for tensor in (query, key, value))
     mixed: Tensor = memory_efficient_attention(query, key, value, attn_bias=mask)
     return mixed.flatten(2).flatten(0, 1)
 

@@ -61,13 +61,13 @@ def project(attention: Any, tokens: Tensor, rotary: Tensor | None) -> tuple[Tens
     heads = attention.num_heads
     if attention.qkv is None:
         layers = attention.q_proj, attention.k_proj, attention.v_proj
-        query, key, value = (layer(tokens).unflatten(-1, (heads, -1)) for layer in layers)
+        query, key, value = (torch.unflatten(layer(tokens), -1, (heads, -1)) for layer in layers)
     else:
         projected = attention.qkv(tokens)
         if getattr(attention, "q_bias", None) is not None:
             bias = torch.cat([attention.q_bias, attention.k_bias, attention.v_bias])
             projected = projected + bias.to(projected.dtype)
-        query, key, value = projected.unflatten(-1, (3, heads, -1)).unbind(1)
+        query, key, value = torch.unflatten(projected, -1, (3, heads, -1)).unbind(1)
     query, key = attention.q_norm(query), attention.k_norm(key)
     if rotary is not None:
         query, key = (apply_rot_embed_cat(one, rotary, half=attention.rotate_half) for one in (query, key))

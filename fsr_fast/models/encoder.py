@@ -47,9 +47,13 @@ class PatchProjection(nn.Module):
         self.weight, self.bias = projection.weight, projection.bias
 
     def forward(self, images: Tensor) -> Tensor:
-        """Project images (B, channels, H, W) to (B, D, h, w); a patch's channels lie side by side in memory."""
+        """Project images (B, channels, H, W) to (B, D, h, w); a patch's channels lie side by side in memory.
+
+        What is left of a patch at the bottom and on the right is cut off, as by the convolution.
+        """
         side = self.weight.shape[-1]
         rows, columns = images.shape[2] // side, images.shape[3] // side
+        images = images[:, :, : rows * side, : columns * side]
         patches = images.unflatten(3, (columns, side)).unflatten(2, (rows, side)).permute(0, 2, 4, 1, 3, 5)
         return F.linear(patches.flatten(3), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
 

@@ -109,9 +109,7 @@ def resize_position_embedding(embedding: Tensor, grid: tuple[int, int], size: tu
     return torch.cat([first, patches.to(embedding.dtype)], dim=1)
 
 
-@functools.lru_cache(maxsize=64)
 def _bicubic(before: int, after: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return the matrix (after, before) that resizes one side; recent ones are cached."""
-    points = torch.eye(before, dtype=dtype).view(1, before, before, 1)
-    weights = F.interpolate(points, size=(after, 1), mode="bicubic", align_corners=False)[0, :, :, 0].T.contiguous()
-    return weights.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else weights
+    """Return the matrix (after, before) that resizes one side."""
+    points = torch.eye(before, dtype=dtype, device=device).view(1, before, before, 1)
+    return F.interpolate(points, size=(after, 1), mode="bicubic", align_corners=False)[0, :, :, 0].T

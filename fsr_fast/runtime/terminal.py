@@ -259,8 +259,11 @@ def _lines(
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the largest memory so far, in bytes: on a GPU what torch holds there, else of this process."""
+    """Return the largest memory so far, in bytes: on a GPU what torch holds there, else of this process.
+
+    What torch holds, not what its tensors need: replayed CUDA graphs use memory that no tensor is counted for.
+    """
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        return torch.cuda.max_memory_reserved(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
