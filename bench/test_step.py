@@ -42,7 +42,7 @@ def waterfall(device: torch.device) -> dict[str, Technique]:
     ("preset", "backbone"), [*(("paper", backbone) for backbone in BACKBONES), ("official", BACKBONES[-1])]
 )
 def test_waterfall(benchmark, device, preset, backbone):
-    batch, side, rounds = size(device, gpu=(16, 448, 5), cpu=(2, 64, 1))
+    batch, side, rounds = size(device, gpu=(16, 448, 3), cpu=(2, 64, 1))
     setting = Setting(preset, backbone, batch, side)
     rows = {}
     for name, technique in waterfall(device).items():
