@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 from bench.counted import tabulate_counts
 from bench.harness import RESULTS
+from bench.profile import tabulate_profiles
 from bench.seeds import KINDS
 from fsr_fast.commands.paper_tables import TABLES
 
@@ -23,6 +24,7 @@ ROOT = RESULTS.parent.parent
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "evidence.md")
 PICTURES = ROOT / "docs" / "images"
 Cases = dict[str, dict[str, Any]]
+OPTIONS = {"graphs": "graphs", "fp8": "CAMs in float8"}
 WAITING = {"package": "as the package sets them", "openmp": "OpenMP's default", "passive": "sleep at once"}
 
 
@@ -117,7 +119,7 @@ def _save(figure: Figure, path: Path) -> None:
 def tabulate_steps(records: list[Cases]) -> str:
     """Return the table of whole steps that `python -m bench.step` recorded."""
     lines = [
-        "| device | preset | backbone | pixels, batch | engine | dtype | seconds | images/s | TFLOP/s | peak |",
+        "| device | preset | backbone | pixels, batch | engine | how | seconds | images/s | TFLOP/s | peak |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for cases in records:
@@ -126,6 +128,7 @@ def tabulate_steps(records: list[Cases]) -> str:
                 continue
             setting, technique, row = content["setting"], content["technique"], content["rows"][0]
             shares = ", ".join(f"{row[name]:.0%}" for name in ("of_ceiling", "of_peak") if name in row)
+            used = [title for name, title in OPTIONS.items() if technique.get(name)]
             rate = f"{row['tflops_per_second']:.3g} ({shares})" if "units" in row else "not counted"
             cells = (
                 content["device"],
@@ -133,7 +136,7 @@ def tabulate_steps(records: list[Cases]) -> str:
                 setting["backbone"],
                 f"{setting['size']}², {setting['batch']}",
                 technique["engine"],
-                "fp32" if technique["amp"] == "off" else technique["amp"],
+                ", ".join(["fp32" if technique["amp"] == "off" else technique["amp"], *used]),
                 f"{row['seconds']:.3g}",
                 f"{row['images_per_second']:.3g}",
                 rate,
@@ -326,6 +329,7 @@ def tabulate(results: Path) -> dict[str, str]:
     """Return every table by the name of its markers."""
     return {
         "steps": tabulate_steps(read_cases(results, "step")),
+        "profile": tabulate_profiles(read_cases(results, "profile")),
         "kernels": tabulate_kernels(results),
         "data": tabulate_data(read_cases(results, "data")),
         "seeds": tabulate_seeds(read_cases(results, "seeds")),
@@ -355,7 +359,8 @@ def main() -> None:
     for document in DOCUMENTS:
         text = document.read_text(encoding="utf-8")
         document.write_text(fill(text, tables), encoding="utf-8")
-    draw_waterfall(read_cases(RESULTS, "step")[0], PICTURES / "waterfall.svg")
+    drawn = (cases for cases in read_cases(RESULTS, "step") if any(case.startswith("step waterfall") for case in cases))
+    draw_waterfall(next(drawn), PICTURES / "waterfall.svg")
     for cases in read_cases(RESULTS, "tables"):
         draw_rows(cases, 4, PICTURES / "table_4.svg")
     if reference := read_cases(RESULTS, "reference"):

@@ -10,8 +10,9 @@ import gc
 import itertools
 import os
 import statistics
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 from unittest import mock
@@ -93,8 +94,7 @@ def measure(
         for the fast step `units`, `tflops_per_second` and their share `of_ceiling` of a large matrix product
         and `of_peak` of the data sheet's figure, where that is known.
     """
-    with _technique(technique, device):
-        iterate = _build(setting, technique, process or Process(0, 1, device))
+    with running(setting, technique, device, process) as iterate:
         for number in range(warm_up):
             iterate(number)
         numbers = range(warm_up, warm_up + iterations)
@@ -201,6 +201,22 @@ def _build(setting: Setting, technique: Technique, process: Process) -> Callable
 
 
 @contextlib.contextmanager
+def running(
+    setting: Setting, technique: Technique, device: torch.device, process: Process | None = None
+) -> Iterator[Callable[[int], StepOutput]]:
+    """Set everything up for one setting, and give a function that runs an iteration, whose number is its seed.
+
+    Args:
+        setting: what is computed.
+        technique: how.
+        device: where.
+        process: this one among those that share the gradients; None: it is alone.
+    """
+    with _technique(technique, device):
+        yield _build(setting, technique, process or Process(0, 1, device))
+
+
+@contextlib.contextmanager
 def _technique(technique: Technique, device: torch.device) -> Iterator[None]:
     with mock.patch.dict(os.environ, {"FSR_KERNELS": technique.kernels}), contextlib.ExitStack() as stack:
         keep_freed_memory(technique.engine == "fast" and technique.keep_memory)
@@ -227,9 +243,20 @@ def _fast_energy(probabilities: Tensor, images: Tensor, labels: Tensor) -> Tenso
     return dense_energy(probabilities, images, labels.to(torch.uint8))
 
 
-def main() -> None:
-    """Time the setting given on the command line."""
-    parser = argparse.ArgumentParser(prog="python -m bench.step", description=__doc__)
+def read_options(
+    arguments: Sequence[str], program: str, description: str | None
+) -> tuple[argparse.Namespace, Setting, Technique]:
+    """Read a setting and a technique from a command line.
+
+    Args:
+        arguments: without the program's name.
+        program: its name.
+        description: of what it does.
+
+    Returns:
+        All options, the setting and the technique among them.
+    """
+    parser = argparse.ArgumentParser(prog=program, description=description)
     parser.add_argument("--preset", choices=PRESETS, default="paper")
     parser.add_argument("--engine", choices=("fast", "reference"), default="fast")
     parser.add_argument("--backbone", default="vit_base_patch16_224")
@@ -242,20 +269,27 @@ def main() -> None:
     parser.add_argument("--fp8", action="store_true", help="run the passes that only give CAMs in float8")
     parser.add_argument("--iterations", type=int, default=2, help="number of timed iterations, after an untimed one")
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
-    options = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args(arguments)
     setting = Setting(options.preset, options.backbone, options.batch, options.size)
     technique = Technique(options.engine, options.amp, options.attention, options.compile, options.graphs, options.fp8)
+    return options, setting, technique
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Time the setting given on the command line."""
+    options, setting, technique = read_options(arguments, "python -m bench.step", __doc__)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if options.print_config:
         print(dump_config(build_settings(setting, technique)), end="")
         return
     row = measure(setting, technique, device, options.iterations)
-    case = (
-        f"step {options.preset} {options.backbone} {options.size} batch {options.batch} {options.engine} {options.amp}"
+    used = [name for name in ("compile", "graphs", "fp8") if getattr(technique, name)]
+    case = f"step {setting.preset} {setting.backbone} {setting.size} batch {setting.batch} " + " ".join(
+        [technique.engine, technique.amp, *used]
     )
     print(case, *(f"{name} {value:.4g}" for name, value in row.items()), sep="\n  ")
     record(case, device, {"setting": asdict(setting), "technique": asdict(technique), "rows": [row]})
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

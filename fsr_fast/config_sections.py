@@ -52,10 +52,10 @@ class RunConfig(Section):
     the choice. Evaluations there use xformers; everything else uses sdpa."""
     compile: Literal["auto"] | bool = "auto"
     """Compile the transformer's blocks. `auto`: on a GPU only; the first iterations take longer."""
-    graphs: bool = False
+    graphs: Literal["auto"] | bool = "auto"
     """On a GPU, compile all blocks of a pass as one program and replay its launches as a CUDA graph: less work for the
     host, which can be what limits a GPU with few images. Compiling takes longer, and the graphs keep memory of their
-    own. Neither with `checkpointing` nor with `shard`."""
+    own. Neither with `checkpointing` nor with `shard`. `auto`: where blocks are compiled and one process trains."""
     checkpointing: bool = False
     """Recompute the blocks' activations in the backward pass: less memory, a third more work with gradient."""
     shard: bool = False
@@ -100,7 +100,7 @@ class RunConfig(Section):
     def _whole_blocks(self) -> Self:
         if self.shard and self.compile is True:
             raise ValueError("shard: sharded blocks cannot be compiled; give --run.shard false or --run.compile false")
-        if self.graphs and (self.shard or self.checkpointing or self.compile is False):
+        if self.graphs is True and (self.shard or self.checkpointing or self.compile is False):
             raise ValueError(
                 "graphs: a CUDA graph holds compiled blocks, neither sharded nor recomputed; give --run.graphs false, "
                 "or --run.shard false --run.checkpointing false --run.compile auto"

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from fsr_fast.config import Config
+from fsr_fast.config import Config, RunConfig
 from fsr_fast.errors import UserError
 from fsr_fast.method.cam import scaled_size
 from fsr_fast.method.reference_step import ReferenceStep
@@ -33,11 +33,11 @@ def build_step(student: Network, config: Config, max_classes: int) -> FSRStep:
     run, encoder, device = config.run, student.encoder, student.top_classifier.weight.device
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = run.tf32
     _check_scales(config, encoder.patch_size)
-    if run.graphs and device.type != "cuda":
+    if run.graphs is True and device.type != "cuda":
         raise UserError(f"run.graphs: CUDA graphs need a GPU, and this run is on {device.type}; --run.graphs false")
     encoder.checkpointing = run.checkpointing
     if run.compile is True or (run.compile == "auto" and device.type == "cuda" and not run.shard):
-        encoder.compile_blocks(graphs=run.graphs)
+        encoder.compile_blocks(graphs=uses_graphs(run, device, world_size()))
     if device.type == "cuda" and not run.shard:  # only contiguous weights can be sharded
         student.decoder.to(memory_format=torch.channels_last)
     if config.cam.fp8:
@@ -50,6 +50,19 @@ def build_step(student: Network, config: Config, max_classes: int) -> FSRStep:
     if run.attention == "auto" and device.type == "cuda" and uses_half(device, run.amp):
         _set_attention(step, _measure_backends(step, usual))
     return step
+
+
+def uses_graphs(run: RunConfig, device: torch.device, processes: int) -> bool:
+    """Return whether compiled blocks are replayed as CUDA graphs; `auto` does not where that has not been tried.
+
+    Args:
+        run: the section.
+        device: of the step.
+        processes: number of processes that train.
+    """
+    if run.graphs == "auto":
+        return device.type == "cuda" and processes == 1 and not run.checkpointing
+    return run.graphs
 
 
 def _measure_backends(step: FSRStep, evaluation: Backend) -> Backends:

@@ -9,7 +9,6 @@ from bench import gpu, step
 from fsr_fast import reference
 from fsr_fast.config import dump_config, load_config
 from fsr_fast.errors import UserError
-from fsr_fast.runtime.distributed import Process
 
 CPU = torch.device("cpu")
 
@@ -92,8 +91,7 @@ def test_parts_that_are_no_tests_resolve_their_settings(monkeypatch, capsys):
     assert list(parts) == ["step ours", "step reference", "train fast", "train reference"]
     for name, (_, _, module, *arguments) in parts.items():
         if module == "bench.step":
-            monkeypatch.setattr(sys, "argv", ["step", *arguments, "--print-config"])
-            step.main()
+            step.main([*arguments, "--print-config"])
         else:
             assert arguments.pop(0) == "train"
             print(dump_config(load_config(arguments)[0]))
@@ -134,7 +132,7 @@ def test_a_step_of_either_engine_is_timed_and_computes_the_same(preset):
         row = step.measure(setting, technique, CPU, 1)
         assert row["images_per_second"] == pytest.approx(2 / row["seconds"])
         assert ("units" in row) == (technique.engine == "fast")
-        with step._technique(technique, CPU):
-            losses.append(step._build(setting, technique, Process(0, 1, CPU))(0).losses)
+        with step.running(setting, technique, CPU) as iterate:
+            losses.append(iterate(0).losses)
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(losses[1], losses[2], rtol=1e-4, atol=1e-5)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fsr_fast.engine import build_step
+from fsr_fast.engine import build_step, uses_graphs
 from fsr_fast.errors import UserError
 from fsr_fast.method.schedules import schedule_at
 from fsr_fast.method.step import FSRStep, StepOutput
@@ -77,10 +77,29 @@ def test_weights_are_read_where_they_lie(programs):
 def test_a_step_tells_the_graphs_that_it_begins(monkeypatch):
     begun = []
     monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: begun.append(len(begun)))
-    for changes, count in (({}, 0), (GRAPHS, 1)):
-        begun.clear()
-        run(build(changes))
-        assert len(begun) == count
+    step = build()
+    run(step)
+    assert not begun
+    step.student.encoder.graphs = True
+    run(step)
+    assert len(begun) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "processes", "graphs"),
+    [
+        ({}, 1, True),
+        ({}, 2, False),
+        ({"graphs": True}, 2, True),
+        ({"graphs": False}, 1, False),
+        ({"checkpointing": True}, 1, False),
+    ],
+    ids=str,
+)
+def test_graphs_are_the_default_where_one_process_trains_on_a_gpu(options, processes, graphs):
+    run = helpers.config({"run": options}).run
+    assert uses_graphs(run, torch.device("cuda"), processes) == graphs
+    assert uses_graphs(run, torch.device("cpu"), processes) == (run.graphs is True)
 
 
 def test_an_evaluation_uses_no_graph(programs):

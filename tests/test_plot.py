@@ -44,6 +44,12 @@ def test_the_table_holds_the_recorded_figures(results):
     assert len(rows) == 2
 
 
+def test_the_table_says_what_was_switched_on(results):
+    record = plot.read_cases(results, "step")[0]
+    record["step paper"]["technique"] |= {"graphs": True, "fp8": False}
+    assert "| fast | bf16, graphs | 2 |" in plot.tabulate_steps([record])
+
+
 def test_a_second_share_is_that_of_the_dense_peak(results):
     record = plot.read_cases(results, "step")[0]
     record["step paper"]["rows"][0]["of_peak"] = 0.4

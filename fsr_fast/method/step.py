@@ -109,7 +109,7 @@ class FSRStep(nn.Module):
             draws: from `draw`.
             schedule: values of this iteration.
         """
-        if self.config.run.graphs:  # what graphs have put out before may be overwritten from now on
+        if self.student.encoder.graphs:  # what graphs have put out before may be overwritten from now on
             torch.compiler.cudagraph_mark_step_begin()
         view1, view2 = views  # (B, 3, H, W)
         weights, student = schedule.weights, self.student

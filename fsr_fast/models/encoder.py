@@ -120,6 +120,7 @@ class Encoder(nn.Module):
         self.norm = vit.norm
         self.attention = Backends("sdpa", "sdpa", "sdpa")
         self.checkpointing = False
+        self.graphs = False
         self._run_block: Callable[..., Tensor] = run_block
         self._run_blocks: Callable[..., tuple[Tensor, Tensor]] = run_blocks
         self.drop_rates: list[float] = torch.linspace(0, config.stochastic_depth, self.depth).tolist()  # for the host
@@ -154,6 +155,7 @@ class Encoder(nn.Module):
             graphs: make one program of all blocks of a pass, which is replayed as a CUDA graph; without, one program
                 serves every block.
         """
+        self.graphs = graphs
         if graphs:  # where a program cannot become a graph, an error is better than a pass that is silently slower
             options: dict[str, Any] = {"triton.cudagraphs": True, "triton.cudagraph_or_error": True}
             self._run_blocks = torch.compile(run_blocks, dynamic=False, options=options)
