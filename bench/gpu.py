@@ -55,7 +55,9 @@ def list_parts() -> Parts:
     for chosen in FIRST:
         bench("test_step", chosen)
     step = [sys.executable, "-m", "bench.step", "--batch", "16", "--iterations", "10"]
-    parts["step ours"] = [*step, "--amp", "bf16", "--compile", "--graphs"]
+    ours = ["--amp", "bf16", "--compile", "--graphs"]
+    parts["step ours"] = [*step, *ours]
+    parts["profile"] = [sys.executable, "-m", "bench.profile", "--batch", "16", *ours]
     parts["step reference"] = [*step, "--engine", "reference", "--amp", "bf16"]
     bench("test_step", "official")
     for name in NEXT:

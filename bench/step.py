@@ -255,6 +255,9 @@ def read_options(
 
     Returns:
         All options, the setting and the technique among them.
+
+    Raises:
+        SystemExit: `--print-config`, which this does.
     """
     parser = argparse.ArgumentParser(prog=program, description=description)
     parser.add_argument("--preset", choices=PRESETS, default="paper")
@@ -272,6 +275,9 @@ def read_options(
     options = parser.parse_args(arguments)
     setting = Setting(options.preset, options.backbone, options.batch, options.size)
     technique = Technique(options.engine, options.amp, options.attention, options.compile, options.graphs, options.fp8)
+    if options.print_config:
+        print(dump_config(build_settings(setting, technique)), end="")
+        raise SystemExit
     return options, setting, technique
 
 
@@ -279,9 +285,6 @@ def main(arguments: Sequence[str]) -> None:
     """Time the setting given on the command line."""
     options, setting, technique = read_options(arguments, "python -m bench.step", __doc__)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if options.print_config:
-        print(dump_config(build_settings(setting, technique)), end="")
-        return
     row = measure(setting, technique, device, options.iterations)
     used = [name for name in ("compile", "graphs", "fp8") if getattr(technique, name)]
     case = f"step {setting.preset} {setting.backbone} {setting.size} batch {setting.batch} " + " ".join(

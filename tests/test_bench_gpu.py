@@ -1,3 +1,4 @@
+import importlib
 import json
 import subprocess
 import sys
@@ -66,7 +67,7 @@ def test_the_parts_that_tell_the_most_come_first():
     names = list(gpu.list_parts())
     kernels = [name for name in names if name.startswith("check test_")]
     assert names[: len(kernels)] == kernels
-    first = ["bench test_step attention_backends", "bench test_step paper-vit_base", "step ours", "step reference"]
+    first = ["bench test_step attention_backends", "bench test_step paper-vit_base", "step ours", "profile"]
     assert names[len(kernels) :][:4] == first
     order = [names.index(name) for name in ("bench test_data", "bench test_crf", "train fast", "check the rest")]
     assert order == sorted(order)
@@ -88,10 +89,11 @@ def test_a_rehearsal_starts_every_part_without_its_work_and_names_those_that_fai
 
 def test_parts_that_are_no_tests_resolve_their_settings(monkeypatch, capsys):
     parts = {name: command for name, command in gpu.list_parts().items() if "pytest" not in command}
-    assert list(parts) == ["step ours", "step reference", "train fast", "train reference"]
+    assert list(parts) == ["step ours", "profile", "step reference", "train fast", "train reference"]
     for name, (_, _, module, *arguments) in parts.items():
-        if module == "bench.step":
-            step.main([*arguments, "--print-config"])
+        if module in ("bench.step", "bench.profile"):
+            with pytest.raises(SystemExit):
+                importlib.import_module(module).main([*arguments, "--print-config"])
         else:
             assert arguments.pop(0) == "train"
             print(dump_config(load_config(arguments)[0]))
