@@ -227,13 +227,14 @@ def tabulate_seeds(records: list[Cases]) -> str:
 
 
 def tabulate_classes(records: list[Cases]) -> str:
-    """Return the IoUs of each class of the first run that is recorded, and their means."""
-    lines = ["| IoU | pseudo | seg |", "|---|---|---|"]
-    for cases in records[:1]:
-        run = next(iter(cases.values()))
-        rows = {name: [run[kind]["classes"][name] for kind in KINDS] for name in run["pseudo"]["classes"]}
-        rows["**mean**"] = [run[kind]["mean"] for kind in KINDS]
-        lines += [f"| {name} | {' | '.join(f'{value:.1f}' for value in values)} |" for name, values in rows.items()]
+    """Return the IoUs of each class of every run that is recorded, and their means."""
+    runs = [run for cases in records for run in cases.values()]
+    titles = [f"{kind}, {run['device']}" for run in runs for kind in KINDS]
+    lines = [f"| IoU | {' | '.join(titles)} |", f"|---|{'---|' * len(titles)}"]
+    scored = [run[kind] for run in runs for kind in KINDS]
+    rows = {name: [scores["classes"][name] for scores in scored] for name in (scored[0]["classes"] if scored else ())}
+    rows["**mean**"] = [scores["mean"] for scores in scored]
+    lines += [f"| {name} | {' | '.join(f'{value:.1f}' for value in values)} |" for name, values in rows.items()]
     return "\n".join(lines)
 
 

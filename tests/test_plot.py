@@ -147,9 +147,15 @@ def test_a_run_is_tabulated_class_by_class():
     def scores(cat, dog):
         return {"mean": (cat + dog) / 2, "classes": {"cat": cat, "dog": dog}}
 
-    cases = {"photographs 0": {"pseudo": scores(40.0, 20.0), "seg": scores(41.0, 23.0)}}
-    lines = plot.tabulate_classes([cases]).splitlines()[2:]
-    assert lines == ["| cat | 40.0 | 41.0 |", "| dog | 20.0 | 23.0 |", "| **mean** | 30.0 | 32.0 |"]
+    gpu = {"photographs 0": {"device": "gpu", "pseudo": scores(60.0, 40.0), "seg": scores(61.0, 43.0)}}
+    cpu = {"photographs 0": {"device": "cpu", "pseudo": scores(40.0, 20.0), "seg": scores(41.0, 23.0)}}
+    assert plot.tabulate_classes([gpu, cpu]).splitlines() == [
+        "| IoU | pseudo, gpu | seg, gpu | pseudo, cpu | seg, cpu |",
+        "|---|---|---|---|---|",
+        "| cat | 60.0 | 61.0 | 40.0 | 41.0 |",
+        "| dog | 40.0 | 43.0 | 20.0 | 23.0 |",
+        "| **mean** | 50.0 | 52.0 | 30.0 | 32.0 |",
+    ]
 
 
 def test_seeds_are_tabulated_with_their_worst_class_and_the_worst_of_all():
