@@ -44,14 +44,14 @@ def list_parts() -> Parts:
     The kernels' checks, the step with each attention backend and the waterfall; ours beside the reference; the official
     preset, the data path, the CRF; the demonstration by both engines; then everything else.
     """
-    pytest = [sys.executable, "-m", "pytest", "-q"]
-    kernels = sorted(path.stem for path in (ROOT / "tests" / "kernels").glob("test_*.py"))
+    pytest = [sys.executable, "-m", "pytest"]
     benches = [path.stem for path in sorted((ROOT / "bench").glob("test_*.py"))]
 
     def bench(name: str, chosen: str = "") -> None:
         parts[f"bench {name} {chosen}".strip()] = [*pytest, f"bench/{name}.py", "-k", chosen]
 
-    parts = {f"check {name}": [*pytest, "-m", "gpu", f"tests/kernels/{name}.py"] for name in kernels}
+    checks = [*pytest, "-n", "6", "-m", "gpu"]  # nearly all of their time is compiling
+    parts = {"check kernels": [*checks, "tests/kernels"]}
     for chosen in FIRST:
         bench("test_step", chosen)
     step = [sys.executable, "-m", "bench.step", "--batch", "16", "--iterations", "10"]
@@ -68,7 +68,7 @@ def list_parts() -> Parts:
     for name in benches:
         for chosen in SPLIT.get(name, ("",)):
             bench(name, chosen)  # those above keep their place
-    parts["check the rest"] = [*pytest, "-m", "gpu", "tests", "--ignore", "tests/kernels"]
+    parts["check the rest"] = [*checks, "tests", "--ignore", "tests/kernels"]
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer:
         small = [*pytest, "-m", "gpu", "tests/kernels/test_cross_attention.py", "-x"]

@@ -59,16 +59,22 @@ def test_a_file_without_gpu_tests_is_no_failure(tmp_path):
 
 def test_all_kernels_and_benches_have_a_part():
     parts = gpu.list_parts()
-    for name in ("check test_cam_merging", "check the rest", "bench test_step official", "bench test_affinity_loss"):
+    for name in ("check kernels", "check the rest", "bench test_step official", "bench test_affinity_loss"):
         assert name in parts
+
+
+def test_the_tests_of_a_part_are_counted(tmp_path):
+    command = gpu.list_parts()["bench test_crf"]
+    small = [*command[: command.index("pytest") + 1], "tests/test_rounding.py", "-k", "directions"]
+    part = gpu.run_parts({"check": small}, tmp_path, "abc")["check"]
+    assert part["passed"]
+    assert part["tests"] > 0
 
 
 def test_the_parts_that_tell_the_most_come_first():
     names = list(gpu.list_parts())
-    kernels = [name for name in names if name.startswith("check test_")]
-    assert names[: len(kernels)] == kernels
-    first = ["bench test_step attention_backends", "bench test_step paper-vit_base", "step ours", "profile"]
-    assert names[len(kernels) :][:4] == first
+    steps = ["bench test_step attention_backends", "bench test_step paper-vit_base", "step ours", "profile"]
+    assert names[:5] == ["check kernels", *steps]
     order = [names.index(name) for name in ("bench test_data", "bench test_crf", "train fast", "check the rest")]
     assert order == sorted(order)
 
