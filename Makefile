@@ -11,11 +11,11 @@ train: .venv/runtime
 	$(BIN)/python -m fsr_fast.train
 
 test: .venv/development
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n auto -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n auto --dist worksteal -m "not slow"
 
 # with the checks that are slow in full: 50 kills, a run of 2,000 iterations
 test-full: .venv/development
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n auto --dist worksteal
 
 # the demonstration from five seeds, a few minutes each; repeat it to resume
 seeds: .venv/runtime

@@ -18,7 +18,8 @@ from torch.profiler import ProfilerActivity, profile
 from bench.harness import record
 from bench.step import Setting, Technique, read_options, running
 
-ITERATIONS, WARM_UP = 3, 4
+WARM_UP = 4
+"""Iterations before; graphs are warmed up, then recorded, then replayed."""
 PARTS = {
     "attention": r"flash|sdpa|fmha|compute_dot_do_o|convert_dq",
     "convolutions": r"convol|conv::|fprop|dgrad|wgrad|[nN]chwTo|[nN]hwcTo",
@@ -32,13 +33,17 @@ PARTS = {
 """Parts of a step by what is in the names of their kernels; the first that fits counts."""
 
 
-def profile_step(setting: Setting, technique: Technique, device: torch.device) -> dict[str, Any]:
+def profile_step(
+    setting: Setting, technique: Technique, device: torch.device, iterations: int = 3, warm_up: int = WARM_UP
+) -> dict[str, Any]:
     """Profile iterations of one setting.
 
     Args:
         setting: what is computed.
         technique: how.
         device: where. On a CPU, operators take the place of kernels.
+        iterations: number of profiled iterations.
+        warm_up: number of those before.
 
     Returns:
         `milliseconds` of an iteration, of them `host_milliseconds` until all was launched, and `kernels`: milliseconds
@@ -47,13 +52,13 @@ def profile_step(setting: Setting, technique: Technique, device: torch.device) -
     on_gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_gpu]
     with running(setting, technique, device) as iterate:
-        for number in range(WARM_UP):
+        for number in range(warm_up):
             iterate(number)
         if on_gpu:
             torch.cuda.synchronize(device)
         with profile(activities=activities) as profiler:
             began = time.perf_counter()
-            for number in range(WARM_UP, WARM_UP + ITERATIONS):
+            for number in range(warm_up, warm_up + iterations):
                 iterate(number)
             launched = time.perf_counter() - began
             if on_gpu:
@@ -64,10 +69,10 @@ def profile_step(setting: Setting, technique: Technique, device: torch.device) -
         microseconds = event.self_device_time_total if on_gpu else event.self_cpu_time_total
         ran_there = not on_gpu or event.device_type == DeviceType.CUDA
         if ran_there and microseconds > 0 and not event.is_user_annotation:
-            kernels[event.key] = (microseconds * 1e-3 / ITERATIONS, event.count / ITERATIONS)
+            kernels[event.key] = (microseconds * 1e-3 / iterations, event.count / iterations)
     return {
-        "milliseconds": took * 1e3 / ITERATIONS,
-        "host_milliseconds": launched * 1e3 / ITERATIONS,
+        "milliseconds": took * 1e3 / iterations,
+        "host_milliseconds": launched * 1e3 / iterations,
         "kernels": dict(sorted(kernels.items(), key=lambda item: -item[1][0])),
     }
 

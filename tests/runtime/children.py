@@ -28,6 +28,8 @@ WIDTH = 20_000
 """Numbers in the state that `save_forever` writes: some pages, so that a kill can fall into a write."""
 
 Hook = Callable[..., None]
+LONGEST = 300.0
+"""Seconds. gloo can hang for good while it destroys a buffer (seen once, in thousands of runs of two processes)."""
 
 
 def start(target: Callable[..., None], *arguments: Any) -> Any:
@@ -38,9 +40,14 @@ def start(target: Callable[..., None], *arguments: Any) -> Any:
 
 
 def exit_codes(processes: list[Any]) -> list[int]:
-    """Wait for processes."""
+    """Wait for processes; if some have not ended after LONGEST seconds, none of them is left."""
+    end = time.monotonic() + LONGEST
     for process in processes:
-        process.join()
+        process.join(max(0.0, end - time.monotonic()))
+    alive = [number for number, process in enumerate(processes) if process.is_alive()]
+    for number in alive:
+        processes[number].kill()
+    assert not alive, f"processes {alive} have not ended after {LONGEST} s"
     return [process.exitcode for process in processes]
 
 
