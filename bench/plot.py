@@ -310,11 +310,13 @@ def _with_worst(scores: dict[str, Any]) -> tuple[float, str, float]:
 
 def tabulate_waiting(records: list[Cases]) -> str:
     """Return the table of a training's speed under settings of OpenMP, alone and beside a busy process."""
-    lines = ["| waiting threads | alone | beside a busy process |", "|---|---|---|"]
+    lines = ["| threads | waiting threads | alone | beside a busy process |", "|---|---|---|---|"]
     for cases in records:
-        alone, beside = (cases[f"waiting {others}"]["pictures_per_second"] for others in (0, 1))
-        for name, title in WAITING.items():
-            lines.append(f"| {title} | {_spread(alone[name], '.0f')} | {_spread(beside[name], '.0f')} |")
+        for threads in sorted({content["threads"] for content in cases.values()}, reverse=True):
+            alone, beside = (cases[f"waiting {others} {threads}"]["pictures_per_second"] for others in (0, 1))
+            for name, title in WAITING.items():
+                cells = (_spread(rates[name], ".0f") for rates in (alone, beside))
+                lines.append(f"| {threads} | {title} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

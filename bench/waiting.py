@@ -70,7 +70,7 @@ def main(arguments: Sequence[str]) -> None:
                     rates[name].append(train(setting, options.threads, recipe))
                 print(f"{others} other processes, {name}: {rates[name][-1]:.1f} pictures/s", flush=True)
         content = {"threads": options.threads, "cores": os.cpu_count(), "others": others, "pictures_per_second": rates}
-        record(f"waiting {others}", torch.device("cpu"), content)
+        record(f"waiting {others} {options.threads}", torch.device("cpu"), content)
 
 
 if __name__ == "__main__":

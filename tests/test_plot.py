@@ -79,9 +79,14 @@ def test_kernels_are_tabulated_by_phase(tmp_path):
 def test_the_speed_of_waiting_threads_is_tabulated_alone_and_beside_another_process():
     rates = {"package": [100.0, 102.0], "openmp": [90.0, 92.0], "passive": [80.0, 82.0]}
     halves = {name: [rate / 2 for rate in values] for name, values in rates.items()}
-    record = {f"waiting {others}": {"pictures_per_second": found} for others, found in enumerate((rates, halves))}
-    row = plot.tabulate_waiting([record]).splitlines()[2]
-    assert row == "| as the package sets them | 100, 102: 101 ± 1.4 | 50, 51: 50 ± 0.7 |"
+    record = {
+        f"waiting {others} {threads}": {"threads": threads, "pictures_per_second": found}
+        for others, found in enumerate((rates, halves))
+        for threads in (1, 2)
+    }
+    rows = plot.tabulate_waiting([record]).splitlines()[2:]
+    assert rows[0] == "| 2 | as the package sets them | 100, 102: 101 ± 1.4 | 50, 51: 50 ± 0.7 |"
+    assert [row[:5] for row in rows] == ["| 2 |"] * 3 + ["| 1 |"] * 3
 
 
 @pytest.mark.parametrize(("device", "panels"), [("cpu-x", 1), ("NVIDIA-H200", 2)])
