@@ -170,8 +170,9 @@ def test_far_logits_do_not_overflow(triton_device: torch.device) -> None:
     truth = run(reference, tensors, None, **options)
     # a probability is off by as much, relatively, as its logit absolutely; products of three tf32 passes keep 21 bits
     far = max((tensors[name] @ tensors[f"{name}_head"].T).abs().max().item() for name in ("student", "teacher")) / 0.002
+    bound = far * 2**-21 if triton_device.type == "cuda" else 1e-4
     for name, actual, expected in zip(LABELS, ours, truth, strict=False):
-        assert_close(actual, expected, far * 2**-21, label=name)
+        assert_close(actual, expected, bound, label=name)
 
 
 @pytest.mark.parametrize(
