@@ -22,8 +22,8 @@ from fsr_fast.reporting.tracking import read_metrics
 
 VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "OMP_NUM_THREADS")
 SETTINGS = {
-    "package": {},
-    "openmp": {"GOMP_SPINCOUNT": "300000"},  # libgomp's default
+    "openmp": {},
+    "10,000 turns": {"GOMP_SPINCOUNT": "10000"},
     "passive": {"OMP_WAIT_POLICY": "passive"},
 }
 ITERATIONS, LOG_EVERY = 150, 50

@@ -46,30 +46,30 @@ class Instances:
     def __init__(self, path: Path, classes: Sequence[str], *, with_masks: bool, max_pixels: int = MAX_PIXELS) -> None:
         self.path, self._max_pixels = path, max_pixels
         try:
-            images, objects, categories = _parse(path, with_masks)
-            numbers = _class_numbers(path, categories, classes)
-            images = sorted(images, key=lambda image: image[1])
-            self._files = Names(str(image[1]).replace("\\", "/") for image in images)
-            rows = {image[0]: row for row, image in enumerate(images)}
-            objects = sorted(
-                objects, key=lambda item: (rows[item[0]], -item[2])
-            )  # large ones first, so that later ones cover them
-            self._image = np.array([rows[item[0]] for item in objects], np.int64)
-            self._class = np.array([numbers[item[1]] for item in objects], np.int64)
-            self._sizes = np.array([image[2:] for image in images], np.int64).reshape(-1, 2)
+            content = _parse(path)
+            numbers = _class_numbers(path, content.categories, classes)
+            images = sorted(content.images, key=lambda image: image.file_name)
+            self._files = Names(str(image.file_name).replace("\\", "/") for image in images)
+            self._sizes = np.array([(int(one.height), int(one.width)) for one in images], np.int64).reshape(-1, 2)
+            rows = {image.id: row for row, image in enumerate(images)}
+            objects = content.annotations
+            row = np.array([rows[one.image_id] for one in objects], np.int64)
+            area = np.array([float(one.area) for one in objects])
+            order = np.lexsort((-area, row))  # large ones first, so that later ones cover them
+            self._class = np.array([numbers[one.category_id] for one in objects], np.int64)[order]
+            self._first = np.searchsorted(row[order], np.arange(len(images) + 1)).tolist()
             self._rows = _name_rows(self._files)
         except (KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
             raise UserError(f"{path}: {type(error).__name__}: {error}; {FORM}") from None
-        self._outlines = [item[3] for item in objects] if with_masks else None
+        self._outlines = [bytes(objects[number].segmentation) for number in order] if with_masks else None
         self.notes = Notes()
         if len(self._rows) < len(images):
             raise UserError(f"{path}: two images have the same name; expected unique names")
 
     def listed(self, *, negatives: bool = False) -> list[str]:
         """Return the names of all images with an object, in the order of their names; or, with negatives, of all."""
-        shown = np.full(len(self._rows), negatives)
-        shown[self._image] = True
-        return [name for name, row in self._rows.items() if shown[row]]
+        shown = np.diff(self._first) > 0
+        return [name for name, row in self._rows.items() if negatives or shown[row]]
 
     def file_name(self, name: str) -> str:
         """Return the file of an image as it is written in the instances file."""
@@ -77,7 +77,7 @@ class Instances:
 
     def labels(self, name: str) -> list[int]:
         """Return the classes of an image, as numbers from 0."""
-        return np.unique(self._class[self._objects(name)]).tolist()
+        return sorted(set(self._class[self._objects(name)].tolist()))
 
     def mask(self, name: str) -> NDArray[np.uint8]:
         """Draw the mask of an image, (H, W) uint8: 0 background, 1… classes."""
@@ -92,7 +92,7 @@ class Instances:
                 "--data.max_pixels is raised"
             )
         drawn = np.zeros((height, width), np.uint8)
-        for item in range(*self._objects(name).indices(len(self._image))):
+        for item in range(len(self._outlines))[self._objects(name)]:
             where = f"{self.path}: an outline of {name!r}"
             try:
                 shape = _check_outline(msgspec.json.decode(self._outlines[item]), height, width)
@@ -113,14 +113,16 @@ class Instances:
         return drawn
 
     def _row(self, name: str) -> int:
-        row = self._rows.get(name, self._rows.get(bare_name(name)))
+        row = self._rows.get(name)
+        if row is None:
+            row = self._rows.get(bare_name(name))
         if row is None:
             raise UserError(f"{self.path}: no image {name!r}; take it off the list")
         return row
 
     def _objects(self, name: str) -> slice:
-        first, last = np.searchsorted(self._image, [self._row(name), self._row(name) + 1])
-        return slice(int(first), int(last))
+        row = self._row(name)
+        return slice(self._first[row], self._first[row + 1])
 
 
 @dataclass(frozen=True)
@@ -279,23 +281,14 @@ class _File(msgspec.Struct):
     categories: list[dict[str, Any]]
 
 
-def _parse(path: Path, with_masks: bool) -> tuple[list[Any], list[Any], list[Any]]:
-    """Return images (id, file, height, width), objects (image, category, area, outline as JSON) and categories.
-
-    Nothing else is parsed: the objects of a whole file would take gigabytes, and most of the time.
-    """
+def _parse(path: Path) -> _File:
+    """Read what is needed of an instances file; its objects as a whole would take gigabytes, and most of the time."""
     try:
-        content = msgspec.json.decode(path.read_bytes(), type=_File)
+        return msgspec.json.decode(path.read_bytes(), type=_File)
     except msgspec.ValidationError as error:
         raise UserError(f"{path}: {error}; {FORM}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON: {error}; download it again") from None
-    images = [(one.id, one.file_name, int(one.height), int(one.width)) for one in content.images]
-    objects = [
-        (one.image_id, one.category_id, float(one.area), bytes(one.segmentation) if with_masks else b"")
-        for one in content.annotations
-    ]
-    return images, objects, content.categories
 
 
 def _class_numbers(path: Path, categories: Iterable[dict[str, Any]], classes: Sequence[str]) -> dict[int, int]:

@@ -143,7 +143,10 @@ def inside(folder: Path, name: str, links: Sequence[Path] = ()) -> Path:
     """
     check_name(name)
     path = folder / name
-    target = os.path.realpath(path) if path.is_symlink() else f"{_real(path.parent.absolute())}{path.name}"
+    linked = os.path.islink(path)
+    if not linked and "/" not in name:
+        return path
+    target = os.path.realpath(path) if linked else f"{_real(path.parent.absolute())}{path.name}"
     if not target.startswith(tuple(_real(root.absolute()) for root in (folder, *links))):
         raise OutsideError(
             f"{path}: a symbolic link that leads out of {folder}, to {target}; put the file itself there, or allow "

@@ -14,10 +14,6 @@ if TYPE_CHECKING:
 
 # Put large tensors on a CPU in pages of 2 MiB, fewer to set up; torch reads this at its first large tensor.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-# A thread that waits for another polls about 0.2 ms and then sleeps. OpenMP's own limit is 30 times as long: where
-# another program takes a core, threads poll for each other and the computation nearly stops. Read when torch is loaded.
-if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 __all__ = ["Network", "Prediction", "__version__", "from_pretrained", "load_network", "segment"]
 

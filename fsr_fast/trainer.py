@@ -36,6 +36,7 @@ from fsr_fast.reporting.pictures import evaluation_grid, training_grid
 from fsr_fast.reporting.tables import label_table, score_table
 from fsr_fast.reporting.tracking import Tracker, read_metrics
 from fsr_fast.runtime.checkpoint import TrainState, read_newest
+from fsr_fast.runtime.cores import OtherPrograms
 from fsr_fast.runtime.distributed import Process, distribute, wait_for_all
 from fsr_fast.runtime.files import write_json
 from fsr_fast.runtime.guard import NonFiniteGuard, gradient_norm
@@ -73,6 +74,7 @@ class Trainer:
     """
 
     def __init__(self, config: Config, process: Process) -> None:
+        others = OtherPrograms()
         self.config = config
         self.process = process
         if config.optim.batch_size % process.world_size:
@@ -99,6 +101,9 @@ class Trainer:
         self.train_set, self.val_set = (images.read_as(network.reading) for images in (self.train_set, self.val_set))
         self.network = network.to(process.device)
         self.step = build_step(self.network, config, self.train_set.max_labels).to(process.device)
+        on_cpu = process.device.type == "cpu" and process.world_size == 1
+        if on_cpu and (advice := others.advice(torch.get_num_threads())):
+            LOGGER.warning("%s", advice)
         if config.run.shard:
             shard_step(self.step, process, config.run.amp)
         self.start = describe_start(model)

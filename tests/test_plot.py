@@ -77,7 +77,7 @@ def test_kernels_are_tabulated_by_phase(tmp_path):
 
 
 def test_the_speed_of_waiting_threads_is_tabulated_alone_and_beside_another_process():
-    rates = {"package": [100.0, 102.0], "openmp": [90.0, 92.0], "passive": [80.0, 82.0]}
+    rates = {"openmp": [100.0, 102.0], "10,000 turns": [90.0, 92.0], "passive": [80.0, 82.0]}
     halves = {name: [rate / 2 for rate in values] for name, values in rates.items()}
     record = {
         f"waiting {others} {threads}": {"threads": threads, "pictures_per_second": found}
@@ -85,7 +85,7 @@ def test_the_speed_of_waiting_threads_is_tabulated_alone_and_beside_another_proc
         for threads in (1, 2)
     }
     rows = plot.tabulate_waiting([record]).splitlines()[2:]
-    assert rows[0] == "| 2 | as the package sets them | 100, 102: 101 ± 1.4 | 50, 51: 50 ± 0.7 |"
+    assert rows[0] == "| 2 | OpenMP's default, 300,000 turns | 100, 102: 101 ± 1.4 | 50, 51: 50 ± 0.7 |"
     assert [row[:5] for row in rows] == ["| 2 |"] * 3 + ["| 1 |"] * 3
 
 
