@@ -13,7 +13,7 @@ PACKAGE = Path(fsr_fast.__file__).parent
 FLOORS = [
     {"errors"},
     {"options", "cli"},  # the command line names its verbs by strings and imports none
-    {"config", "config_fields", "config_method", "config_sections", "plugins"},
+    {"config", "config_fields", "config_method", "config_sections", "plugins", "recipes"},
     {"runtime", "dataloading"},
     {"models"},
     {"method"},
