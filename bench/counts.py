@@ -30,12 +30,12 @@ from triton.runtime.jit import JITFunction
 
 from bench.fake_gpu import TARGET
 from bench.harness import record
+from bench.machine_code import read_loops, read_resources
 from fsr_fast import kernels
 from fsr_fast.config import ModelConfig
 from fsr_fast.dataloading import dali_graph
 from fsr_fast.models.attention import Backends
 from fsr_fast.models.encoder import Encoder
-from tests.kernels.compile_table import cubin_resources, read_loops
 
 B, N, D = 16, 784, 768
 """Images, patches of one, width."""
@@ -179,7 +179,7 @@ def _read(launch: Launch, trips: Sequence[float]) -> tuple[float, int]:
         raise ValueError(f"{launch.kernel}: loops of {sizes} instructions; {len(trips)} numbers of trips are given")
     ranges = list(zip(loops, trips, strict=True))
     executed = sum(math.prod(times for (start, end), times in ranges if start <= place <= end) for place in places)
-    return executed, cubin_resources(cubin)[0]
+    return executed, read_resources(cubin)[0]
 
 
 def count_case(case: Case) -> dict[str, Counts]:

@@ -10,6 +10,7 @@ import pytest
 import fsr_fast
 
 PACKAGE = Path(fsr_fast.__file__).parent
+ROOT = PACKAGE.parent
 FLOORS = [
     {"errors"},
     {"options", "cli"},  # the command line names its verbs by strings and imports none
@@ -38,7 +39,7 @@ def modules() -> list[Path]:
 
 def imports(file: Path) -> Iterator[str]:
     """Yield whole names: a function's own imports too, relative ones from the root."""
-    package = ["fsr_fast", *file.relative_to(PACKAGE).parent.parts]
+    package = file.relative_to(ROOT).parent.parts
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -63,6 +64,7 @@ def test_no_arrow_climbs(file):
     here, place = room(file), str(file.relative_to(PACKAGE))
     for name in imports(file):
         top, *rest = name.split(".")
+        assert top not in {"bench", "tests"}, f"{place} imports {name}"
         if here in APART:
             foreign = rest[0] != here if top == "fsr_fast" else top not in APART[here] | sys.stdlib_module_names
             assert not foreign, f"{place} imports {name}"
@@ -74,3 +76,8 @@ def test_no_arrow_climbs(file):
                 assert place in KNOWS_THE_REFERENCE, f"{place} imports {name}"
             else:
                 assert floor(target) <= floor(here), f"{place} imports {name}"
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "bench").glob("*.py")), ids=lambda file: file.name)
+def test_no_bench_imports_a_test(file):
+    assert not [name for name in imports(file) if name.split(".")[0] == "tests"]

@@ -8,15 +8,17 @@ import importlib
 import json
 import os
 import pkgutil
-import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any, TypeVar
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from bench.machine_code import read_loops, read_resources
 
 TARGETS = (80, 90, 100)
 Row = TypeVar("Row")
@@ -44,10 +46,6 @@ def jobs(names: list[str]) -> list[tuple[str, str, int]]:
 
 def compile_job(job: tuple[str, str, int]) -> tuple[Any, Any]:
     """Compile one configuration for one target; return it and what Triton made of it."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     name, case_name, target = job
     module = importlib.import_module(f"fsr_fast.kernels.{name}")
     case = next(case for case in module.compile_cases() if case.name == case_name)
@@ -72,7 +70,7 @@ def compile_one(job: tuple[str, str, int]) -> dict[str, Any]:
     """Compile one configuration for one target and read its resources from the cubin."""
     name, case_name, target = job
     case, compiled = compile_job(job)
-    registers, stack = cubin_resources(compiled.asm["cubin"])
+    registers, stack = read_resources(compiled.asm["cubin"])
     return {
         "module": name,
         "case": case_name,
@@ -93,36 +91,6 @@ def count_loops(job: tuple[str, str, int]) -> str:
     inner = [loop for loop in loops if not any(loop[0] <= a and b < loop[1] for a, b in loops if (a, b) != loop)]
     counts = [sum(start <= place <= end for place in places) for start, end in inner]
     return f"{name:26} {case_name:44} sm_{target:<4} loops {counts}, all {len(places)}"
-
-
-def read_loops(cubin: bytes) -> tuple[list[int], list[tuple[int, int]]]:
-    """Places of the instructions in the machine code, and the first and last place of each loop, in order."""
-    lines = re.findall(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?);", _dump(cubin, "-sass"), re.MULTILINE)
-    places = [int(place, 16) for place, _ in lines]
-    loops = []
-    for end, (_, instruction) in zip(places, lines, strict=True):
-        jump = re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", instruction)
-        if jump and int(jump[1], 16) < end:
-            loops.append((int(jump[1], 16), end))
-    return places, sorted(loops)
-
-
-def _dump(cubin: bytes, what: str) -> str:
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        return subprocess.run([tool, what, file.name], capture_output=True, text=True, check=True).stdout
-
-
-def cubin_resources(cubin: bytes) -> tuple[int, int]:
-    """(registers, stack bytes per thread). Kernels have no local arrays, so a stack only holds spilled registers."""
-    text = _dump(cubin, "-res-usage")
-    usage = re.search(r"REG:(\d+) STACK:(\d+)", text)
-    assert usage is not None, f"cuobjdump named no resources:\n{text}"
-    return int(usage[1]), int(usage[2])
 
 
 def rows(names: list[str], found: Callable[[tuple[str, str, int]], Row]) -> list[Row]:
