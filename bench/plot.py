@@ -201,10 +201,11 @@ def tabulate_rehearsal(records: list[Cases]) -> str:
     for cases in records:
         for content in cases.values():
             limit = f", {content['limit']:,} images" if content["limit"] else ""
+            side = f", views of {content['size']} pixels" if "size" in content else ""
             cells = (
                 content["layout"],
                 ", ".join(f"{count:,}" for count in content["images"]),
-                content["part"] + limit,
+                content["part"] + limit + side,
                 f"{content['cpu_seconds']:.3g}",
                 f"{content['memory_mib'] / 1024:.2f} GiB",
                 str(content["open_files"]),

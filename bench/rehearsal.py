@@ -55,7 +55,7 @@ NETWORK = {
 """A network whose cost is small compared with reading, resizing and counting."""
 
 
-def list_parts(layout: str, root: Path, work: Path, limit: int | None) -> dict[str, list[str]]:
+def list_parts(layout: str, root: Path, work: Path, limit: int | None, size: int) -> dict[str, list[str]]:
     """Return every part and its command, in the order in which they are run.
 
     Args:
@@ -63,9 +63,10 @@ def list_parts(layout: str, root: Path, work: Path, limit: int | None) -> dict[s
         root: folder of the data set.
         work: folder for shards, the run and labels.
         limit: number of images for evaluation and pseudo labels; None: all.
+        size: side of the loader's views, in pixels.
     """
     module, verb = [sys.executable, "-m", "bench.rehearsal"], [sys.executable, "-m", "fsr_fast"]
-    loader = [*module, "--layout", layout, "--load"]
+    loader = [*module, "--layout", layout, "--size", str(size), "--load"]
     shards, run = work / "shards", work / "run"
     options = NETWORK | {
         "data.dataset": layout,
@@ -174,10 +175,12 @@ def _watch(process: psutil.Process, peak: dict[str, Any], done: threading.Event)
         peak["memory_mib"], peak["open_files"] = max(peak["memory_mib"], round(memory)), max(peak["open_files"], files)
 
 
-def rehearse(name: str, layout: Layout, root: Path, work: Path, chosen: Sequence[str], limit: int | None) -> None:
+def rehearse(
+    name: str, layout: Layout, root: Path, work: Path, chosen: Sequence[str], limit: int | None, size: int
+) -> None:
     """Run parts, print and record the cost of each."""
     device = torch.device("cpu")
-    parts = list_parts(name, root, work, limit)
+    parts = list_parts(name, root, work, limit, size)
     for part in chosen or parts:
         log = work / "logs" / f"{part.replace(' ', '_')}.log"
         measured = run_part(parts[part], log)
@@ -185,6 +188,7 @@ def rehearse(name: str, layout: Layout, root: Path, work: Path, chosen: Sequence
         limited = limit if part in ("evaluate", "pseudo-labels") else None
         print(f"{name} {part}: " + ", ".join(f"{key} {value}" for key, value in measured.items()), flush=True)
         content = {"layout": name, "part": part, "images": images, "limit": limited, **measured}
+        content |= {"size": size} if part.startswith("epoch") else {}
         record(f"rehearsal {name} {images[0]} {part}", device, content)
 
 
@@ -212,11 +216,11 @@ def main(arguments: Sequence[str]) -> None:
     root = options.folder or Path("data/rehearsal") / f"{options.layout}_{options.divide}"
     root.parent.mkdir(parents=True, exist_ok=True)
     layout = make_set(root, options.layout, options.divide)
-    unknown = set(options.parts) - set(list_parts(options.layout, root, root, None))
+    unknown = set(options.parts) - set(list_parts(options.layout, root, root, None, options.size))
     if unknown:
         raise UserError(f"--parts: unknown: {', '.join(sorted(unknown))}")
     work = root.with_name(f"{root.name}_work")
-    rehearse(options.layout, layout, root, work, options.parts, options.limit)
+    rehearse(options.layout, layout, root, work, options.parts, options.limit, options.size)
 
 
 if __name__ == "__main__":

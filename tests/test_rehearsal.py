@@ -76,10 +76,11 @@ def test_a_part_that_fails_stops_the_rehearsal(tmp_path):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_part_is_a_command_that_parses(layout, tmp_path):
-    for command in rehearsal.list_parts(layout, tmp_path, tmp_path / "work", 5).values():
+    for command in rehearsal.list_parts(layout, tmp_path, tmp_path / "work", 5, 64).values():
         module, arguments = command[2], command[3:]
         if module == "bench.rehearsal":
-            assert rehearsal.build_parser().parse_args(arguments).load
+            options = rehearsal.build_parser().parse_args(arguments)
+            assert (bool(options.load), options.size) == (True, 64)
             continue
         parser_of(arguments[0]).parse_args(arguments[1:])
 
