@@ -143,7 +143,7 @@ def tabulate_rehearsal(records: list[Cases]) -> str:
                 content["layout"],
                 ", ".join(f"{count:,}" for count in content["images"]),
                 content["part"] + limit + side,
-                f"{content['cpu_seconds']:.3g}",
+                f"{content['cpu_seconds']:,.{0 if content['cpu_seconds'] >= 100 else 1}f}",
                 f"{content['memory_mib'] / 1024:.2f} GiB",
                 str(content["open_files"]),
             )
@@ -179,12 +179,11 @@ def tabulate_large(records: list[Cases]) -> str:
             f"{row['seconds']:.3g}",
             f"{row['seconds'] / row['megapixels']:.3g}",
             f"{row['peak_mib'] / 1024:.2f} GiB",
-            f"{row['peak_mib'] - row['start_mib']:.0f} MiB",
         )
         for content in _contents(records)
         for row in content["rows"]
     ]
-    return _table(("how", "megapixels", "seconds", "seconds per megapixel", "memory", "of it for the picture"), rows)
+    return _table(("how", "megapixels", "seconds", "seconds per megapixel", "memory"), rows)
 
 
 def tabulate_seeds(records: list[Cases]) -> str:
