@@ -31,6 +31,7 @@ from fsr_fast.runtime.terminal import working
 def main(arguments: Sequence[str]) -> None:
     """Export as the arguments say."""
     options = parsers.export().parse_args(arguments)
+    options.to = options.to or _ENDINGS.get(options.output.suffix if options.output else "", "safetensors")
     options.output = options.output or default_output(options.checkpoint, f"exported/{_NAMES[options.to]}")
     if options.output.exists():
         raise UserError(f"--output: {options.output} exists; delete it or give another name")
@@ -46,14 +47,22 @@ def main(arguments: Sequence[str]) -> None:
     channels = network.config.in_chans
     remark = _REMARKS[options.to].format("RGB" if channels == 3 else "channels", channels)
     print(f"{options.output}: {remark}; classes: {', '.join(network.classes)}")
+    if options.to in _NEXT:
+        print(f"next: {_NEXT[options.to].format(options.output)}")
 
 
 _NAMES = {"safetensors": "network", "onnx": "network.onnx", "torch": "network.pt2", "official": "student.pth"}
+_ENDINGS = {Path(name).suffix: to for to, name in _NAMES.items() if Path(name).suffix}
 _REMARKS = {
     "safetensors": "read it by fsr_fast.from_pretrained",
     "onnx": "{} in 0…1, (B, {}, H, W), of any number and size, to segmentation, scores and cams",
     "torch": "read it by torch.export.load; {} in 0…1, (B, {}, H, W), to segmentation, scores and cams",
     "official": "images are normalised by ImageNet's mean and standard deviation; the file holds no class names",
+}
+_NEXT = {
+    "safetensors": "fsr-fast predict --checkpoint {} PICTURES",
+    "onnx": 'in Python, onnxruntime.InferenceSession("{}").run(None, {{"images": pictures}})',
+    "torch": 'in Python, torch.export.load("{}").module()(pictures)',
 }
 
 

@@ -151,7 +151,9 @@ onnx, torch: one function of pictures of any number and size, compared with the 
 official: the state dict of the official code.""",
     )
     _add_checkpoint(parser)
-    parser.add_argument("--to", choices=EXPORTS, default="safetensors", help="what to write (safetensors)")
+    parser.add_argument(
+        "--to", choices=EXPORTS, help="what to write; by default what the ending of --output says, else safetensors"
+    )
     parser.add_argument(
         "--output",
         type=Path,

@@ -147,6 +147,19 @@ def test_a_file_that_exists_is_not_overwritten(averaged, tmp_path):
     assert (tmp_path / "student.pth").read_text() == "mine"
 
 
+@pytest.mark.parametrize(
+    ("name", "command"), [("copy.pth", None), ("copy", "fsr-fast predict --checkpoint {} PICTURES")]
+)
+def test_the_ending_of_the_output_says_what_is_written_and_the_last_line_what_comes_next(
+    averaged, tmp_path, capsys, name, command
+):
+    output = tmp_path / name
+    export.main(["--checkpoint", str(averaged), "--output", str(output)])
+    assert output.is_dir() == (command is not None)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1:] == ([f"next: {command.format(output)}"] if command else [])
+
+
 def test_an_official_file_holds_no_second_network(tmp_path):
     file = official.write_official(tmp_path / "student.pth")
     with pytest.raises(UserError, match="not a checkpoint of a run"):

@@ -93,7 +93,7 @@ def test_the_card_gives_the_scores_of_the_run(run, tmp_path):
 @pytest.fixture(scope="module")
 def onnx_file(run, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("onnx") / "network.onnx"
-    export.main(["--checkpoint", str(run), "--to", "onnx", "--output", str(path)])
+    export.main(["--checkpoint", str(run), "--output", str(path)])
     assert [item.name for item in path.parent.iterdir()] == ["network.onnx"]
     return path
 
@@ -130,7 +130,7 @@ def test_the_portable_network_is_one_scale_of_the_inference(network, height):
 
 @torch.no_grad()
 def test_a_program_is_read_back_without_our_code(run, network, tmp_path):
-    export.main(["--checkpoint", str(run), "--to", "torch", "--output", str(tmp_path / "network.pt2")])
+    export.main(["--checkpoint", str(run), "--output", str(tmp_path / "network.pt2")])
     described = {"classes": ""}
     program = torch.export.load(tmp_path / "network.pt2", extra_files=described)
     assert described["classes"] == ",".join(helpers.CLASSES)
