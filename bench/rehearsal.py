@@ -77,7 +77,6 @@ def list_parts(layout: str, root: Path, work: Path, limit: int | None, size: int
     options |= {"data.train_list": "train"} if layout == "coco" else {}
     recipe = [text for key, value in options.items() for text in (f"--{key}", value)]
     some = ["--limit", str(limit)] if limit else []
-    lists = "val2014" if layout == "coco" else "val"
     parts = {
         "start-up": [*loader, "none", "--folder", str(root)],
         "data check": [*verb, "data", "check", str(root), "--accept", "duplicate"],  # the linked ones
@@ -88,7 +87,7 @@ def list_parts(layout: str, root: Path, work: Path, limit: int | None, size: int
             parts[f"epoch of {source}, {pipeline}"] = [*loader, pipeline, "--source", source, "--folder", str(folder)]
     return parts | {
         "two iterations": [*verb, "train", "--config", "voc_vit_b", *recipe],
-        "evaluate": [*verb, "evaluate", "--checkpoint", str(run), "--list", lists, *some],
+        "evaluate": [*verb, "evaluate", "--checkpoint", str(run), "--list", "val", *some],
         "pseudo-labels": [*verb, "pseudo-labels", "--checkpoint", str(run), "--output", str(work / "labels"), *some],
         "report": [*verb, "report", str(run)],
     }
@@ -96,9 +95,13 @@ def list_parts(layout: str, root: Path, work: Path, limit: int | None, size: int
 
 def open_data(layout: str, source: str, folder: Path) -> DataConfig:
     """Return the configuration of a data set's files or shards."""
-    train, val = ("train2014", "val2014") if layout == "coco" else ("train_aug", "val")
+    train = "train" if layout == "coco" else "train_aug"
     return DataConfig(
-        dataset="shards" if source == "shards" else layout, root=folder, train_list=train, val_list=val, workers=WORKERS
+        dataset="shards" if source == "shards" else layout,
+        root=folder,
+        train_list=train,
+        val_list="val",
+        workers=WORKERS,
     )
 
 

@@ -9,6 +9,7 @@ import pytest
 from bench import rehearsal
 from bench.rehearsal_sets import LAYOUTS, LINKED, make_set
 from fsr_fast.cli import parser_of
+from fsr_fast.commands import data
 from fsr_fast.dataloading.datasets import build_datasets
 from fsr_fast.errors import UserError
 
@@ -32,6 +33,19 @@ def test_the_sets_have_the_counts_of_the_real_ones(made):
     assert mask is not None
     assert mask.shape == LAYOUTS[name].size[::-1]
     assert {value - 1 for value in set(mask.ravel().tolist()) - {0}} <= set(val.labels[0].nonzero()[0])
+
+
+def test_shards_are_opened_by_the_names_under_which_they_are_packed(made, tmp_path):
+    name, root = made
+    pack = rehearsal.list_parts(name, root, tmp_path, None, 64)["data pack"]
+    assert pack[1:4] == ["-m", "fsr_fast", "data"]
+    data.main(pack[4:])
+    for packed, files in zip(
+        build_datasets(rehearsal.open_data(name, "shards", tmp_path / "shards")),
+        build_datasets(rehearsal.open_data(name, "files", root)),
+        strict=True,
+    ):
+        assert len(packed) == len(files)
 
 
 def test_a_hundred_names_are_one_stored_picture(made):
