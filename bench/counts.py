@@ -2,13 +2,14 @@
 
 Every operation is called at batch 16 as a step under autocast calls it, on a GPU of compute capability 9.0 in name.
 Triton compiles the kernels that are launched; the instructions of each, loops included, times the warps that execute
-them give the instructions of the call. Operators of torch count as one launch each. Inductor compiles a block of the
-transformer as far as its code; DALI builds the operators of a batch.
+them give the instructions of the call. Inductor compiles a block of the transformer as far as its code; DALI builds the
+operators of a batch.
 
 To count another operation, add a `Case`. ``python -m tests.kernels.compile_table --loops`` shows the loops of a kernel.
 ``FSR_RECORD=1`` writes ``bench/results/sm_90/counts.json``.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -23,24 +24,23 @@ import timm
 import torch
 import triton
 from torch import Tensor
-from torch._library.custom_ops import OPDEFS
-from torch.utils._python_dispatch import TorchDispatchMode
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from bench.fake_gpu import TARGET
 from bench.harness import record
+from bench.launches import launches
 from bench.machine_code import read_loops, read_resources
 from fsr_fast import kernels
 from fsr_fast.config import ModelConfig
 from fsr_fast.dataloading import dali_graph
+from fsr_fast.kernels.distillation_kernels import PROTOTYPES
+from fsr_fast.method.losses import segmentation_loss
 from fsr_fast.models.attention import Backends
 from fsr_fast.models.encoder import Encoder
 
 B, N, D = 16, 784, 768
 """Images, patches of one, width."""
-FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "lift_fresh"}
-"""Operators that launch nothing, beside those that return a view."""
 Counts = dict[str, float]
 
 
@@ -64,6 +64,10 @@ class Work(NamedTuple):
     """Of the programs that do not return at once."""
 
 
+Works = dict[str, Sequence[Work]]
+"""By the names of the kernels; several works are those of a kernel's launches in turn."""
+
+
 @dataclass(frozen=True)
 class Case:
     """One operation at one size."""
@@ -71,9 +75,8 @@ class Case:
     make: Callable[[], Sequence[Any]]
     """Makes the arguments; those that require a gradient get one."""
     call: Callable[..., Tensor]
-    forward: dict[str, Work] = field(default_factory=dict)
-    """By the names of the kernels."""
-    backward: dict[str, Work] = field(default_factory=dict)
+    forward: Works = field(default_factory=dict)
+    backward: Works = field(default_factory=dict)
     amp: bool = False
     """Call under autocast to bfloat16."""
 
@@ -94,8 +97,8 @@ def affinity_case(pairs: int, width: int, columns: int, amp: bool = False) -> Ca
     return Case(
         lambda: (torch.zeros(B, N, D, requires_grad=True), torch.zeros(B, N, dtype=torch.int64)),
         kernels.affinity_sums,
-        {"prepare_kernel": Work((tiles(N, 256),)), "sums_kernel": Work((tiles(D, width),), of_pairs(pairs))},
-        {"backward_kernel": Work((tiles(N, columns),) * 2)},
+        {"prepare_kernel": [Work((tiles(N, 256),))], "sums_kernel": [Work((tiles(D, width),), of_pairs(pairs))]},
+        {"backward_kernel": [Work((tiles(N, columns),) * 2)]},
         amp,
     )
 
@@ -111,11 +114,68 @@ def refinement_case(side: int = 224, slots: int = 2, dilations: int = 6) -> Case
         ),
         lambda *arguments: kernels.refine_pseudo_labels(*arguments, size=(2 * side, 2 * side)),
         {
-            "_affinity": Work((dilations,) * 4),
-            "_refine": Work((dilations,)),
-            "_foreground_softmax": Work((slots // 4, slots % 4, slots)),  # the first is unrolled four times
-            "_label": Work((slots,)),
+            "_affinity": [Work((dilations,) * 4)],
+            "_refine": [Work((dilations,))],
+            "_foreground_softmax": [Work((slots // 4, slots % 4, slots))],  # the first is unrolled four times
+            "_label": [Work((slots,))],
         },
+    )
+
+
+def cross_attention_case(heads: int = 12) -> Case:
+    """The aggregator's, which reads masked tokens too."""
+    vectors = ("norm_weight", "norm_bias", "q_bias", "k_bias", "v_bias", "proj_bias")
+    matrices = ("q_weight", "k_weight", "v_weight", "proj_weight")
+    shapes = [(B, D), (B, N, D), *[(D,)] * len(vectors), *[(D, D)] * len(matrices)]
+    projections = [Work((tiles(size, 128),)) for size in (D, D // heads, D, D)]  # the second is per head
+    columns, steps = tiles(D, 64), tiles(tiles(N, 64), 16)
+    weights = tiles(N, 256) / tiles(D, 256)  # one in so many programs does it for all
+    return Case(
+        lambda: [
+            torch.zeros(B, N, dtype=torch.bool),
+            *(torch.zeros(shape, requires_grad=True) for shape in shapes),
+        ],
+        lambda mask, token, tokens, *rest: kernels.masked_cross_attention(
+            token, tokens, mask, **dict(zip((*vectors, *matrices), rest, strict=True)), heads=heads
+        ),
+        {
+            "projection_kernel": projections,
+            "attend_kernel": [Work((columns, columns))],
+            "combine_kernel": [Work((steps // 4, steps, weights))],  # the first is unrolled four times
+        },
+        {"projection_kernel": projections, "gradient_kernel": [Work((columns, columns))]},
+        amp=True,
+    )
+
+
+def segmentation_case(channels: int = 21, side: int = 28, patch: int = 16) -> Case:
+    """Each cell between four logits has as many pixels as a patch, on average."""
+    return Case(
+        lambda: (
+            torch.zeros(B, channels, side, side, dtype=torch.bfloat16, requires_grad=True),
+            torch.zeros(B, side * patch, side * patch, dtype=torch.uint8),
+        ),
+        segmentation_loss,
+        {"_count_kernel": [Work(())], "_cell_kernel": [Work((patch // 8, patch))], "_gather_kernel": [Work(())]},
+    )
+
+
+def distillation_case(rows: int = 16 * 313, prototypes: int = 4096, width: int = 256) -> Case:
+    """The masked patches of a batch."""
+    work = [Work((PROTOTYPES // 32,))]
+    return Case(
+        lambda: (
+            torch.zeros(rows, width, requires_grad=True),
+            torch.zeros(rows, width),
+            torch.zeros(prototypes, width, requires_grad=True),
+            torch.zeros(prototypes, width),
+            torch.zeros(prototypes),
+            torch.zeros(rows),
+        ),
+        lambda *arguments: kernels.distillation_loss(*arguments[:-1], weight=arguments[-1]),
+        {"forward_kernel": work},
+        {"logit_gradient_kernel": work},
+        amp=True,
     )
 
 
@@ -123,30 +183,19 @@ CASES = {
     "affinity_sums, autocast": affinity_case(pairs=128, width=64, columns=64, amp=True),
     "affinity_sums, float32": affinity_case(pairs=64, width=32, columns=32),
     "refine_pseudo_labels": refinement_case(),
+    "masked_cross_attention, autocast": cross_attention_case(),
+    "segmentation_loss, bfloat16": segmentation_case(),
+    "distillation_loss, autocast": distillation_case(),
 }
 
 
-class Operators(TorchDispatchMode):
-    """Counts the operators of torch that launch something, also those within the `fsr` operators."""
-
-    count = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
-        """Count an operator of torch; look into one of ours."""
-        if function.namespace == "fsr":
-            with self:
-                return OPDEFS[function.name()]._init_fn(*arguments, **(options or {}))
-        self.count += not function.is_view and function.overloadpacket.__name__ not in FREE
-        return function(*arguments, **(options or {}))
-
-
-def count_call(call: Callable[[], Any], works: dict[str, Work]) -> tuple[Any, Counts]:
+def count_call(call: Callable[[], Any], works: Works) -> tuple[Any, Counts]:
     """Return the result of a call, its launches, and of Triton's kernels the instructions and the most registers.
 
     Raises:
         ValueError: the loops of a kernel are not those that `works` describes.
     """
-    launches: list[Launch] = []
+    found: list[Launch] = []
 
     def note(
         kernel: Any, key: Any, signature: Any, device: Any, constants: Any, options: Any, attributes: Any, warmup: Any
@@ -154,20 +203,23 @@ def count_call(call: Callable[[], Any], works: dict[str, Work]) -> tuple[Any, Co
         source = ASTSource(kernel, signature, constants, attributes)
 
         def run(x: int, y: int, z: int, *_: Any) -> None:
-            launches.append(Launch(kernel.__name__, x * y * z, source, options))
+            found.append(Launch(kernel.__name__, x * y * z, source, options))
 
         return SimpleNamespace(run=run, function=None, packed_metadata=None, launch_metadata=lambda *_: None)
 
-    with Operators() as operators, mock.patch.object(JITFunction, "_do_compile", note):
+    with launches() as names, mock.patch.object(JITFunction, "_do_compile", note):
         result = call()
+    counts = {"launches": len(names)}
+    if not found:
+        return result, counts
     executed, registers = 0.0, 0
-    for launch in launches:
-        work = works[launch.kernel]
+    turns = {kernel: itertools.cycle(each) for kernel, each in works.items()}
+    for launch in found:
+        work = next(turns[launch.kernel])
         instructions, needed = _read(launch, work.trips)
         executed += instructions * launch.programs * work.share * launch.options.num_warps
         registers = max(registers, needed)
-    counts = {"launches": float(len(launches) + operators.count)}
-    return result, counts | ({"instructions of a warp": executed, "registers": registers} if launches else {})
+    return result, counts | {"instructions of a warp": round(executed), "registers": registers}
 
 
 def _read(launch: Launch, trips: Sequence[float]) -> tuple[float, int]:

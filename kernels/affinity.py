@@ -137,9 +137,12 @@ def _setup_context(ctx, inputs, output):
     features, labels, *_ = inputs
     ctx.save_for_backward(features, labels, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # for those outputs it would fill tensors with zeros
 
 
 def _backward(ctx, gradient, *_):
+    if gradient is None:
+        return (None,) * 4
     return affinity_sums_backward_op(gradient, *ctx.saved_tensors), None, None, None
 
 

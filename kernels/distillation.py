@@ -160,9 +160,12 @@ def _setup_context(ctx, inputs, output):
     *tensors, ctx.student_temperature = inputs
     ctx.save_for_backward(output[1], *tensors)
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # for that output it would fill a tensor with zeros
 
 
 def _backward(ctx, gradient, _):
+    if gradient is None:
+        return (None,) * 7
     gradients = distillation_rows_backward_op(gradient.contiguous(), *ctx.saved_tensors, ctx.student_temperature)
     return *gradients, *([None] * 5)
 
@@ -173,9 +176,12 @@ distillation_rows_op.register_autograd(_backward, setup_context=_setup_context)
 def _setup_blocks_context(ctx, inputs, output):
     ctx.save_for_backward(*output[1:])
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # for those outputs it would fill tensors with zeros
 
 
 def _backward_blocks(ctx, gradient, *_):
+    if gradient is None:
+        return (None,) * 9
     losses, largest, student_gradient, directions_gradient = ctx.saved_tensors
     factor = largest * gradient
     directions_gradient = (directions_gradient * factor).to(student_gradient.dtype)

@@ -1,19 +1,10 @@
 """What the kernel tests share: the tolerance rules of the project and layouts that trip careless strides."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
-from unittest import mock
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
-from torch._library.custom_ops import OPDEFS
-from torch.utils._python_dispatch import TorchDispatchMode
-from triton.runtime.interpreter import InterpretedFunction
-from triton.runtime.jit import JITFunction
 
-VIEWS = {"alias", "detach", "expand", "permute", "select", "squeeze", "t", "transpose", "unbind", "unsqueeze", "view"}
-ALLOCATIONS = {"empty", "empty_like", "new_empty"}
 RELATIVE = {torch.float64: 1e-10, torch.float32: 1e-5}
 
 
@@ -47,46 +38,6 @@ def assert_low_precision(actual: Tensor, low: Tensor, truth: Tensor, atol: float
 def compile_backend(device: torch.device) -> str:
     """Inductor on the GPU; without one the tracing alone, which spares a C++ compile for each test."""
     return "inductor" if device.type == "cuda" else "aot_eager"
-
-
-@contextmanager
-def launches() -> Iterator[list[str]]:
-    """Names of what a GPU is asked to compute: kernels of ours, and operators of torch, also those inside ours.
-
-    An operator of torch counts once, though it may launch several kernels.
-    """
-    names: list[str] = []
-
-    class Notes(TorchDispatchMode):
-        def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
-            ours = function.namespace == "fsr"
-            with self:  # what ours and a composite operator call
-                body = OPDEFS[function.name()]._init_fn if ours else function.decompose
-                output = body(*arguments, **(options or {}))
-            if output is not NotImplemented:
-                return output
-            name = function.name().split("::")[1].split(".")[0].removeprefix("_unsafe_")
-            if function.namespace == "aten" and name not in VIEWS | ALLOCATIONS:
-                names.append(name)
-            return function(*arguments, **(options or {}))
-
-    def noted(run: Any) -> Any:
-        def launch(kernel: Any, *arguments: Any, **options: Any) -> Any:
-            names.append(kernel.__name__)
-            before = len(names)
-            result = run(kernel, *arguments, **options)
-            del names[before:]  # what the interpreter does
-            return result
-
-        return launch
-
-    kinds = (InterpretedFunction, JITFunction)
-    with (
-        mock.patch.object(kinds[0], "run", noted(kinds[0].run)),
-        mock.patch.object(kinds[1], "run", noted(kinds[1].run)),
-        Notes(),
-    ):
-        yield names
 
 
 def leaf(tensor: Tensor) -> Tensor:

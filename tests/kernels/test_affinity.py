@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench.launches import launches
 from fsr_fast import reference
 from fsr_fast.kernels import affinity, affinity_sums
 from fsr_fast.kernels.affinity import affinity_sums_backward_op, affinity_sums_op
@@ -190,3 +191,12 @@ def test_kernel_refuses_double_precision(triton_device: torch.device) -> None:
     features, labels = case(1, 9, 4, torch.float64)
     with pytest.raises(TypeError, match="float64; expected float32"):
         affinity_sums(features.to(triton_device), labels.to(triton_device))
+
+
+def test_the_backward_pass_is_one_launch(triton_device: torch.device) -> None:
+    features, labels = (tensor.to(triton_device) for tensor in case(1, 9, 5))
+    sums = affinity_sums(features.requires_grad_(), labels)
+    gradient = torch.ones_like(sums)
+    with launches() as backward:
+        torch.autograd.grad(sums, [features], gradient)
+    assert backward == ["backward_kernel"]

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench.launches import launches
 from fsr_fast.kernels.cross_attention import (
     absorbed_attention_backward_op,
     absorbed_attention_op,
@@ -19,7 +20,6 @@ from tests.kernels.helpers import (
     compile_backend,
     converted,
     gradients,
-    launches,
     permuted,
 )
 

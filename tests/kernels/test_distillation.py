@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.launches import launches
 from fsr_fast.kernels import distillation, distillation_kernels, distillation_loss
 from fsr_fast.kernels.distillation import (
     distillation_blocks_op,
@@ -249,3 +250,13 @@ def test_kernels_refuse_float64(triton_device: torch.device) -> None:
     tensors, _ = arguments(4, 3, 5, torch.float64, triton_device)
     with pytest.raises(TypeError, match="student is float64"):
         distillation_loss(**tensors)
+
+
+def test_outputs_without_gradient_get_no_zeros(path: torch.device) -> None:
+    tensors, _ = arguments(3, 4, 5, device=path)
+    loss = distillation_loss(**tensors)
+    gradient = torch.ones_like(loss)
+    with launches() as backward:
+        torch.autograd.grad(loss, [tensors["student"], tensors["student_head"]], gradient)
+    assert backward
+    assert "zeros" not in backward

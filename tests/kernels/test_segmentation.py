@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from bench.launches import launches
 from fsr_fast.kernels import segmentation, segmentation_counts, segmentation_sum
 from fsr_fast.kernels.segmentation import segmentation_counts_op, segmentation_loss_op
 from fsr_fast.method.losses import segmentation_loss
@@ -18,7 +19,6 @@ from tests.kernels.helpers import (
     assert_low_precision,
     compile_backend,
     gradients,
-    launches,
     leaf,
     permuted,
 )
