@@ -18,8 +18,6 @@ from torch.profiler import ProfilerActivity, profile
 from bench.harness import record
 from bench.step import Setting, Technique, read_options, running
 
-WARM_UP = 4
-"""Iterations before; graphs are warmed up, then recorded, then replayed."""
 PARTS = {
     "attention": r"flash|sdpa|fmha|compute_dot_do_o|convert_dq",
     "convolutions": r"convol|conv::|fprop|dgrad|wgrad|[nN]chwTo|[nN]hwcTo",
@@ -33,17 +31,14 @@ PARTS = {
 """Parts of a step by what is in the names of their kernels; the first that fits counts."""
 
 
-def profile_step(
-    setting: Setting, technique: Technique, device: torch.device, iterations: int = 3, warm_up: int = WARM_UP
-) -> dict[str, Any]:
-    """Profile iterations of one setting.
+def profile_step(setting: Setting, technique: Technique, device: torch.device, iterations: int = 3) -> dict[str, Any]:
+    """Profile iterations of one setting, after those that warm up.
 
     Args:
         setting: what is computed.
         technique: how.
         device: where. On a CPU, operators take the place of kernels.
         iterations: number of profiled iterations.
-        warm_up: number of those before.
 
     Returns:
         `milliseconds` of an iteration, of them `host_milliseconds` until all was launched, and `kernels`: milliseconds
@@ -52,13 +47,13 @@ def profile_step(
     on_gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_gpu]
     with running(setting, technique, device) as iterate:
-        for number in range(warm_up):
+        for number in range(technique.warm_up):
             iterate(number)
         if on_gpu:
             torch.cuda.synchronize(device)
         with profile(activities=activities) as profiler:
             began = time.perf_counter()
-            for number in range(warm_up, warm_up + iterations):
+            for number in range(technique.warm_up, technique.warm_up + iterations):
                 iterate(number)
             launched = time.perf_counter() - began
             if on_gpu:

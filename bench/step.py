@@ -59,6 +59,11 @@ class Technique:
     keep_memory: bool = True
     """Of the fast step on a CPU, as in training; the reference is timed without."""
 
+    @property
+    def warm_up(self) -> int:
+        """Number of iterations before one takes its usual time; graphs are warmed up, then recorded, then replayed."""
+        return 4 if self.graphs else 1
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -76,7 +81,7 @@ def measure(
     device: torch.device,
     iterations: int,
     *,
-    warm_up: int = 1,
+    warm_up: int | None = None,
     process: Process | None = None,
 ) -> dict[str, Any]:
     """Time iterations of one setting.
@@ -86,7 +91,7 @@ def measure(
         technique: how.
         device: where.
         iterations: number of timed iterations.
-        warm_up: number of untimed ones.
+        warm_up: number of untimed ones; None: as the technique needs.
         process: this one among those that share the gradients; None: it is alone.
 
     Returns:
@@ -94,6 +99,7 @@ def measure(
         for the fast step `units`, `tflops_per_second` and their share `of_ceiling` of a large matrix product
         and `of_peak` of the data sheet's figure, where that is known.
     """
+    warm_up = technique.warm_up if warm_up is None else warm_up
     with running(setting, technique, device, process) as iterate:
         for number in range(warm_up):
             iterate(number)
@@ -270,7 +276,9 @@ def read_options(
     parser.add_argument("--compile", action="store_true", help="compile the transformer's blocks")
     parser.add_argument("--graphs", action="store_true", help="replay the compiled blocks as CUDA graphs")
     parser.add_argument("--fp8", action="store_true", help="run the passes that only give CAMs in float8")
-    parser.add_argument("--iterations", type=int, default=2, help="number of timed iterations, after an untimed one")
+    parser.add_argument(
+        "--iterations", type=int, default=2, help="number of timed iterations, after those that warm up"
+    )
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
     options = parser.parse_args(arguments)
     setting = Setting(options.preset, options.backbone, options.batch, options.size)

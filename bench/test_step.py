@@ -46,8 +46,7 @@ def test_waterfall(benchmark, device, preset, backbone):
     setting = Setting(preset, backbone, batch, side)
     rows = {}
     for name, technique in waterfall(device).items():
-        warm_up = 4 if technique.graphs else 1  # graphs are warmed up, then recorded, then replayed
-        rows[name] = measure(setting, technique, device, rounds, warm_up=warm_up)
+        rows[name] = measure(setting, technique, device, rounds)
     for name, row in rows.items():
         print(f"\n{preset} {backbone:22} {name:30} {row['images_per_second']:9.2f} images/s", end="")
     benchmark.extra_info["rows"] = rows
@@ -77,7 +76,7 @@ def test_cuda_graphs(benchmark, device, batch):
     setting = Setting("paper", BACKBONES[2], batch, 448)
     plain = Technique(amp="bf16", attention="auto", compile=True)
     techniques = {"compiled blocks": plain, "graphs": replace(plain, graphs=True)}
-    rows = {name: measure(setting, one, device, 10, warm_up=4) for name, one in techniques.items()}
+    rows = {name: measure(setting, one, device, 10) for name, one in techniques.items()}
     record(f"step graphs batch {batch}", device, {"setting": asdict(setting), "rows": rows})
     benchmark.pedantic(lambda: measure(setting, plain, device, 1, warm_up=0), rounds=1)
 
@@ -88,7 +87,7 @@ def test_growth_with_the_batch(benchmark, device):
     rows = {}
     for batch in batches:
         setting = Setting(backbone=size(device, gpu=BACKBONES[2], cpu=BACKBONES[0]), batch=batch, size=side)
-        rows[batch] = measure(setting, ours, device, 3, warm_up=4 if ours.graphs else 1)
+        rows[batch] = measure(setting, ours, device, 3)
         print(f"\nbatch {batch:3} {rows[batch]['images_per_second']:9.2f} images/s", end="")
     record("step batches", device, {"setting": asdict(setting), "rows": rows})
     benchmark.pedantic(lambda: measure(setting, ours, device, 1, warm_up=0), rounds=1)

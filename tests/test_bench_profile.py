@@ -1,8 +1,11 @@
 import json
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from bench import profile, step
 from bench.harness import RESULTS
 from bench.profile import PARTS, profile_step, sum_parts, tabulate_profiles
 from bench.step import Setting, Technique
@@ -12,11 +15,31 @@ RECORDED = [case for file in RESULTS.glob("*/profile.json") for case in json.loa
 
 def test_the_operators_of_a_step_are_listed_with_their_times_the_longest_first():
     setting = Setting(backbone="vit_tiny_patch16_224", batch=1, size=64)
-    found = profile_step(setting, Technique(), torch.device("cpu"), iterations=1, warm_up=1)
+    found = profile_step(setting, Technique(), torch.device("cpu"), iterations=1)
     times = [milliseconds for milliseconds, _ in found["kernels"].values()]
     assert times == sorted(times, reverse=True)
     assert 0.5 * found["milliseconds"] < sum(times) <= found["milliseconds"]
     assert found["kernels"]["fsr::refine_pseudo_labels"][1] == 1, "once per iteration"
+
+
+@pytest.mark.parametrize(("graphs", "warm_up"), [(False, 1), (True, 4)])
+def test_iterations_are_timed_once_graphs_are_replayed(monkeypatch, graphs, warm_up):
+    numbers: list[int] = []
+
+    @contextmanager
+    def running(*_):
+        yield lambda number: numbers.append(number) or SimpleNamespace(work=None)
+
+    monkeypatch.setattr(step, "running", running)
+    monkeypatch.setattr(step, "measure_ceiling", lambda *_: 1.0)
+    monkeypatch.setattr(profile, "running", running)
+    for call in (step.measure, profile.profile_step):
+        numbers.clear()
+        call(Setting(), Technique(graphs=graphs), torch.device("cpu"), 2)
+        assert numbers == list(range(warm_up + 2))
+    numbers.clear()
+    step.measure(Setting(), Technique(graphs=graphs), torch.device("cpu"), 2, warm_up=0)
+    assert numbers == [0, 1]
 
 
 @pytest.mark.parametrize(("case", "content"), RECORDED, ids=[case for case, _ in RECORDED])
