@@ -20,6 +20,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._inductor import config as inductor
 
 from bench.harness import record
 from fsr_fast import reference
@@ -54,6 +55,8 @@ class Technique:
     """Replay the compiled blocks as CUDA graphs."""
     fp8: bool = False
     """Run the passes that only give CAMs in float8."""
+    tune: bool = False
+    """Let Inductor choose between matrix products of the library and Triton's, which GELU may end; takes minutes."""
     kernels: str = ""
     """FSR_KERNELS."""
     keep_memory: bool = True
@@ -227,6 +230,7 @@ def _technique(technique: Technique, device: torch.device) -> Iterator[None]:
     with mock.patch.dict(os.environ, {"FSR_KERNELS": technique.kernels}), contextlib.ExitStack() as stack:
         keep_freed_memory(technique.engine == "fast" and technique.keep_memory)
         stack.callback(keep_freed_memory, False)
+        stack.enter_context(inductor.patch(max_autotune_gemm=technique.tune))
         torch.compiler.reset()  # all techniques compile one function, which Dynamo recompiles only a few times
         if technique.engine == "reference" and technique.attention == "fused":
             stack.enter_context(mock.patch.object(reference.encoder, "self_attention", _fused_attention))
@@ -276,13 +280,15 @@ def read_options(
     parser.add_argument("--compile", action="store_true", help="compile the transformer's blocks")
     parser.add_argument("--graphs", action="store_true", help="replay the compiled blocks as CUDA graphs")
     parser.add_argument("--fp8", action="store_true", help="run the passes that only give CAMs in float8")
+    parser.add_argument("--tune", action="store_true", help="let Inductor try products that end in GELU; takes minutes")
     parser.add_argument(
         "--iterations", type=int, default=2, help="number of timed iterations, after those that warm up"
     )
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
     options = parser.parse_args(arguments)
     setting = Setting(options.preset, options.backbone, options.batch, options.size)
-    technique = Technique(options.engine, options.amp, options.attention, options.compile, options.graphs, options.fp8)
+    chosen = ("engine", "amp", "attention", "compile", "graphs", "fp8", "tune")
+    technique = Technique(**{name: getattr(options, name) for name in chosen})
     if options.print_config:
         print(dump_config(build_settings(setting, technique)), end="")
         raise SystemExit
@@ -294,7 +300,7 @@ def main(arguments: Sequence[str]) -> None:
     options, setting, technique = read_options(arguments, "python -m bench.step", __doc__)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     row = measure(setting, technique, device, options.iterations)
-    used = [name for name in ("compile", "graphs", "fp8") if getattr(technique, name)]
+    used = [name for name in ("compile", "graphs", "fp8", "tune") if getattr(technique, name)]
     case = f"step {setting.preset} {setting.backbone} {setting.size} batch {setting.batch} " + " ".join(
         [technique.engine, technique.amp, *used]
     )

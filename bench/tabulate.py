@@ -13,7 +13,7 @@ from bench.seeds import KINDS
 from fsr_fast.commands.paper_tables import TABLES
 
 Cases = dict[str, dict[str, Any]]
-OPTIONS = {"graphs": "graphs", "fp8": "CAMs in float8"}
+OPTIONS = {"graphs": "graphs", "fp8": "CAMs in float8", "tune": "tuned products"}
 WAITING = {
     "openmp": "OpenMP's default, 300,000 turns",
     "10,000 turns": "10,000 turns, then sleep",

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._inductor import config as inductor
 
 from bench import profile, step
 from bench.harness import RESULTS
@@ -40,6 +41,14 @@ def test_iterations_are_timed_once_graphs_are_replayed(monkeypatch, graphs, warm
     numbers.clear()
     step.measure(Setting(), Technique(graphs=graphs), torch.device("cpu"), 2, warm_up=0)
     assert numbers == [0, 1]
+
+
+def test_products_are_tuned_while_a_technique_runs_that_says_so():
+    setting = Setting(backbone="vit_tiny_patch16_224", batch=1, size=64)
+    for tune in (True, False):
+        with step.running(setting, Technique(tune=tune), torch.device("cpu")):
+            assert inductor.max_autotune_gemm == tune
+    assert not inductor.max_autotune_gemm
 
 
 @pytest.mark.parametrize(("case", "content"), RECORDED, ids=[case for case, _ in RECORDED])
