@@ -41,8 +41,8 @@ GROUPS = (
     ("miou", "Mean IoU on the validation list", "mIoU, percent", lambda name: name.endswith("_miou")),
     ("speed", "Training speed", "images per second", lambda name: name == "images_per_second"),
     ("wait", "Waiting for data", "share of the time", lambda name: name == "data_wait"),
-    ("memory", "Peak memory", "GiB", lambda name: name == "memory_gib"),
-    ("rate", "Learning rate", "rate of the encoder", lambda name: name == "learning_rate"),
+    ("memory", "Peak memory", "peak memory in GiB", lambda name: name == "memory_gib"),
+    ("rate", "Learning rate", "learning rate of the encoder", lambda name: name == "learning_rate"),
 )
 
 
@@ -61,7 +61,8 @@ def curves(runs: Sequence[RunRecord]) -> list[Chart]:
         for number, run in enumerate(runs):
             for name, points in _points(run).items():
                 if belongs(name):
-                    short = name.removeprefix("loss/").removesuffix("_miou").replace("_", " ")
+                    several = key in ("losses", "miou")
+                    short = name.removeprefix("loss/").removesuffix("_miou").replace("_", " ") if several else unit
                     lines[f"{short} · {run.name}" if len(runs) > 1 else short] = (points, DASHES[number % len(DASHES)])
         if lines:
             charts.append(_line_chart(key, title, unit, lines))
@@ -176,8 +177,7 @@ def _line_chart(key: str, title: str, unit: str, lines: Mapping[str, tuple[list[
             line={"color": COLOURS[colour % len(COLOURS)], "dash": dash, "width": 2},
         )
     figure.update_layout(xaxis_title="iteration", yaxis_title=unit, showlegend=len(lines) > 1)
-    if key in ("speed", "wait", "memory"):
-        figure.update_layout(yaxis_rangemode="tozero")
+    figure.update_yaxes(exponentformat="e", rangemode="tozero" if key in ("speed", "wait", "memory") else "normal")
     known = {name: dict(points) for name, (points, _) in lines.items()}
     iterations = sorted({iteration for points in known.values() for iteration in points})
     shown = [iterations[round(index)] for index in torch.linspace(0, len(iterations) - 1, TABLE_ROWS).tolist()]
@@ -186,7 +186,7 @@ def _line_chart(key: str, title: str, unit: str, lines: Mapping[str, tuple[list[
         for iteration in dict.fromkeys(shown)
     ]
     ends = "; ".join(f"{name} ends at {_number(points[-1][1])}" for name, (points, _) in lines.items())
-    return Chart(key, title, f"{title} over the iterations: {ends}.", figure, ["iteration", *known], rows)
+    return Chart(key, title, f"Over the iterations, {ends}.", figure, ["iteration", *known], rows)
 
 
 def _largest_confusions(shares: Tensor, count: int) -> list[tuple[int, int]]:

@@ -172,8 +172,8 @@ def _flat(values: Any, path: str = "") -> list[tuple[str, str]]:
     if isinstance(values, Mapping):
         return [pair for key, value in values.items() for pair in _flat(value, f"{path}.{key}".removeprefix("."))]
     if isinstance(values, list):
-        return [(path, ", ".join(map(str, values)))]
-    return [(path, "unknown" if values is None else str(values))]
+        return [(path, ", ".join(map(str, values)) or "none")]
+    return [(path, "none" if values is None else str(values))]
 
 
 def _hex(label: int) -> str:

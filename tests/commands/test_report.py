@@ -115,6 +115,7 @@ def test_curves_end_at_what_was_recorded(report):
     seg = next(curve for curve in figures["miou"]["data"] if curve["name"] == "seg")
     assert seg["x"] == [2, 4]
     assert seg["y"][-1] == json.loads((report.parent / "summary.json").read_text())["seg_miou"]
+    assert f"Over the iterations, peak memory in GiB ends at {logged[-1]['memory_gib']:.4g}." in Page(report).source
 
 
 def test_the_confusion_matrix_of_all_pictures_is_that_of_the_evaluation(report):
@@ -242,6 +243,7 @@ def test_a_run_without_masks_shows_training_pictures_and_what_its_labels_allow(f
     page = Page(run / "report.html")
     assert len(page.all("article")) == 2
     assert "truth" not in page.text("figcaption")
+    assert "best" not in page.text("label"), "they are drawn at random"
     assert {"image", "CAM", "pseudo", "seg"} <= {text.removesuffix(" (empty)") for text in page.text("figcaption")}
     assert "Scores of the image labels on training pictures, percent" in page.text("caption")
     assert "has not finished" not in page.source

@@ -43,7 +43,8 @@
         gallery.append(article);
       }
       const count = articles.filter((article) => !article.hidden).length;
-      gallery.querySelector(".count").textContent = `${count} pictures, ${choice === "worst" ? "worst" : "best"} first`;
+      const pictures = count === 1 ? "1 picture" : `${count} pictures`;
+      gallery.querySelector(".count").textContent = `${pictures}, ${choice === "worst" ? "worst" : "best"} first`;
     }
     gallery.addEventListener("change", (event) => choose(event.target.value));
     choose("all");
