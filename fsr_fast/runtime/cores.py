@@ -14,7 +14,7 @@ SPARE = 0.3
 class OtherPrograms:
     """Watches the cores on which this process may run, from its creation on; sees nothing where there is no `/proc`.
 
-    Other processes of the same run count as other programs, so read it before there are any.
+    Processes that this one has started count as other programs until they have ended.
     """
 
     def __init__(self) -> None:
@@ -42,11 +42,11 @@ class OtherPrograms:
         )
 
     def _read(self) -> tuple[float, float, float]:
-        """Return seconds: by the clock, of all programs on the cores, of this process."""
+        """Return seconds: by the clock, of all programs on the cores, of this process and its ended children."""
         used = 0.0
         for line in TIMES.read_text(encoding="ascii").splitlines() if self._cores else ():
             name, *ticks = line.split()
             if name.startswith("cpu") and name != "cpu" and int(name[3:]) in self._cores:
                 user, nice, system, _, _, interrupts, soft, stolen, *_ = map(int, ticks)
                 used += (user + nice + system + interrupts + soft + stolen) / os.sysconf("SC_CLK_TCK")
-        return time.perf_counter(), used, time.process_time()
+        return time.perf_counter(), used, sum(os.times()[:4])
