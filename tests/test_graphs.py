@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from fsr_fast import engine
 from fsr_fast.engine import build_step, uses_graphs
 from fsr_fast.errors import UserError
 from fsr_fast.method.schedules import schedule_at
@@ -100,6 +101,13 @@ def test_graphs_are_the_default_where_one_process_trains_on_a_gpu(options, proce
     run = helpers.config({"run": options}).run
     assert uses_graphs(run, torch.device("cuda"), processes) == graphs
     assert uses_graphs(run, torch.device("cpu"), processes) == (run.graphs is True)
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_the_blocks_are_compiled_with_the_graphs_of_the_run(monkeypatch, graphs):
+    monkeypatch.setattr(engine, "uses_graphs", lambda *_: graphs)
+    config = helpers.config({"run": {"compile": True}})
+    assert build_step(helpers.network(config), config, 3).student.encoder.graphs == graphs
 
 
 def test_an_evaluation_uses_no_graph(programs):
