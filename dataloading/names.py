@@ -29,7 +29,7 @@ class Names:
     def __getitem__(self, index: int) -> str:
         if not 0 <= index < len(self):
             raise IndexError(f"name {index} of {len(self)}")
-        start, end = self._ends[index : index + 2]
+        start, end = self._ends[index : index + 2].tolist()
         return self._bytes[start:end].decode("utf-8", "surrogatepass")
 
     def __contains__(self, name: object) -> bool:
