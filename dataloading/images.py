@@ -144,7 +144,7 @@ def inside(folder: Path, name: str, links: Sequence[Path] = ()) -> Path:
     check_name(name)
     path = folder / name
     linked = os.path.islink(path)
-    if not linked and "/" not in name:
+    if not linked and path.name == name:
         return path
     target = os.path.realpath(path) if linked else f"{_real(path.parent.absolute())}{path.name}"
     if not target.startswith(tuple(_real(root.absolute()) for root in (folder, *links))):

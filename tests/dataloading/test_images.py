@@ -177,6 +177,11 @@ def test_dots_within_a_name_are_no_way_out(tmp_path: Path) -> None:
     assert inside(tmp_path, "dog..1.jpg") == tmp_path / "dog..1.jpg"
 
 
+def test_the_folder_is_not_a_file_in_itself(tmp_path: Path) -> None:
+    with pytest.raises(DamagedFileError, match="leads out of"):
+        inside(tmp_path, ".")
+
+
 def test_a_link_to_a_place_outside_is_refused(tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
     (tmp_path / "elsewhere").mkdir()
