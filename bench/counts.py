@@ -9,6 +9,7 @@ To count another operation, add a `Case`. ``python -m tests.kernels.compile_tabl
 ``FSR_RECORD=1`` writes ``bench/results/sm_90/counts.json``.
 """
 
+import inspect
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -38,6 +39,7 @@ from fsr_fast.kernels.distillation_kernels import PROTOTYPES
 from fsr_fast.method.losses import segmentation_loss
 from fsr_fast.models.attention import Backends
 from fsr_fast.models.encoder import Encoder
+from fsr_fast.models.gelu import gelu, gelu_backward
 
 B, N, D = 16, 784, 768
 """Images, patches of one, width."""
@@ -274,6 +276,20 @@ def count_blocks(number: int, *, graphs: bool = False) -> Counts:
     return {"launches": program.kernels + program.others, "bytes of element-wise kernels": program.traffic}
 
 
+def count_elementwise(call: Callable[..., Tensor], *shape: int) -> Counts:
+    """Return the counts of an operation on bfloat16 tensors of a shape, compiled to one kernel without a loop."""
+    number = len(inspect.signature(call).parameters)
+    with fake_gpu.pretend(), torch.no_grad():
+        tensors = [torch.empty(shape, dtype=torch.bfloat16, device="cuda") for _ in range(number)]
+        (program,) = fake_gpu.programs_of(lambda: torch.compile(call, dynamic=False)(*tensors))
+    source, warps, block = fake_gpu.pointwise_kernel(program)
+    cubin = triton.compile(source, target=TARGET, options={"num_warps": warps}).asm["cubin"]
+    places, loops = read_loops(cubin)
+    assert not loops
+    executed = len(places) * warps * tiles(math.prod(shape), block)
+    return {"instructions of a warp": executed, "registers": read_resources(cubin)[0]}
+
+
 def count_dali(policy: bool) -> Counts:
     """Return the number of DALI's operators and inputs for a batch of two views."""
     settings: dict[str, Any] = {"views": 2, "size": 448, "batch_size": B, "threads": 2, "mean": (0.5,) * 3}
@@ -287,6 +303,8 @@ def main() -> None:
     """Count everything, print and record it."""
     fake_gpu.admit_cpu_tensors()
     found = {f"{name}, {part}": counts for name, case in CASES.items() for part, counts in count_case(case).items()}
+    found["GELU of a block without gradient"] = count_elementwise(gelu, 8 * B * N, 4 * D)
+    found["GELU, backward"] = count_elementwise(gelu_backward, 2 * B * N, 4 * D)
     found["transformer block without gradient"] = count_blocks(1)
     found["two blocks as one program, run.graphs"] = count_blocks(2, graphs=True)
     found["DALI, VOC recipe"] = count_dali(policy=False)

@@ -4,6 +4,7 @@ For processes of their own: what is replaced stays replaced.
 """
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -14,8 +15,11 @@ os.environ["TRITON_INTERPRET"] = "0"  # while the kernels are defined
 
 import torch
 from torch import nn
+from torch._inductor.codecache import PyCodeCache
+from torch._inductor.runtime.triton_heuristics import CachingAutotuner
 from torch._subclasses import FakeTensorMode
 from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 from triton.runtime import driver
 
 TARGET = GPUTarget("cuda", 90, 32)
@@ -66,6 +70,20 @@ class Program(NamedTuple):
     """Bytes that Inductor's own kernels read and write."""
     refusal: str | None
     """Why the program cannot be a CUDA graph; None: it can."""
+
+
+def pointwise_kernel(program: Program) -> tuple[ASTSource, int, int]:
+    """Return the only kernel of a program, one without a reduction: source, warps, elements of a program's block.
+
+    Of the sizes that Inductor would try, the first.
+    """
+    (source,) = re.findall(r"async_compile\.triton\('\w+', '''(.*?)'''", program.code, re.DOTALL)
+    with mock.patch.dict(os.environ, {"TRITON_INTERPRET": "0"}):
+        module = PyCodeCache.load(source.replace("triton_helpers.set_driver_to_gpu()", ""))
+    (tuner,) = (value for value in vars(module).values() if isinstance(value, CachingAutotuner))
+    size, meta = tuner.configs[0], tuner.triton_meta
+    constants = {(tuner.fn.arg_names.index(name),): value for name, value in (meta["constants"] | size.kwargs).items()}
+    return ASTSource(tuner.fn, meta["signature"], constants, meta["configs"][0]), size.num_warps, size.kwargs["XBLOCK"]
 
 
 class _Lowered(Exception):  # noqa: N818, not an error

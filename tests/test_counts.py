@@ -37,13 +37,17 @@ except ValueError as error:
     message = str(error)
 block = counts.compile_block()
 pair = counts.compile_block(2, graphs=True)
-print(json.dumps([usual, executed, twice, message, block, pair]))
+forms = (counts.gelu, lambda x: torch.nn.functional.gelu(x)), (
+    counts.gelu_backward, lambda gradient, x: torch.ops.aten.gelu_backward(gradient, x)
+)
+gelu = [[counts.count_elementwise(form, 1024, 1024) for form in both] for both in forms]
+print(json.dumps([usual, executed, twice, message, block, pair, gelu]))
 """
 
 
 @pytest.fixture(scope="module")
 def counted() -> list:
-    """The affinity loss: counts, instructions with one more trip, two calls, an error; a block, two in a graph."""
+    """The affinity loss: counts, those with one more trip, two calls, an error; a block, two as a graph; GELU."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-c", SCRIPT]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -76,6 +80,8 @@ def test_a_block_without_gradient_keeps_no_tensor_of_tokens_in_float32(counted):
     assert f"({tokens}, 768), (768, 1), torch.bfloat16)" in code
     assert f"({tokens}, 768), (768, 1), torch.float32)" not in code
     assert f"({tokens}, 3072), (3072, 1), torch.float32)" not in code
+    assert "libdevice.exp2" in code, "GELU of bfloat16"
+    assert "libdevice.erf" not in code, "the form of float32"
     assert others == 5, "four matrix products and the attention"
     assert kernels > 4
     assert refusal is None, "it could be a CUDA graph"
@@ -88,6 +94,12 @@ def test_blocks_of_one_program_can_be_a_cuda_graph(counted):
     assert refusal is None, "all of it stays on the GPU"
     assert calls == 2 * others
     assert together == 2 * kernels - 1, "the sum after the first block and the norm of the second are one kernel"
+
+
+def test_gelu_takes_less_than_half_of_the_instructions_of_the_librarys(counted):
+    for ours, library in counted[6]:
+        executed = ours["instructions of a warp"]
+        assert 1024 * 1024 / 32 * 5 < executed < library["instructions of a warp"] / 2
 
 
 def test_views_and_allocations_launch_nothing():

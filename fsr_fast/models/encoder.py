@@ -16,6 +16,7 @@ from fsr_fast.models.aggregator import AggregatorBlock, pool_unmasked
 from fsr_fast.models.attention import Backend, Backends, Groups, describe_packing
 from fsr_fast.models.backbone import keeps_prefix, patch_positions, prefix_tokens
 from fsr_fast.models.block import run_block
+from fsr_fast.models.gelu import CompiledGELU
 from fsr_fast.models.positions import read_rotary, resize_position_embedding, turn_angles
 from fsr_fast.models.work import TrunkPass, TrunkShape
 
@@ -156,6 +157,10 @@ class Encoder(nn.Module):
                 serves every block.
         """
         self.graphs = graphs
+        for module in list(self.blocks.modules()):
+            for name, layer in module.named_children():
+                if isinstance(layer, nn.GELU) and layer.approximate == "none":
+                    setattr(module, name, CompiledGELU())
         if graphs:  # where a program cannot become a graph, an error is better than a pass that is silently slower
             options: dict[str, Any] = {"triton.cudagraphs": True, "triton.cudagraph_or_error": True}
             self._run_blocks = torch.compile(run_blocks, dynamic=False, options=options)
