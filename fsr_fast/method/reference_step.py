@@ -18,8 +18,14 @@ from fsr_fast.method.step import FSRStep, StepOutput
 from fsr_fast.models import Network
 from fsr_fast.runtime.distributed import world_size
 
-ACTIVATIONS = {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu", "SiLU": "silu"}
-"""The reference's names for timm's layers."""
+ACTIVATIONS = {
+    "GELU": "gelu",
+    "CompiledGELU": "gelu",
+    "GELUTanh": "gelu_tanh",
+    "QuickGELU": "quick_gelu",
+    "SiLU": "silu",
+}
+"""The reference's names for timm's layers, and for ours in their place."""
 
 
 class ReferenceStep(FSRStep):
