@@ -150,11 +150,11 @@ def cross_attention_case(heads: int = 12) -> Case:
     )
 
 
-def segmentation_case(channels: int = 21, side: int = 28, patch: int = 16) -> Case:
+def segmentation_case(channels: int = 21, side: int = 28, patch: int = 16, layout: Any = torch.channels_last) -> Case:
     """Each cell between four logits has as many pixels as a patch, on average."""
     return Case(
         lambda: (
-            torch.zeros(B, channels, side, side, dtype=torch.bfloat16, requires_grad=True),
+            torch.zeros(B, channels, side, side, dtype=torch.bfloat16).to(memory_format=layout).requires_grad_(),
             torch.zeros(B, side * patch, side * patch, dtype=torch.uint8),
         ),
         segmentation_loss,

@@ -28,10 +28,12 @@ def test_segmentation_loss(benchmark: Any, device: torch.device, dtype: torch.dt
     B, h, H = size(device, gpu=(16, 28, 448), cpu=(2, 14, 224))
 
     def inputs(generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        logits = torch.randn(B, channels, h, h, generator=generator).to(dtype).to(device).requires_grad_()
+        logits = torch.randn(B, channels, h, h, generator=generator).to(dtype).to(device)
+        if device.type == "cuda":  # as the decoder's are there
+            logits = logits.to(memory_format=torch.channels_last)
         labels = torch.randint(0, channels + 1, (B, H, H), generator=generator)
         labels = labels.where(labels < channels, 255).where(torch.rand(B, H, H, generator=generator) > 0.5, 0)
-        return logits, labels.to(torch.uint8).to(device)
+        return logits.requires_grad_(), labels.to(torch.uint8).to(device)
 
     logit_bytes = torch.finfo(dtype).bits // 8 * B * channels * h * h
     floor = Floor(

@@ -77,7 +77,7 @@ def _count_kernel(labels, counts, pixels, ignore_index, BLOCK: tl.constexpr):
     tl.store(counts + tl.program_id(0) * 2 + 1, tl.sum((known & (label != 0)).to(tl.float32)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_k"])  # with a stride of 1 known, lanes would lie along the channels
 def _cell_kernel(
     logits, labels, weights, sums, parts, K, h, w, H, W, ratio_h, ratio_w, stride_b, stride_k, stride_h, stride_w,
     label_b, label_h, label_w, ignore_index, WITH_GRADIENT: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_X: tl.constexpr,

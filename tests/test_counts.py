@@ -41,13 +41,18 @@ forms = (counts.gelu, lambda x: torch.nn.functional.gelu(x)), (
     counts.gelu_backward, lambda gradient, x: torch.ops.aten.gelu_backward(gradient, x)
 )
 gelu = [[counts.count_elementwise(form, 1024, 1024) for form in both] for both in forms]
-print(json.dumps([usual, executed, twice, message, block, pair, gelu]))
+layouts = torch.channels_last, torch.contiguous_format
+cells = [counts.count_case(counts.segmentation_case(layout=layout))["forward"] for layout in layouts]
+print(json.dumps([usual, executed, twice, message, block, pair, gelu, cells]))
 """
 
 
 @pytest.fixture(scope="module")
 def counted() -> list:
-    """The affinity loss: counts, those with one more trip, two calls, an error; a block, two as a graph; GELU."""
+    """The affinity loss: counts, those with one more trip, two calls, an error.
+
+    Then a block, two as a graph, GELU, the segmentation loss of two layouts.
+    """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-c", SCRIPT]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -100,6 +105,12 @@ def test_gelu_takes_less_than_half_of_the_instructions_of_the_librarys(counted):
     for ours, library in counted[6]:
         executed = ours["instructions of a warp"]
         assert 1024 * 1024 / 32 * 5 < executed < library["instructions of a warp"] / 2
+
+
+def test_logits_in_any_layout_take_as_many_instructions(counted):
+    """The decoder's channels lie side by side; lanes along them would exchange their sums pixel by pixel."""
+    channels_last, contiguous = (counts["instructions of a warp"] for counts in counted[7])
+    assert channels_last < 1.1 * contiguous
 
 
 def test_views_and_allocations_launch_nothing():
