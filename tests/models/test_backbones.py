@@ -101,6 +101,15 @@ def test_a_backbone_s_network_is_that_of_the_reference(family, prefix):
 
 
 @every_family
+def test_a_compiled_backbone_is_that_of_the_reference_too(family):
+    recipe = config(family)
+    network = helpers.network(recipe)
+    before = reference_settings(recipe, network)
+    network.encoder.compile_blocks()
+    assert reference_settings(recipe, network) == before
+
+
+@every_family
 def test_checkpointed_blocks_of_a_backbone_give_the_same_gradients(family):
     encoder = helpers.network(config(family)).encoder.double()
     gradients = []
