@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -178,21 +178,16 @@ def _watch(process: psutil.Process, peak: dict[str, Any], done: threading.Event)
         peak["memory_mib"], peak["open_files"] = max(peak["memory_mib"], round(memory)), max(peak["open_files"], files)
 
 
-def rehearse(
-    name: str, layout: Layout, root: Path, work: Path, chosen: Sequence[str], limit: int | None, size: int
-) -> None:
+def rehearse(layout: Layout, parts: Mapping[str, Sequence[str]], logs: Path, options: argparse.Namespace) -> None:
     """Run parts, print and record the cost of each."""
-    device = torch.device("cpu")
-    parts = list_parts(name, root, work, limit, size)
-    for part in chosen or parts:
-        log = work / "logs" / f"{part.replace(' ', '_')}.log"
-        measured = run_part(parts[part], log)
-        images = [one.images for one in layout.parts]
-        limited = limit if part in ("evaluate", "pseudo-labels") else None
+    name, images = options.layout, [one.images for one in layout.parts]
+    for part, command in parts.items():
+        measured = run_part(command, logs / f"{part.replace(' ', '_')}.log")
+        limited = options.limit if part in ("evaluate", "pseudo-labels") else None
         print(f"{name} {part}: " + ", ".join(f"{key} {value}" for key, value in measured.items()), flush=True)
         content = {"layout": name, "part": part, "images": images, "limit": limited, **measured}
-        content |= {"size": size} if part.startswith("epoch") else {}
-        record(f"rehearsal {name} {images[0]} {part}", device, content)
+        content |= {"size": options.size} if part.startswith("epoch") else {}
+        record(f"rehearsal {name} {images[0]} {part}", torch.device("cpu"), content)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -217,13 +212,14 @@ def main(arguments: Sequence[str]) -> None:
         print(f"{count} training images")
         return
     root = options.folder or Path("data/rehearsal") / f"{options.layout}_{options.divide}"
+    work = root.with_name(f"{root.name}_work")
+    parts = list_parts(options.layout, root, work, options.limit, options.size)
+    unknown = set(options.parts) - set(parts)
+    if unknown:
+        raise UserError(f"--parts: unknown: {', '.join(sorted(unknown))}; known: {'; '.join(parts)}")
     root.parent.mkdir(parents=True, exist_ok=True)
     layout = make_set(root, options.layout, options.divide)
-    unknown = set(options.parts) - set(list_parts(options.layout, root, root, None, options.size))
-    if unknown:
-        raise UserError(f"--parts: unknown: {', '.join(sorted(unknown))}")
-    work = root.with_name(f"{root.name}_work")
-    rehearse(options.layout, layout, root, work, options.parts, options.limit, options.size)
+    rehearse(layout, {part: parts[part] for part in options.parts or parts}, work / "logs", options)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,6 @@
 
 import functools
 import logging
-import math
-import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -33,6 +31,7 @@ from fsr_fast.plugins import BACKBONES
 from fsr_fast.reporting.averages import Averages
 from fsr_fast.reporting.loggers import check_loggers
 from fsr_fast.reporting.pictures import evaluation_grid, training_grid
+from fsr_fast.reporting.summary import mean_ious, mean_label_scores, median_rates
 from fsr_fast.reporting.tables import label_table, score_table
 from fsr_fast.reporting.tracking import Tracker, read_metrics
 from fsr_fast.runtime.checkpoint import TrainState, read_newest
@@ -50,8 +49,6 @@ from fsr_fast.runtime.signals import Stopped
 from fsr_fast.runtime.supervision import Supervisor
 from fsr_fast.runtime.terminal import TrainingProgress
 
-RATES = ("images_per_second", "tflops_per_second", "of_ceiling", "data_wait", "memory_gib")
-"""Rates whose median over the log's lines goes into the summary."""
 INPUT_FILE = "input.json"
 """In the run folder: window, mean and standard deviation measured over the training pictures."""
 PICTURES = 6
@@ -273,9 +270,9 @@ class Trainer:
     def _validate(self, progress: TrainingProgress) -> None:
         with progress.paused():
             if len(self.val_set):
-                scores = _mean_ious(self._evaluate(during_training=True))
+                scores = mean_ious(self._evaluate(during_training=True))
             else:
-                scores = _mean_label_scores(self._score_labels())
+                scores = mean_label_scores(self._score_labels())
         if self.tracker is not None:
             self.tracker.log(self.iteration, scores)
 
@@ -296,14 +293,14 @@ class Trainer:
                 examples=examples,
                 during_training=during_training,
             )
-        self.supervisor.mark_best(_mean_ious(evaluation)["seg_miou"])
+        self.supervisor.mark_best(mean_ious(evaluation)["seg_miou"])
         return evaluation
 
     def _score_labels(self) -> dict[str, Any]:
         """Score the classifier on training pictures: the only scores without a list of pictures with masks."""
         with self.supervisor.interlude(), whole_weights(self.step, self.network):
             scores = score_labels(self.network, self.train_set, self.config, self.process)
-        self.supervisor.mark_best(_mean_label_scores(scores)["label_ap"])
+        self.supervisor.mark_best(mean_label_scores(scores)["label_ap"])
         return scores
 
     def _log(self, averages: Averages, progress: TrainingProgress) -> None:
@@ -321,12 +318,11 @@ class Trainer:
         self.supervisor.finish()
         if self.tracker is None:
             return {}
-        lines = read_metrics(self.config.run.output)
-        summary: dict[str, Any] = {"iterations": self.iteration, **{name: _median(lines, name) for name in RATES}}
+        summary: dict[str, Any] = {"iterations": self.iteration, **median_rates(read_metrics(self.config.run.output))}
         summary["start_weights"] = self.start and self.start._asdict()
         summary["checkpoint_wait"] = self.supervisor.saving_share()
         if evaluation is not None:
-            summary |= {**_mean_ious(evaluation), "results": evaluation.results}
+            summary |= {**mean_ious(evaluation), "results": evaluation.results}
             rich_print(score_table(evaluation.results))
             if evaluation.examples:  # empty if the first images could not be evaluated
                 grid = evaluation_grid(evaluation.examples, self.network.classes)
@@ -335,7 +331,7 @@ class Trainer:
                     summary["picture"] = str(picture)
                     print(f"picture: {picture}")
         if labels is not None:
-            summary |= {**_mean_label_scores(labels), "labels": labels}
+            summary |= {**mean_label_scores(labels), "labels": labels}
             rich_print(label_table(labels))
             print(
                 "no list of pictures with masks (data.val_list): these are scores of the image labels of the training"
@@ -369,19 +365,3 @@ class Trainer:
             "input": self._input(),
         }
         return self.train_state.state(self.iteration, described)
-
-
-def _median(lines: list[dict[str, Any]], name: str) -> float | None:
-    values = [line[name] for line in lines if name in line]
-    return statistics.median(values) if values else None
-
-
-def _mean_label_scores(scores: dict[str, Any]) -> dict[str, float]:
-    means = {"label_ap": scores["mean_ap"], "label_f1": scores["mean_f1"]}
-    return {name: math.nan if mean is None else mean for name, mean in means.items()}
-
-
-def _mean_ious(evaluation: Evaluation) -> dict[str, float]:
-    """Return the means by name; nan where the truth is 255 everywhere."""
-    means = {name: result["mean_iou"] for name, result in evaluation.results.items()}
-    return {f"{name}_miou": math.nan if mean is None else mean for name, mean in means.items()}

@@ -107,3 +107,24 @@ def test_an_epoch_takes_every_full_batch(tmp_path, monkeypatch):
     monkeypatch.setattr(rehearsal, "islice", lambda loader, count: taken.append(count) or real(loader, count))
     assert rehearsal.load_epoch("voc", "files", tmp_path, "torch", 32) == 18
     assert taken == [18 // rehearsal.BATCH]
+
+
+def test_an_unknown_part_is_refused_before_a_set_is_made(tmp_path):
+    with pytest.raises(UserError, match=r"--parts: unknown: nothing; known: start-up; data check; .*report"):
+        rehearsal.main(["--layout", "voc", "--folder", str(tmp_path / "set"), "--parts", "report", "nothing"])
+    assert not any(tmp_path.iterdir())
+
+
+def test_chosen_parts_run_in_their_order_and_are_recorded(tmp_path, monkeypatch, capsys):
+    commands, cases = [], []
+    monkeypatch.setattr(rehearsal, "run_part", lambda command, log: commands.append(command) or {"seconds": 1.5})
+    monkeypatch.setattr(rehearsal, "record", lambda case, device, content: cases.append((case, content)))
+    root = tmp_path / "set"
+    rehearsal.main(
+        ["--layout", "voc", "--folder", str(root), "--divide", "600", "--limit", "2", "--parts", "report", "evaluate"]
+    )
+    known = rehearsal.list_parts("voc", root, tmp_path / "set_work", 2, 448)
+    assert commands == [known["report"], known["evaluate"]]
+    assert [case for case, _ in cases] == ["rehearsal voc 18 report", "rehearsal voc 18 evaluate"]
+    assert [content["limit"] for _, content in cases] == [None, 2]
+    assert "voc report: seconds 1.5" in capsys.readouterr().out
