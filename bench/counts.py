@@ -30,6 +30,7 @@ from triton.runtime.jit import JITFunction
 
 from bench.fake_gpu import TARGET
 from bench.harness import record
+from bench.host import count_iteration, summarise
 from bench.launches import launches
 from bench.machine_code import read_loops, read_resources
 from fsr_fast import kernels
@@ -307,6 +308,7 @@ def main() -> None:
     found["GELU, backward"] = count_elementwise(gelu_backward, 2 * B * N, 4 * D)
     found["transformer block without gradient"] = count_blocks(1)
     found["two blocks as one program, run.graphs"] = count_blocks(2, graphs=True)
+    found["an iteration of two images, outside the blocks"] = summarise(*count_iteration())
     found["DALI, VOC recipe"] = count_dali(policy=False)
     found["DALI, AutoAugment"] = count_dali(policy=True)
     for name, counts in found.items():

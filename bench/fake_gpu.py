@@ -131,6 +131,8 @@ def pretend() -> Iterator[None]:
     """Make tensors on the GPU that is not there; nothing is computed."""
     from torch._dynamo.device_interface import CudaInterface
 
+    from fsr_fast.models.positions import bicubic_matrix  # after the kernels are defined
+
     def fixed(value: Any) -> Callable[..., Any]:
         return staticmethod(lambda *_, **__: value)
 
@@ -144,6 +146,7 @@ def pretend() -> Iterator[None]:
     cuda |= {"is_bf16_supported": True, "get_rng_state": None, "set_rng_state": None, "synchronize": None}
     cuda |= {"is_current_stream_capturing": False, "_lazy_init": None, "amp.common.amp_definitely_not_available": False}
     driver.set_active(Driver())
+    bicubic_matrix.cache_clear()  # of tensors of another mode
     for name, value in cuda.items():
         mock.patch(f"torch.cuda.{name}", lambda *_, value=value, **__: value).start()
     with FakeTensorMode():

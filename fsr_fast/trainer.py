@@ -245,8 +245,8 @@ class Trainer:
         self.optimiser.zero_grad()  # before the memory of the last gradients may be used again
         output: StepOutput = forward(views, labels, draws, schedule)
         output.loss.backward()
-        fill_missing_gradients(self.optimiser)
-        skipped = self.guard.judge(output.loss, gradient_norm(self.network.parameters(), config.optim.clip_norm))
+        parameters = fill_missing_gradients(self.optimiser)
+        skipped = self.guard.judge(output.loss, gradient_norm(parameters, config.optim.clip_norm))
         self.optimiser.step()
         self.step.teacher.update_ema(self.network, schedule.encoder_momentum, schedule.projector_momentum, skipped)
         self.iteration += 1

@@ -166,7 +166,7 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, gradient, _):
     if gradient is None:
         return (None,) * 7
-    gradients = distillation_rows_backward_op(gradient.contiguous(), *ctx.saved_tensors, ctx.student_temperature)
+    gradients = distillation_rows_backward_op(gradient, *ctx.saved_tensors, ctx.student_temperature)
     return *gradients, *([None] * 5)
 
 
@@ -204,18 +204,20 @@ def distillation_loss(
     student_temperature: float = 0.1,
     teacher_temperature: float | Tensor = 0.04,
     weight: Tensor | None = None,
+    normalise_heads: bool = True,
 ) -> Tensor:
     """Cross-entropy between the teacher's and the student's distribution over prototypes.
 
     Args:
         student: (M,E) fp32, bf16, fp16 (fp64 on the torch path), L2-normalised bottleneck vectors, used as given.
         teacher: (M,E), the teacher's, used as given; no gradient.
-        student_head: (K,E), prototype directions; each row is L2-normalised here (weight normalisation with gain 1).
+        student_head: (K,E), prototype directions; each row is L2-normalised (weight normalisation with gain 1).
         teacher_head: (K,E), the teacher's; no gradient.
         centre: (K,), running mean of the teacher's logits; no gradient.
         student_temperature: > 0.
         teacher_temperature: > 0, a number, or a 0-d tensor, which is not checked, since that would wait for the GPU.
         weight: (M,), weight of each row, or None for the mean over the rows.
+        normalise_heads: False: the rows of both heads have length 1 already.
 
     Returns:
         0-d tensor, fp32 (fp64 for fp64 input): the mean of the rows' losses, or their weighted sum.
@@ -233,9 +235,10 @@ def distillation_loss(
     wide = torch.promote_types(student.dtype, torch.float32)
     device = student.device
     dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else student.dtype
-    directions = F.normalize(student_head.to(wide), dim=1).to(dtype)
-    with torch.no_grad():
-        teacher_directions = F.normalize(teacher_head.to(wide), dim=1).to(dtype)
+    heads = student_head.to(wide), teacher_head.detach().to(wide)
+    if normalise_heads:
+        heads = F.normalize(heads[0], dim=1), F.normalize(heads[1], dim=1)
+    directions, teacher_directions = heads[0].to(dtype), heads[1].to(dtype)
     inputs = student.to(dtype), directions, teacher.detach().to(dtype), teacher_directions, centre.detach().to(wide)
     if not isinstance(teacher_temperature, Tensor):
         teacher_temperature = torch.full((), teacher_temperature, dtype=wide, device=device)

@@ -220,9 +220,11 @@ def launch_rows_backward(
     (M, E), K = student.shape, directions.shape[0]
     options = _options(student)
     tiles = _backward_tiles(E, options)
-    largest = gradient.abs().amax().clamp(min=_TINY)  # keeps the gradient of a logit inside the range of fp16
-    factor = gradient / largest
-    student_gradient = student.new_zeros((M, E), dtype=torch.float32)
+    factor, largest = gradient / student_temperature, None
+    if student.dtype == torch.float16:  # keeps the gradient of a logit inside its range
+        largest = factor.abs().amax().clamp(min=_TINY)
+        factor = factor / largest
+    products = []
     directions_gradient = directions.new_empty((K, E))
     step = max(1, _WORKSPACE // (M * options["BLOCK_K"])) * options["BLOCK_K"]
     for first in range(0, K, step):
@@ -234,10 +236,12 @@ def launch_rows_backward(
                 *tensors, teacher_temperature, log_sums, factor, logit_gradient, 1 / student_temperature,
                 first, stop, M, E, TILES=tiles, **options,
             )  # fmt: skip
-        student_gradient += logit_gradient @ directions[first:stop]
+        products.append(logit_gradient @ directions[first:stop])
         torch.mm(logit_gradient.T, student, out=directions_gradient[first:stop])
-    scale = largest / student_temperature
-    return (student_gradient * scale).to(student.dtype), directions_gradient.mul_(scale)
+    student_gradient = products[0] if len(products) == 1 else torch.stack(products).sum(0)
+    if largest is None:
+        return student_gradient, directions_gradient
+    return student_gradient * largest, directions_gradient.mul_(largest)
 
 
 def compile_cases() -> Iterator[CompileCase]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fsr_fast.kernels import MergedCams, merge_cams
 from fsr_fast.models.encoder import Encoder, Features
-from fsr_fast.models.network import Network, activate
+from fsr_fast.models.network import Network, to_map
 
 
 class ScalePass(NamedTuple):
@@ -109,14 +109,18 @@ def merge_passes(
         Values (B, M, *output_size), float32 in 0…1. Source: paper, CAM; official code for the merging.
     """
 
-    def activations(features: Features) -> Tensor:
-        if classifier == "aux":
-            return activate(features.aux, network.aux_classifier, features.grid)
-        return activate(network.encoder.norm(features.tokens), network.top_classifier, features.grid)
-
-    plain = [activations(scale_pass.plain) for scale_pass in passes]
-    mirrored = [activations(scale_pass.mirrored) for scale_pass in passes]
-    return merge_cams(plain, mirrored, labels, max_classes=max_classes, size=size, output_size=output_size)
+    top = classifier == "top"
+    all_features = [features for scale_pass in passes for features in scale_pass]  # plain, mirrored, plain, …
+    maps = [features.tokens if top else features.aux for features in all_features]  # (B, N, D) each
+    tokens = torch.cat([one.flatten(0, 1) for one in maps])  # one launch of each operator for all passes
+    tokens = network.encoder.norm(tokens) if top else tokens
+    weight = (network.top_classifier if top else network.aux_classifier).weight
+    parts = F.linear(tokens, weight.flatten(1)).split([one.shape[0] * one.shape[1] for one in maps])
+    cams = [
+        to_map(part.unflatten(0, features.tokens.shape[:2]), features.grid)
+        for part, features in zip(parts, all_features, strict=True)
+    ]
+    return merge_cams(cams[::2], cams[1::2], labels, max_classes=max_classes, size=size, output_size=output_size)
 
 
 def normalise_cam(activation: Tensor) -> Tensor:
@@ -169,8 +173,7 @@ def merged_labels(cams: MergedCams, *, high: float, low: float, ignore_index: in
     """
     value, slot = cams.values.max(1)
     label = torch.gather(cams.classes, 1, slot.flatten(1)).view_as(slot) + 1
-    label = torch.where(value > high, label, ignore_index)
-    return torch.where(value <= low, 0, label)
+    return label.masked_fill_(value <= high, ignore_index).masked_fill_(value <= low, 0)
 
 
 def dense_cams(cams: MergedCams, classes: int) -> Tensor:

@@ -7,8 +7,10 @@ from torch import Tensor, nn
 from fsr_fast.config import TeacherConfig
 from fsr_fast.kernels import distillation_loss
 from fsr_fast.method.masking import MaskedPatches
-from fsr_fast.models.projector import Projector
-from fsr_fast.runtime.distributed import sum_over_ranks, world_size
+from fsr_fast.runtime.distributed import mean_over_ranks
+
+Directions = tuple[Tensor, Tensor]
+"""Of the prototypes of student and teacher, (K, E) each, of length 1."""
 
 
 class Distillation(nn.Module):
@@ -33,7 +35,7 @@ class Distillation(nn.Module):
         student: Tensor,
         teacher: Tensor,
         masked: MaskedPatches,
-        heads: tuple[Projector, Projector],
+        directions: Directions,
         temperature: float,
     ) -> Tensor:
         """L_u of Eq. 8: mean over an image's masked patches, then over the batch; moves the patch centre.
@@ -42,31 +44,29 @@ class Distillation(nn.Module):
             student: (B, k, E), bottleneck vectors of masked view 2 at `masked.index`.
             teacher: (B, N, E), bottleneck vectors of all patches of unmasked view 2.
             masked: the masked patches.
-            heads: projectors of student and teacher, whose prototypes are compared.
+            directions: of the prototypes that are compared.
             temperature: of the teacher's softmax.
         """
         if masked.index.shape[1]:
             targets = gather_tokens(teacher, masked.index).flatten(0, 1)
             weight = None if masked.weight is None else masked.weight.flatten()
-            loss = self._compare(student.flatten(0, 1), targets, self.patch_centre, heads, temperature, weight)
+            loss = self._compare(student.flatten(0, 1), targets, self.patch_centre, directions, temperature, weight)
         else:
             loss = student.sum()  # 0: the ratio is too small to mask a patch
-        self._move(self.patch_centre, teacher.mean((0, 1)), heads[1])
+        self._move(self.patch_centre, teacher.mean((0, 1)), directions[1])
         return loss
 
-    def class_loss(
-        self, student: Tensor, teacher: Tensor, heads: tuple[Projector, Projector], temperature: float
-    ) -> Tensor:
+    def class_loss(self, student: Tensor, teacher: Tensor, directions: Directions, temperature: float) -> Tensor:
         """L_c of Eq. 9, mean over the batch; moves the class centre.
 
         Args:
             student: (B, E), bottleneck vectors of masked view 2's class token.
             teacher: (B, E), of unmasked view 1's class token.
-            heads: projectors of student and teacher.
+            directions: of the prototypes that are compared.
             temperature: of the teacher's softmax.
         """
-        loss = self._compare(student, teacher, self.class_centre, heads, temperature, None)
-        self._move(self.class_centre, teacher.mean(0), heads[1])
+        loss = self._compare(student, teacher, self.class_centre, directions, temperature, None)
+        self._move(self.class_centre, teacher.mean(0), directions[1])
         return loss
 
     def _compare(
@@ -74,27 +74,27 @@ class Distillation(nn.Module):
         student: Tensor,
         teacher: Tensor,
         centre: Tensor,
-        heads: tuple[Projector, Projector],
+        directions: Directions,
         temperature: float,
         weight: Tensor | None,
     ) -> Tensor:
         return distillation_loss(
             student,
             teacher,
-            heads[0].head,
-            heads[1].head,
+            *directions,
             centre.clone(),  # the centre moves before the backward pass
             student_temperature=self.student_temperature,
             teacher_temperature=temperature,
             weight=weight,
+            normalise_heads=False,
         )
 
     @torch.no_grad()
-    def _move(self, centre: Tensor, vector: Tensor, teacher: Projector) -> None:
+    def _move(self, centre: Tensor, vector: Tensor, directions: Tensor) -> None:
         # The mean of the logits is the logit of the mean vector: the prototypes are linear.
-        vector = sum_over_ranks(vector.float()) / world_size()
+        vector = mean_over_ranks(vector.float())
         with torch.autocast(vector.device.type, enabled=False):  # a temperature of 0.04 magnifies what rounding adds
-            logits = F.linear(vector, F.normalize(teacher.head, dim=-1))
+            logits = F.linear(vector, directions)
         centre.lerp_(logits, 1 - self.centre_momentum)
 
 

@@ -27,8 +27,8 @@ def classification_loss(class_logits: Tensor, aux_class_logits: Tensor, labels: 
     Returns:
         Scalar, float32: L_cls of Eq. 10.
     """
-    top = F.multilabel_soft_margin_loss(class_logits.float(), labels)
-    return top + F.multilabel_soft_margin_loss(aux_class_logits.float(), labels)
+    both = torch.stack([class_logits, aux_class_logits]).float()
+    return 2 * F.binary_cross_entropy_with_logits(both, labels.to(both).expand_as(both))
 
 
 def affinity_loss(features: Tensor, labels: Tensor, normalise: Normalise = "global") -> Tensor:
@@ -44,8 +44,8 @@ def affinity_loss(features: Tensor, labels: Tensor, normalise: Normalise = "glob
     """
     sums, counts = affinity_sums(features, labels).view(2, 2).unbind(1)
     counts, factor = _share_counts(counts.detach(), normalise)
-    same, different = (factor * sums / (counts + 1)).unbind()
-    return 0.5 * (1 - same) + 0.5 * different
+    same, different = (sums / ((counts + 1) / factor)).unbind()
+    return 0.5 * (1 - same + different)
 
 
 def segmentation_loss(logits: Tensor, labels: Tensor, normalise: Normalise = "global") -> Tensor:

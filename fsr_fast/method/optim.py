@@ -40,13 +40,14 @@ def set_learning_rate(optimiser: torch.optim.Optimizer, factor: float) -> None:
         group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
 
 
-def fill_missing_gradients(optimiser: torch.optim.Optimizer) -> None:
-    """Set a zero gradient on every parameter that no loss has reached.
+def fill_missing_gradients(optimiser: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
+    """Set a zero gradient on every parameter that no loss has reached, and return all parameters.
 
     A stage that is skipped because its weight is 0 then moves its parameters as if it had been computed:
     weight decay and AdamW's moments continue.
     """
-    for group in optimiser.param_groups:
-        for parameter in group["params"]:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
+    parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    return parameters

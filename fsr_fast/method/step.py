@@ -124,8 +124,6 @@ class FSRStep(nn.Module):
         with self._autocast():
             features, masked_features = self._pass_student(view1, view2, masked, draws.student)
             top = student.encoder.norm(features.tokens)  # (B, N, D)
-            class_logits = classify(top, student.top_classifier)  # (B, C)
-            aux_class_logits = classify(features.aux, student.aux_classifier)  # (B, C)
             feature_map = to_map(top, features.grid)  # (B, D, h, w)
             seg_logits = student.decoder(feature_map) if labels_pixels else None  # (B, C+1, h, w)
         with torch.no_grad(), self._autocast():
@@ -133,6 +131,8 @@ class FSRStep(nn.Module):
             cams = self._merge_cams(unmasked1, scaled, labels, view1, weights)
             targets, taught = self._pass_teacher(views, (unmasked1, unmasked2), draws, weights)
 
+        class_logits = classify(top, student.top_classifier)  # (B, C), float32
+        aux_class_logits = classify(features.aux, student.aux_classifier)  # (B, C), likewise
         losses = {"classification": classification_loss(class_logits, aux_class_logits, labels)}
         if cams.aux is not None:
             thresholds = self.config.pseudo_label
@@ -204,10 +204,9 @@ class FSRStep(nn.Module):
                 drop_path = torch.cat([draws.teacher.chunk(2, dim=-1)[index] for index in wanted], dim=-1)
             made = encoder.forward_packed([views[index] for index in wanted], drop_path)
             tokens = {index: one.tokens for index, one in zip(wanted, made, strict=True)}
-        return Targets(
-            class_token=projector(encoder.aggregate(tokens[0])) if 0 in wanted else None,
-            patches=projector(encoder.norm(tokens[1])) if 1 in wanted else None,
-        ), made
+        read = [encoder.aggregate(tokens[0]) if index == 0 else encoder.norm(tokens[1]) for index in wanted]
+        targets = dict(zip(wanted, projector.project_together(read), strict=True))
+        return Targets(class_token=targets.get(0), patches=targets.get(1)), made
 
     def _merge_cams(
         self, unmasked1: Features | None, scaled: list[Features], labels: Tensor, view1: Tensor, weights: LossConfig
@@ -236,16 +235,19 @@ class FSRStep(nn.Module):
     def _distil(
         self, features: Features, masked: MaskedPatches, targets: Targets, schedule: Schedule
     ) -> dict[str, Tensor]:
-        encoder, projector = self.student.encoder, self.student.projector
-        heads, temperature = (projector, self.teacher.projector), schedule.teacher_temperature
-        losses = {}
+        encoder, projector, distillation = self.student.encoder, self.student.projector, self.distillation
+        read, losses = [], {}
         with self._autocast():
             if targets.patches is not None:
-                patches = projector(encoder.norm(gather_tokens(features.tokens, masked.index)))  # (B, k, E)
-                losses["uncertain"] = self.distillation.patch_loss(patches, targets.patches, masked, heads, temperature)
+                read.append(encoder.norm(gather_tokens(features.tokens, masked.index)))  # (B, k, D)
             if targets.class_token is not None:
-                token = projector(encoder.aggregate(features.tokens, masked.mask))  # (B, E)
-                losses["class_token"] = self.distillation.class_loss(token, targets.class_token, heads, temperature)
+                read.append(encoder.aggregate(features.tokens, masked.mask))  # (B, D)
+            vectors = iter(projector.project_together(read))  # (B, k, E), (B, E)
+            compared = (projector.directions, self.teacher.projector.directions), schedule.teacher_temperature
+            if targets.patches is not None:
+                losses["uncertain"] = distillation.patch_loss(next(vectors), targets.patches, masked, *compared)
+            if targets.class_token is not None:
+                losses["class_token"] = distillation.class_loss(next(vectors), targets.class_token, *compared)
         return losses
 
     def _autocast(self) -> torch.autocast:

@@ -65,7 +65,9 @@ class AggregatorBlock(nn.Module):
         return self._add_mlp(class_token + update), weights
 
     def _add_mlp(self, class_token: Tensor) -> Tensor:
-        return class_token + self.mlp(self.norm2(class_token))
+        # of one row per image: to cast the weights would take longer than to read them once
+        with torch.autocast(class_token.device.type, enabled=False):
+            return class_token + self.mlp(self.norm2(class_token))
 
     def _arguments(self, mask: Tensor | None) -> dict[str, Any]:
         attention = self.attn

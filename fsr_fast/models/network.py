@@ -131,7 +131,7 @@ def classify(tokens: Tensor, classifier: nn.Conv2d) -> Tensor:
     Returns:
         (B, C).
     """
-    return F.linear(tokens.amax(1), classifier.weight.flatten(1))
+    return F.linear(tokens.amax(1).to(classifier.weight.dtype), classifier.weight.flatten(1))
 
 
 def activate(tokens: Tensor, classifier: nn.Conv2d, grid: tuple[int, int]) -> Tensor:

@@ -102,14 +102,15 @@ def resize_position_embedding(embedding: Tensor, grid: tuple[int, int], size: tu
         patches = F.interpolate(patches, size=tuple(size), mode="bicubic", align_corners=False)
         patches = patches.flatten(2).transpose(1, 2)
     else:  # torch's bicubic kernel for GPUs runs one thread per patch, each over all D channels: milliseconds
-        rows, columns = (_bicubic(*sides, wide, patches.device) for sides in zip(grid, size, strict=True))
+        rows, columns = (bicubic_matrix(*sides, wide, patches.device) for sides in zip(grid, size, strict=True))
         with torch.autocast(patches.device.type, enabled=False):
             patches = rows @ patches.to(wide).reshape(grid[0], -1)  # (rows, grid columns · D)
             patches = (columns @ patches.unflatten(1, (grid[1], -1))).flatten(0, 1).unsqueeze(0)
     return torch.cat([first, patches.to(embedding.dtype)], dim=1)
 
 
-def _bicubic(before: int, after: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return the matrix (after, before) that resizes one side."""
+@functools.lru_cache(maxsize=64)
+def bicubic_matrix(before: int, after: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return the matrix (after, before) that resizes one side; recent ones are cached."""
     points = torch.eye(before, dtype=dtype, device=device).view(1, before, before, 1)
     return F.interpolate(points, size=(after, 1), mode="bicubic", align_corners=False)[0, :, :, 0].T

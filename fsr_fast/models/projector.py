@@ -1,7 +1,9 @@
 """Projector P: from tokens to the prototypes of the distillation losses."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -45,6 +47,42 @@ class Projector(nn.Module):
         """Directions of the prototypes, (K, E), not normalised."""
         return self.last_layer.weight_v
 
+    @property
+    def directions(self) -> Tensor:
+        """Directions of the prototypes, (K, E), of length 1."""
+        return unit_rows(self.last_layer.weight_v)
+
     def forward(self, tokens: Tensor) -> Tensor:
         """Project tokens (…, D) to bottleneck vectors (…, E) of length 1, float32."""
-        return F.normalize(self.mlp(tokens).float(), dim=-1)
+        return unit_rows(self.mlp(tokens).float())
+
+    def project_together(self, several: Sequence[Tensor]) -> list[Tensor]:
+        """Project several (…, D) as one batch, which launches each operator once."""
+        if len(several) < 2:
+            return [self(tokens) for tokens in several]
+        rows = [tokens.flatten(0, -2) for tokens in several]
+        parts = self(torch.cat(rows)).split([len(part) for part in rows])
+        return [part.unflatten(0, tokens.shape[:-1]) for part, tokens in zip(parts, several, strict=True)]
+
+
+class _UnitRows(torch.autograd.Function):
+    """`torch.nn.functional.normalize` of the last dimension, whose own gradient takes four times as many operators."""
+
+    @staticmethod
+    def forward(ctx: Any, vectors: Tensor) -> Tensor:
+        length = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True).clamp_min_(1e-12)
+        unit = vectors / length
+        ctx.save_for_backward(unit, length)
+        return unit
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        unit, length = ctx.saved_tensors
+        along = (gradient * unit).sum(-1, keepdim=True)
+        return torch.addcmul(gradient, unit, along, value=-1) / length
+
+
+def unit_rows(vectors: Tensor) -> Tensor:
+    """Divide vectors (…, E) by their lengths; those of length 0 stay 0."""
+    unit: Tensor = _UnitRows.apply(vectors)
+    return unit

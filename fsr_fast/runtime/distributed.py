@@ -104,6 +104,11 @@ def from_first(values: Any) -> Any:
     return held[0]
 
 
+def mean_over_ranks(value: Tensor) -> Tensor:
+    """Average a tensor over all processes, without gradient."""
+    return sum_over_ranks(value) / world_size() if dist.is_initialized() else value
+
+
 def sum_over_ranks(value: Tensor) -> Tensor:
     """Sum a tensor over all processes, without gradient."""
     if dist.is_initialized():

@@ -48,12 +48,12 @@ class NonFiniteGuard:
         Returns:
             Scalar, bool, on the device: whether the step is skipped. The same in all processes.
         """
-        unsound = ~(torch.isfinite(loss.detach()) & torch.isfinite(norm))
-        bad = (sum_over_ranks(unsound.float()) > 0) | (self.counts[0] >= LIMIT)
+        sound = torch.isfinite(torch.stack([loss.detach(), norm])).all()
+        bad = (sum_over_ranks((~sound).float()) > 0) | (self.counts[0] >= LIMIT)
         self.counts.add_(bad)
         self.counts[0].mul_(bad)
         for centre, held in zip(self._centres, self._held, strict=True):
-            centre.copy_(torch.where(bad, held, centre))
+            torch.where(bad, held, centre, out=centre)
         self._optimiser.found_inf = bad.float()  # type: ignore[attr-defined]
         return bad
 

@@ -134,6 +134,15 @@ def test_autocast_is_followed(path: torch.device) -> None:
         assert_low_precision(actual, rounded, expected, place, label=name)
 
 
+def test_heads_of_length_1_need_not_be_normalised_again(path: torch.device) -> None:
+    tensors, weight = arguments(5, 7, 11, device=path)
+    unit = {name: F.normalize(tensors[name].detach(), dim=1) for name in ("student_head", "teacher_head")}
+    expected = distillation_loss(**(tensors | unit), weight=weight)
+    assert_close(distillation_loss(**(tensors | unit), weight=weight, normalise_heads=False), expected)
+    longer = distillation_loss(**(tensors | {"student_head": 2 * unit["student_head"]}), normalise_heads=False)
+    assert not torch.allclose(longer, distillation_loss(**(tensors | unit)))
+
+
 def test_fp16_gradients_of_small_weights_are_kept(path: torch.device) -> None:
     # so small that fp16 rounds the gradients of single logits away, though not their sums
     tensors, _ = arguments(200, 7, 11, torch.float16, path)

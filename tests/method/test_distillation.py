@@ -26,6 +26,7 @@ def projectors() -> tuple[Projector, Projector]:
 
 
 HEADS = projectors()
+DIRECTIONS = (HEADS[0].directions.detach(), HEADS[1].directions)
 
 
 def distillation() -> Distillation:
@@ -45,7 +46,7 @@ def prototype_logits(teacher: torch.Tensor) -> torch.Tensor:
 def test_the_patch_loss_is_the_mean_over_masked_patches_and_images():
     module, student, teacher = distillation(), vectors(B, 2), vectors(B, N, seed=1)
     centre = module.patch_centre.clone()
-    loss = module.patch_loss(student, teacher, MASKED, HEADS, 0.05)
+    loss = module.patch_loss(student, teacher, MASKED, DIRECTIONS, 0.05)
     expected = [
         reference.distillation_loss(
             student[image],
@@ -63,10 +64,10 @@ def test_the_patch_loss_is_the_mean_over_masked_patches_and_images():
 def test_the_patch_loss_reads_no_unmasked_patch_of_the_teacher():
     student, teacher = vectors(B, 2), vectors(B, N, seed=1)
     other = torch.where(MASK[..., None], teacher, vectors(B, N, seed=2))
-    losses = [distillation().patch_loss(student, patches, MASKED, HEADS, 0.04) for patches in (teacher, other)]
+    losses = [distillation().patch_loss(student, patches, MASKED, DIRECTIONS, 0.04) for patches in (teacher, other)]
     assert torch.equal(*losses)
     changed = torch.where(MASK[..., None], vectors(B, N, seed=2), teacher)
-    assert not torch.allclose(distillation().patch_loss(student, changed, MASKED, HEADS, 0.04), losses[0])
+    assert not torch.allclose(distillation().patch_loss(student, changed, MASKED, DIRECTIONS, 0.04), losses[0])
 
 
 def test_the_weights_of_a_strict_mask_weigh_every_image_alike_however_many_patches_it_masks():
@@ -76,7 +77,7 @@ def test_the_weights_of_a_strict_mask_weigh_every_image_alike_however_many_patch
     masked = MaskedPatches(mask, index, mask / (mask.sum(1, keepdim=True).clamp(min=1) * B))
     module, student, teacher = distillation(), vectors(B, N), vectors(B, N, seed=1)
     centre = module.patch_centre.clone()
-    loss = module.patch_loss(student, teacher, masked, HEADS, 0.04)
+    loss = module.patch_loss(student, teacher, masked, DIRECTIONS, 0.04)
     expected = sum(
         reference.distillation_loss(
             student[image][mask[image]], teacher[image][mask[image]], HEADS[0].head, HEADS[1].head, centre
@@ -89,7 +90,7 @@ def test_the_weights_of_a_strict_mask_weigh_every_image_alike_however_many_patch
 def test_a_mask_without_patches_counts_0():
     masked = MaskedPatches(torch.zeros(B, N, dtype=torch.bool), torch.empty(B, 0, dtype=torch.int64), None)
     student = vectors(B, 0).requires_grad_()
-    loss = distillation().patch_loss(student, vectors(B, N), masked, HEADS, 0.04)
+    loss = distillation().patch_loss(student, vectors(B, N), masked, DIRECTIONS, 0.04)
     assert loss.item() == 0
     loss.backward()
 
@@ -97,7 +98,7 @@ def test_a_mask_without_patches_counts_0():
 def test_the_class_loss_is_the_mean_over_the_batch():
     module, student, teacher = distillation(), vectors(B), vectors(B, seed=1)
     centre = module.class_centre.clone()
-    loss = module.class_loss(student, teacher, HEADS, 0.06)
+    loss = module.class_loss(student, teacher, DIRECTIONS, 0.06)
     expected = reference.distillation_loss(
         student, teacher, HEADS[0].head, HEADS[1].head, centre, teacher_temperature=0.06
     )
@@ -109,14 +110,14 @@ def test_the_gradient_is_that_of_the_centre_before_it_moved():
     actual, expected = vectors(B).requires_grad_(), vectors(B).requires_grad_()
     module = distillation()
     centre = module.class_centre.clone()
-    module.class_loss(actual, teacher, HEADS, 0.04).backward()
+    module.class_loss(actual, teacher, DIRECTIONS, 0.04).backward()
     reference.distillation_loss(expected, teacher, HEADS[0].head, HEADS[1].head, centre).backward()
     assert torch.allclose(actual.grad, expected.grad, rtol=1e-4, atol=1e-6)
 
 
 def test_the_student_s_temperature_is_the_configuration_s():
     module = Distillation(TeacherConfig(student_temperature=0.5), K)
-    loss = module.class_loss(vectors(B), vectors(B, seed=1), HEADS, 0.04)
+    loss = module.class_loss(vectors(B), vectors(B, seed=1), DIRECTIONS, 0.04)
     expected = reference.distillation_loss(
         vectors(B), vectors(B, seed=1), HEADS[0].head, HEADS[1].head, torch.zeros(K), student_temperature=0.5
     )
@@ -129,7 +130,7 @@ def test_the_student_s_temperature_is_the_configuration_s():
 def test_the_patch_centre_moves_by_a_tenth_to_the_mean_of_the_teacher_s_logits_of_all_patches():
     module, teacher = distillation(), vectors(B, N, seed=1)
     before, class_centre = module.patch_centre.clone(), module.class_centre.clone()
-    module.patch_loss(vectors(B, 2), teacher, MASKED, HEADS, 0.04)
+    module.patch_loss(vectors(B, 2), teacher, MASKED, DIRECTIONS, 0.04)
     expected = 0.9 * before + 0.1 * prototype_logits(teacher).mean((0, 1))
     assert torch.allclose(module.patch_centre, expected, rtol=1e-5, atol=1e-7)
     assert torch.equal(module.class_centre, class_centre)
@@ -138,7 +139,7 @@ def test_the_patch_centre_moves_by_a_tenth_to_the_mean_of_the_teacher_s_logits_o
 def test_the_class_centre_moves_by_a_tenth_to_the_mean_of_the_teacher_s_class_logits():
     module, teacher = distillation(), vectors(B, seed=1)
     before, patch_centre = module.class_centre.clone(), module.patch_centre.clone()
-    module.class_loss(vectors(B), teacher, HEADS, 0.04)
+    module.class_loss(vectors(B), teacher, DIRECTIONS, 0.04)
     expected = 0.9 * before + 0.1 * prototype_logits(teacher).mean(0)
     assert torch.allclose(module.class_centre, expected, rtol=1e-5, atol=1e-7)
     assert torch.equal(module.patch_centre, patch_centre)
@@ -149,7 +150,7 @@ def test_centres_move_in_float32_under_autocast():
     for half in (False, True):
         module = distillation()
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
-            module.class_loss(vectors(B), teacher, HEADS, 0.05)
+            module.class_loss(vectors(B), teacher, DIRECTIONS, 0.05)
         moved.append(module.class_centre)
     assert torch.equal(*moved)
 

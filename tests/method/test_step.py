@@ -166,7 +166,7 @@ def test_the_prototypes_are_compared_at_the_masked_patches_alone(monkeypatch):
 
     monkeypatch.setattr(step.student.projector, "forward", spy)
     run(step)
-    assert sorted(shapes) == [(B,), (B, step.selector.shape.count)]
+    assert shapes == [(B * step.selector.shape.count + B,)], "and class tokens with them"
 
 
 def test_the_aggregator_reads_one_view_of_student_and_teacher_each(monkeypatch):

@@ -4,15 +4,14 @@ Nothing is computed, so no GPU is needed. The `fsr` operators are stood for by w
 """
 
 from collections.abc import Iterator
-from unittest import mock
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses import FakeTensorMode
-from torch.autograd.graph import Node
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bench.fake_iteration import differentiate, named_gpu, pin
 from fsr_fast.engine import build_step
 from fsr_fast.evaluation import inference
 from fsr_fast.kernels import (
@@ -28,7 +27,6 @@ from fsr_fast.method import masking
 from fsr_fast.method.optim import build_optimiser, fill_missing_gradients
 from fsr_fast.method.schedules import schedule_at
 from fsr_fast.method.step import FSRStep, StepOutput
-from fsr_fast.models.attention import block_diagonal_mask, boundaries
 from fsr_fast.models.encoder import run_block
 from fsr_fast.runtime.guard import NonFiniteGuard, gradient_norm
 from tests import helpers
@@ -53,89 +51,14 @@ class NoWaitingCopy(TorchDispatchMode):
         return output
 
 
-def pin(tensor: Tensor) -> Tensor:
-    pinned = tensor.clone()
-    pinned.pinned = True
-    return pinned
-
-
-def move(module: nn.Module, *_, memory_format: torch.memory_format = torch.preserve_format) -> nn.Module:
-    """Put a module's parameters and buffers on the GPU."""
-    for part in module.modules():
-        for named in (part._parameters, part._buffers):
-            for name, value in named.items():
-                if value is not None:
-                    other = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cuda")
-                    other = other.to(memory_format=memory_format) if value.ndim == 4 else other
-                    named[name] = nn.Parameter(other, value.requires_grad) if isinstance(value, nn.Parameter) else other
-    return module
-
-
-def differentiate(loss: Tensor) -> None:
-    """Do what `loss.backward()` does, which asks the driver for a GPU."""
-    pending: dict[Node, list[Tensor | None]] = {loss.grad_fn: [torch.ones_like(loss)]}
-    for node in in_order(loss.grad_fn):
-        gradients = pending.pop(node, None)
-        if gradients is None:
-            continue
-        call = node
-        if hasattr(node, "apply"):  # of a function in Python, whose gradients are never missing
-            call, shapes = node.apply, zip(gradients, node._input_metadata, strict=True)
-            gradients = [
-                torch.zeros(tuple(meta.shape), dtype=meta.dtype, device=meta.device) if given is None else given
-                for given, meta in shapes
-            ]
-        with torch.no_grad():
-            found = call(*gradients)
-        found = found if isinstance(found, tuple) else (found,)
-        for (following, index), gradient in zip(node.next_functions, found, strict=False):
-            if following is None or gradient is None:
-                continue
-            meta = following._input_metadata[index]
-            assert gradient.device == meta.device, f"{node.name()}: gradient on {gradient.device}"
-            gradient = gradient.sum_to_size(tuple(meta.shape)).to(meta.dtype)
-            slots = pending.setdefault(following, [None] * len(following._input_metadata))
-            slots[index] = gradient if slots[index] is None else slots[index] + gradient
-
-
-def in_order(root: Node) -> list[Node]:
-    """Every node of a graph before those that it passes its gradient to."""
-    order, seen, stack = [], set(), [(root, False)]
-    while stack:
-        node, done = stack.pop()
-        if done:
-            order.append(node)
-        elif node not in seen:
-            seen.add(node)
-            stack.append((node, True))
-            stack += [(following, False) for following, _ in node.next_functions if following is not None]
-    return order[::-1]
-
-
 @pytest.fixture
 def fake_gpu(monkeypatch) -> Iterator[None]:
-    """A GPU of compute capability 9.0 that holds no numbers."""
+    """A GPU that holds no numbers."""
     monkeypatch.delenv("FSR_KERNELS", raising=False)
-    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device=None: (9, 0))
-    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda *_: True)
-    monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
-    monkeypatch.setattr(Tensor, "pin_memory", pin)
-    monkeypatch.setattr(nn.Module, "to", move)
     # Canny's edges grow until the numbers say that they have grown enough
     monkeypatch.setattr(masking, "find_edges", lambda images, config: images[:, 0] > 0)
-    make = torch.tensor
-
-    def make_pinned(*values, pin_memory=False, **options):
-        return pin(make(*values, **options)) if pin_memory else make(*values, **options)
-
-    monkeypatch.setattr(torch, "tensor", make_pinned)
-    cached = block_diagonal_mask, boundaries
-    for function in cached:
-        function.cache_clear()
-    with mock.patch("torch.cuda._lazy_init"):
+    with named_gpu():
         yield
-    for function in cached:
-        function.cache_clear()
 
 
 def iterate(step: FSRStep, optimiser: torch.optim.Optimizer, guard: NonFiniteGuard) -> StepOutput:

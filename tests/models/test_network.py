@@ -13,7 +13,7 @@ from fsr_fast.models.aggregator import pool_unmasked
 from fsr_fast.models.backbone import create_vit
 from fsr_fast.models.network import activate, classify, to_map
 from fsr_fast.models.positions import resize_position_embedding
-from fsr_fast.models.projector import Projector
+from fsr_fast.models.projector import Projector, unit_rows
 from tests import helpers
 from tests.helpers import CLASSES, DEPTH, WIDTH, N
 
@@ -267,6 +267,36 @@ def test_bottleneck_vectors_have_length_1_and_are_those_of_the_reference():
     actual = NETWORK.projector(tokens)
     assert actual.norm(dim=-1).flatten().tolist() == pytest.approx([1.0] * 10, abs=1e-5)
     assert close(actual, reference.project(NETWORK.state_dict(), tokens))
+
+
+def test_vectors_projected_together_are_those_projected_alone():
+    several = [torch.randn(2, 3, WIDTH, generator=helpers.generator(1)), torch.randn(2, WIDTH)]
+    for tokens in (several, several[:1]):
+        for found, one in zip(NETWORK.projector.project_together(tokens), tokens, strict=True):
+            assert close(found, NETWORK.projector(one))
+    assert NETWORK.projector.project_together([]) == []
+
+
+def test_rows_are_divided_by_their_length_and_gradients_follow():
+    rows = torch.randn(2, 5, 7, dtype=torch.float64, generator=helpers.generator(2))
+    rows[1, 3] = 0
+    weight = torch.randn(2, 5, 7, dtype=torch.float64, generator=helpers.generator(3))
+    outputs, gradients = [], []
+    for function in (unit_rows, lambda given: F.normalize(given, dim=-1)):
+        given = rows.clone().requires_grad_()
+        outputs.append(function(given))
+        (outputs[-1] * weight).sum().backward()
+        gradients.append(given.grad)
+    torch.testing.assert_close(*outputs, rtol=1e-12, atol=0)
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
+
+
+def test_half_precision_leaves_what_has_one_row_per_image_alone():
+    class_token = torch.randn(4, WIDTH, generator=helpers.generator(4))
+    block = ENCODER.cls_blocks[0]
+    expected = block._add_mlp(class_token)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(block._add_mlp(class_token), expected)
 
 
 def test_the_projector_s_hidden_layers_start_from_a_small_normal():
