@@ -36,7 +36,9 @@ from bench.machine_code import read_loops, read_resources
 from fsr_fast import kernels
 from fsr_fast.config import ModelConfig
 from fsr_fast.dataloading import dali_graph
+from fsr_fast.dataloading.dali_policy import POLICY_STEPS
 from fsr_fast.kernels.distillation_kernels import PROTOTYPES
+from fsr_fast.kernels.learned_policy import NUMBERS
 from fsr_fast.method.losses import segmentation_loss
 from fsr_fast.models.attention import Backends
 from fsr_fast.models.encoder import Encoder
@@ -291,13 +293,20 @@ def count_elementwise(call: Callable[..., Tensor], *shape: int) -> Counts:
     return {"instructions of a warp": executed, "registers": read_resources(cubin)[0]}
 
 
-def count_dali(policy: bool) -> Counts:
+def count_dali() -> Counts:
     """Return the number of DALI's operators and inputs for a batch of two views."""
-    settings: dict[str, Any] = {"views": 2, "size": 448, "batch_size": B, "threads": 2, "mean": (0.5,) * 3}
-    graph = dali_graph.build_graph(lambda: (), device_id=0, policy=policy, **settings)
+    graph = dali_graph.build_graph(lambda: (), views=2, size=448, batch_size=B, threads=2, device_id=0)
     graph._build_graph()
-    inputs = 1 + sum(len(dali_graph.parameter_names(view, policy=policy)) for view in range(2))
-    return {"operators": len(graph._ops), "inputs": inputs}
+    return {"operators": len(graph._ops), "inputs": 1 + sum(len(dali_graph.parameter_names(view)) for view in range(2))}
+
+
+def count_policy() -> Counts:
+    """Return the launches that follow DALI for AutoAugment, whatever it drew."""
+    pixels = torch.zeros(2, B, 448, 448, 3, dtype=torch.uint8)
+    steps = torch.zeros(POLICY_STEPS, 2, B, NUMBERS, dtype=torch.float64)
+    works = {"_count_kernel": [Work(())], "_apply_kernel": [Work(())]}
+    _, counts = count_call(lambda: kernels.apply_policy(pixels, steps, (0, 0, 0)), works)
+    return {"launches after it": counts["launches"]}
 
 
 def main() -> None:
@@ -309,8 +318,8 @@ def main() -> None:
     found["transformer block without gradient"] = count_blocks(1)
     found["two blocks as one program, run.graphs"] = count_blocks(2, graphs=True)
     found["an iteration of two images, outside the blocks"] = summarise(*count_iteration())
-    found["DALI, VOC recipe"] = count_dali(policy=False)
-    found["DALI, AutoAugment"] = count_dali(policy=True)
+    found["DALI, VOC recipe"] = count_dali()
+    found["DALI, AutoAugment"] = count_dali() | count_policy()
     for name, counts in found.items():
         print(name, *(f"{figure} {value:.4g}" for figure, value in counts.items()), sep="\n  ")
         record(f"counts {name}", "sm_90", {"counts": counts})

@@ -29,6 +29,7 @@ RECIPES = {
     "VOC recipe": AugmentConfig(),
     "without jitter": AugmentConfig(jitter=0.0),
     "with blur, solarisation": AugmentConfig(blur=0.1, solarise=0.2),
+    "AutoAugment": AugmentConfig(policy="autoaugment", jitter=0.0),
 }
 
 

@@ -1,9 +1,10 @@
 """The pipeline on NVIDIA DALI: decoding and augmentation on a GPU, or on the CPU if there is none.
 
 Worker processes read the files and draw the views, with the same draws as the torch pipeline, from seed and position
-alone; DALI decodes each image once and crops the views, and one operation jitters and normalises the colours of all of
-them. So the stream is the same in both pipelines, up to the rounding of the resize, and resumes with the very next
-sample. On a GPU nothing is copied out of DALI's memory, and the host never waits for a stream.
+alone; DALI decodes each image once and crops the views; two operations follow on all of them together, one for
+AutoAugment, if it is asked for, one that jitters and normalises the colours. So the stream is the same in both
+pipelines, up to the rounding of the resize, and resumes with the very next sample. On a GPU nothing is copied out of
+DALI's memory, and the host never waits for a stream.
 
 DALI gets files as they are if it decodes them as Pillow does: intact JPEG and PNG, 8 bits, colour or grey. All others
 (CMYK, palettes, 16 bits, TIFF, truncated files, …), and pictures with other than three colours, are decoded by the
@@ -22,21 +23,21 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
 from fsr_fast.config import AugmentConfig, DataConfig
-from fsr_fast.dataloading.augment import SOLARISE_THRESHOLD, View, draw_view_at, isolated
+from fsr_fast.dataloading.augment import SOLARISE_THRESHOLD, View, build_policy, draw_view_at
 from fsr_fast.dataloading.batch import Batch, TrainSource
-from fsr_fast.dataloading.dali_graph import OPERATIONS, POLICY_STEPS, build_decoder, build_graph, parameter_names
+from fsr_fast.dataloading.dali_graph import build_decoder, build_graph, parameter_names
+from fsr_fast.dataloading.dali_policy import POLICY_STEPS, Recorder, apply_to_batch
 from fsr_fast.dataloading.images import DamagedFileError, image_header
 from fsr_fast.dataloading.stream import Positions, Stream, StreamLoader, read_ahead
 from fsr_fast.errors import UserError
 from fsr_fast.kernels import jitter_colours
 from fsr_fast.kernels.colour_jitter import STEPS
+from fsr_fast.kernels.learned_policy import NUMBERS
 
 VIEWS = 2
 JPEG, PNG = b"\xff\xd8", b"\x89PNG"
@@ -77,8 +78,6 @@ class DaliLoader(StreamLoader):
             "batch_size": self._batch_size,
             "threads": max(1, data.workers),
             "device_id": (device.index or 0) if device.type == "cuda" else None,
-            "mean": mean,
-            "policy": augment.policy == "autoaugment",
             "colours": dataset.reading.channels == 3,
         }
         self._device = device
@@ -118,6 +117,7 @@ class DaliLoader(StreamLoader):
 
         graph = build_graph(feed, **self._graph)
         mean, std = (torch.tensor(values, device=self._device) for values in (self._mean, self._std))
+        policy = build_policy(self._augment, self._data.image_size, self._mean)
         on_gpu = self._device.type == "cuda"
         try:
             while True:
@@ -126,7 +126,8 @@ class DaliLoader(StreamLoader):
                 pixels = torch.from_dlpack(output.as_tensor())  # (B, V, H, W, C), DALI's own memory
                 encoded = under_way.popleft()
                 self._bad |= encoded.bad
-                views = jitter_colours(pixels.transpose(0, 1), encoded.steps, mean, std)
+                changed = apply_to_batch(policy, pixels.transpose(0, 1), encoded.policy, encoded.seeds)
+                views = jitter_colours(changed, encoded.steps, mean, std)
                 if current is not None:
                     self._hold(pixels, current)
                 for late in encoded.late:
@@ -186,6 +187,8 @@ class _Encoded:
         data: contents of the files, or pixels, one after another.
         sizes: (B,) int64, number of bytes of each.
         numbers: arguments of DALI by name, each (B, …).
+        policy: (POLICY_STEPS, V, B, NUMBERS) float64, of AutoAugment; nothing but 0 without it.
+        seeds: (V, B) int64, from which it was drawn.
         steps: (V, B, S, 2) float64, of the colour jitter.
         late: blur and solarisation, which follow it.
         labels: (B, C) float32.
@@ -197,6 +200,8 @@ class _Encoded:
     data: Tensor
     sizes: Tensor
     numbers: dict[str, Tensor]
+    policy: Tensor
+    seeds: Tensor
     steps: Tensor
     late: list[_Late]
     labels: Tensor
@@ -219,7 +224,7 @@ class _Host(Dataset[Any]):
     def __init__(self, stream: Stream, augment: AugmentConfig, data: DataConfig, strange: set[int]) -> None:
         self.stream, self.augment, self.strange = stream, augment, strange
         self.reading = stream.dataset.reading
-        self.recorder = _Recorder(data.image_size) if augment.policy == "autoaugment" else None
+        self.recorder = Recorder(data.image_size) if augment.policy == "autoaugment" else None
 
     def __len__(self) -> int:
         return len(self.stream.dataset)
@@ -233,17 +238,22 @@ class _Host(Dataset[Any]):
     def _batch(self, positions: list[int]) -> _Encoded:
         indices, files = zip(*(self.stream.load(position, self._file) for position in positions), strict=True)
         numbers: dict[str, Any] = {}
+        policy = np.zeros((POLICY_STEPS, VIEWS, len(positions), NUMBERS))
+        seeds = np.zeros((VIEWS, len(positions)), np.int64)
         steps, late = np.zeros((VIEWS, len(positions), len(STEPS) - 1, 2)), []
         for number in range(VIEWS):
             rows = []
             for item, (position, file) in enumerate(zip(positions, files, strict=True)):
                 view = draw_view_at(self.stream.seed, position, number, self.augment, file.height, file.width)
-                rows.append(self._arguments(view))
+                rows.append(_arguments(view))
+                seeds[number, item] = view.seed
+                if self.recorder is not None:
+                    policy[:, number, item] = self.recorder.draw(view.seed)
                 for place, (name, amount) in enumerate(view.jitter):
                     steps[number, item, place] = STEPS.index(name), amount
                 if view.blur is not None or view.solarise:
                     late.append(_Late(number, item, view.blur, view.solarise))
-            for name in parameter_names(number, policy=self.recorder is not None):
+            for name in parameter_names(number):
                 numbers[name] = torch.from_numpy(np.stack([row[name.partition("@")[0]] for row in rows]))
         channels = self.reading.channels
         return _Encoded(
@@ -251,6 +261,8 @@ class _Host(Dataset[Any]):
             torch.from_numpy(np.frombuffer(bytearray().join(file.data for file in files), np.uint8)),
             torch.tensor([len(file.data) for file in files]),
             numbers,
+            torch.from_numpy(policy),
+            torch.from_numpy(seeds),
             torch.from_numpy(steps),
             late,
             torch.from_numpy(np.stack([file.labels for file in files])),
@@ -269,22 +281,6 @@ class _Host(Dataset[Any]):
         head = DECODED + b" %d %d 255\n" % (width, height) if channels == 3 else b""
         return _File(head + pixels.tobytes(), width, height, labels)
 
-    def _arguments(self, view: View) -> dict[str, NDArray[Any]]:
-        """Convert the draws of a view to the arguments of DALI."""
-        numbers: dict[str, Any] = {
-            "start": np.array([view.top, view.left], np.int32),
-            "shape": np.array([view.height, view.width], np.int32),
-            "left": np.array([0, view.flip], np.float32),
-            "right": np.array([1, not view.flip], np.float32),
-        }
-        if self.recorder is not None:
-            steps = self.recorder.steps(view.seed)
-            for step in range(POLICY_STEPS):
-                name, magnitude = steps[step] if step < len(steps) else ("", 0.0)
-                operation = OPERATIONS.index(name) + 1 if name else 0
-                numbers |= {f"operation{step}": np.int32(operation), f"magnitude{step}": np.float32(magnitude)}
-        return numbers
-
 
 class _File(NamedTuple):
     data: bytes
@@ -293,23 +289,14 @@ class _File(NamedTuple):
     labels: NDArray[np.float32]
 
 
-class _Recorder(v2.AutoAugment):
-    """Draws torchvision's AutoAugment as the torch pipeline does, and records operations instead of applying them."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__(interpolation=InterpolationMode.BICUBIC)
-        self._picture = Image.new("RGB", (size, size))
-        self._steps: list[tuple[str, float]] = []
-
-    def steps(self, seed: int) -> list[tuple[str, float]]:
-        self._steps = []
-        with isolated(seed):
-            self(self._picture)
-        return self._steps
-
-    def _apply_image_or_video_transform(self, image: Any, transform_id: str, magnitude: float, **_: Any) -> Any:
-        self._steps.append((transform_id, magnitude))
-        return image
+def _arguments(view: View) -> dict[str, NDArray[Any]]:
+    """Convert the draws of a view to the arguments of DALI."""
+    return {
+        "start": np.array([view.top, view.left], np.int32),
+        "shape": np.array([view.height, view.width], np.int32),
+        "left": np.array([0, view.flip], np.float32),
+        "right": np.array([1, not view.flip], np.float32),
+    }
 
 
 def _finish(picture: Tensor, late: _Late, mean: Tensor, std: Tensor) -> Tensor:

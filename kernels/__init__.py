@@ -12,6 +12,7 @@ from .crf import dense_crf
 from .cross_attention import masked_cross_attention
 from .distillation import distillation_loss
 from .energy import dense_energy
+from .learned_policy import apply_policy
 from .patch_selection import PatchSelection, top_k_mask, uncertain_mask, uncertain_mask_from_cam
 from .refinement import pixel_adaptive_refinement, refine_pseudo_labels
 from .segmentation import segmentation_counts, segmentation_sum
@@ -20,6 +21,7 @@ __all__ = [
     "MergedCams",
     "PatchSelection",
     "affinity_sums",
+    "apply_policy",
     "dense_crf",
     "dense_energy",
     "distillation_loss",

@@ -39,12 +39,14 @@ BLOCK = 1024  # a program's pixels: 8 per thread at 4 warps
 
 
 @triton.jit
-def _grey(r, g, b):
+def grey(r, g, b):
+    """Grey level of a colour."""
     return (19595 * r + 38470 * g + 7471 * b + 32768) >> 16
 
 
 @triton.jit
-def _blend(base, x, amount):
+def blend(base, x, amount):
+    """Move from base to x and, with an amount above 1, beyond."""
     mixed = base.to(tl.float32) + amount * (x - base).to(tl.float32)
     return tl.minimum(tl.maximum(mixed, 0.0), 255.0).to(tl.int32)
 
@@ -108,10 +110,10 @@ def _steps(steps, count, mean, r, g, b):
         if kind == HUE:
             r, g, b = _turn_hue(r, g, b, (amount * 255.0).to(tl.int32))
         elif kind > 0:
-            grey = _grey(r, g, b)
-            base = tl.where(kind == SATURATION, grey, tl.where(kind == CONTRAST, mean, 0))
+            level = grey(r, g, b)
+            base = tl.where(kind == SATURATION, level, tl.where(kind == CONTRAST, mean, 0))
             part = amount.to(tl.float32)
-            r, g, b = _blend(base, r, part), _blend(base, g, part), _blend(base, b, part)
+            r, g, b = blend(base, r, part), blend(base, g, part), blend(base, b, part)
     return r, g, b
 
 
@@ -127,7 +129,7 @@ def _sum_kernel(pixels, steps, sums, B, H, W, stride_v, stride_b, S: tl.constexp
         return
     r, g, b, _, inside = _load(pixels, B, H, W, stride_v, stride_b, BLOCK)
     r, g, b = _steps(own, before, 0, r, g, b)
-    tl.atomic_add(sums + tl.program_id(1), tl.sum(tl.where(inside, _grey(r, g, b), 0)).to(tl.int64))
+    tl.atomic_add(sums + tl.program_id(1), tl.sum(tl.where(inside, grey(r, g, b), 0)).to(tl.int64))
 
 
 @triton.jit

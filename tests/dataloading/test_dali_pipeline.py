@@ -21,6 +21,7 @@ from fsr_fast.dataloading.datasets import build_datasets
 from fsr_fast.dataloading.stream import BadFiles
 from fsr_fast.dataloading.torch_pipeline import TorchLoader
 from fsr_fast.errors import UserError
+from tests.kernels.conftest import choose
 
 MEAN, LEVELS = (0.4, 0.5, 0.6), (1 / 255,) * 3  # views are counted in levels of 8 bits
 PLAIN = {"crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0), "flip": 0.0, "jitter": 0.0}
@@ -57,8 +58,13 @@ def differences(dataset: ImageSet, augment: dict[str, Any], **options: Any) -> T
 
 @pytest.mark.parametrize(
     "augment",
-    [{}, {"jitter": 1.0}, {"jitter": 0.5, "brightness": 0.9, "contrast": 0.9, "saturation": 0.9, "hue": 0.5}],
-    ids=["nothing", "jitter", "strong jitter"],
+    [
+        {},
+        {"jitter": 1.0},
+        {"jitter": 0.5, "brightness": 0.9, "contrast": 0.9, "saturation": 0.9, "hue": 0.5},
+        {"jitter": 0.5, "policy": "autoaugment"},
+    ],
+    ids=["nothing", "jitter", "strong jitter", "AutoAugment"],
 )
 def test_an_image_that_is_neither_cropped_nor_resized_is_equal_to_the_bit(
     train: ImageSet, augment: dict[str, Any]
@@ -95,14 +101,13 @@ def test_a_step_gives_the_pixels_of_the_torch_pipeline(train: ImageSet, augment:
     assert found.mean() < level / 2 + 0.05
 
 
-def test_autoaugment_does_the_operations_of_the_torch_pipeline(train: ImageSet) -> None:
-    """Pixels that are moved or equalised differ a little: another interpolation, another rounding of the histogram."""
-    found = differences(train, {**NONE, "policy": "autoaugment"}, batches=5)
-    assert found.median() < 1.5
-    assert found.quantile(0.9) < 9
-    assert found.max() < 20
-    plain, changed = (views(train, "dali", {**NONE, "policy": name}, batches=5) for name in ("none", "autoaugment"))
-    assert ((plain - changed).abs().mean((2, 3, 4)) > 2).float().mean() > 0.5
+def test_the_kernels_give_the_views_of_pillow(train: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    augment = {"policy": "autoaugment", "jitter": 0.0}
+    found = []
+    for path in ("torch", "interpreter"):
+        choose(path, monkeypatch)
+        found.append(views(train, "dali", augment, size=32, batches=1))
+    assert (found[0] - found[1]).abs().max() < 0.5  # levels
 
 
 def test_the_views_of_both_pipelines_are_distributed_alike(train: ImageSet) -> None:
@@ -183,14 +188,11 @@ def cpu_loader(train: ImageSet) -> DaliLoader:
     return DaliLoader(train, data, AugmentConfig(), MEAN, LEVELS, device=device, bad_files=bad_files, **options)
 
 
-@pytest.mark.parametrize(("policy", "most"), [(False, 20), (True, 600)])
-def test_a_batch_takes_few_operators(policy: bool, most: int) -> None:
-    """Decode, two crops, two resizes and their inputs; the arithmetic of AutoAugment alone takes hundreds."""
-    graph = dali_graph.build_graph(
-        lambda: (), views=2, size=448, batch_size=16, threads=2, device_id=0, mean=MEAN, policy=policy
-    )
+def test_a_batch_takes_few_operators() -> None:
+    """Decode, two crops, two resizes and their inputs."""
+    graph = dali_graph.build_graph(lambda: (), views=2, size=448, batch_size=16, threads=2, device_id=0)
     graph._build_graph()
-    assert len(graph._ops) <= most
+    assert len(graph._ops) <= 20
 
 
 class Graph:
@@ -222,7 +224,9 @@ def test_a_batch_is_read_in_dali_s_memory_which_stays_until_the_gpu_has_read_it(
     stream = SimpleNamespace(record_event=record)  # has nothing to wait with
     loader = cpu_loader(train)
     monkeypatch.setattr(loader, "_device", SimpleNamespace(type="cuda"))
-    monkeypatch.setattr(torch, "tensor", lambda values, device=None, make=torch.tensor: make(values))
+    monkeypatch.setattr(
+        torch, "tensor", lambda values, device=None, make=torch.tensor, **options: make(values, **options)
+    )
     monkeypatch.setattr(torch, "from_dlpack", lambda output: output)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: stream)
     monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor)
@@ -249,7 +253,8 @@ def test_a_lack_of_memory_is_no_fault_of_a_file(train: ImageSet, monkeypatch: py
 def test_the_host_waits_for_no_batch(train: ImageSet) -> None:
     data = DataConfig.model_validate({"image_size": 64, "workers": 0, "pipeline": "dali"})
     options: dict[str, Any] = {"batch_size": 4, "rank": 0, "world_size": 1, "seed": 5, "mean": MEAN, "std": LEVELS}
-    stream = build_train_loader(train, data, AugmentConfig(blur=0.5, solarise=0.5), device="cuda", **options)
+    augment = AugmentConfig(blur=0.5, solarise=0.5, policy="autoaugment")
+    stream = build_train_loader(train, data, augment, device="cuda", **options)
     next(stream)
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -72,6 +72,7 @@ def launch_all(size: tuple[int, int, int], dtype: torch.dtype) -> None:
     views = images.to(torch.uint8).movedim(1, 3).expand(2, -1, -1, -1, -1)
     kernels.jitter_colours(views, steps, third, third)
     kernels.jitter_colours(views[:, :, :1, :1], steps, third, third)
+    kernels.apply_policy(views, torch.ones(2, 2, B, 7, dtype=torch.float64), (1, 0, 0))
     kernels.dense_crf(numbers(B, C, pixels, pixels).softmax(1), images.to(torch.uint8), iterations=1)
 
 
