@@ -2,7 +2,7 @@
 
 Path: CUDA tensors take the Triton kernels, CPU tensors take vectorised torch. ``FSR_KERNELS=torch`` or
 ``FSR_KERNELS=triton`` overrides; Triton on CPU tensors needs its interpreter (``TRITON_INTERPRET=1``, set before the
-first import). A caller never asks which path was taken.
+first import). A caller never asks which path was taken; that of `apply_policy`, which has no torch path, has Pillow.
 
 Every file has one order: purpose and maths, kernels, launch, registration, autograd, public function; the torch path
 comes before the registration. A public function checks its arguments and calls operators of the ``fsr`` library, which
