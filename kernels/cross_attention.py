@@ -6,7 +6,7 @@ key bias and the bias of the norm add the same constant to all logits of a head,
 where the logits are multiplied by the mask).
 
 On a GPU seven launches do all of it: the norm of the class token, two projections before and two after the attention
-(:mod:`.projection`), and the attention, whose blocks of tokens a second launch combines.
+(:mod:`.projection_kernels`), and the attention, whose blocks of tokens a second launch combines.
 """
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .cross_attention_kernels import launch_attention, launch_attention_backward
 from .dispatch import FEATURE_DTYPES, require_dtype, require_same_device, use_triton
-from .projection import project
+from .projection_kernels import launch_projection, launch_projection_backward
 
 _MODES = ("exclude", "multiply", "none")
 
@@ -23,10 +23,8 @@ _MODES = ("exclude", "multiply", "none")
 # --- both paths
 
 
-def _offset(absorbed, q, shift, k_bias, mask_mode):
-    """What the norm's bias and the key bias add to all logits of a head; where it cancels, the key bias alone."""
-    if mask_mode != "multiply":
-        return k_bias
+def _offset(absorbed, q, shift, k_bias):
+    """What the norm's bias and the key bias add to all logits of a head; they cancel unless the mask multiplies."""
     offset = (absorbed * shift).sum(dim=-1)  # no matmul: autocast would round it
     if k_bias is not None:
         offset = offset + (q * k_bias.unflatten(0, q.shape[1:])).sum(dim=-1, dtype=shift.dtype)
@@ -52,7 +50,7 @@ def _attend_torch(class_token, tokens, mask, w, heads, mask_mode, eps):
     class_normalised = F.layer_norm(class_token.to(wide), (D,), gain, shift, eps).to(q_weight.dtype)
     q = F.linear(class_normalised, q_weight, w["q_bias"]).unflatten(-1, (heads, -1)) * (D // heads) ** -0.5
     absorbed = torch.einsum("bhd,hde->bhe", q, k_weight.unflatten(0, (heads, -1)))
-    offset = _offset(absorbed, q, shift, w["k_bias"], mask_mode)
+    offset = _offset(absorbed, q, shift, w["k_bias"]) if mask_mode == "multiply" else w["k_bias"]
     query = (absorbed * gain).to(_product_dtype(tokens))
     average, attention = _average_torch(tokens, query, offset, mask, mask_mode, eps)
 
@@ -87,140 +85,157 @@ def _average_torch(tokens, query, offset, mask, mask_mode, eps):
 # --- registration
 
 
-@torch.library.custom_op("fsr::absorbed_attention", mutates_args=())
-def absorbed_attention_op(
+@torch.library.custom_op("fsr::masked_cross_attention", mutates_args=())
+def masked_cross_attention_op(
+    class_token: Tensor,
     tokens: Tensor,
-    queries: Tensor,
-    gain: Tensor,
-    shift: Tensor,
-    offset: Tensor | None,
     mask: Tensor | None,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    q_weight: Tensor,
+    q_bias: Tensor | None,
+    k_weight: Tensor,
+    k_bias: Tensor | None,
+    v_weight: Tensor,
+    v_bias: Tensor | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    heads: int,
     mask_mode: str,
     eps: float,
     product: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Weigh the tokens of each image, after their LayerNorm, by a masked softmax and average them.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Compute the cross-attention with the kernels; arguments as of :func:`masked_cross_attention`.
 
     Args:
-        tokens: (B,N,D) fp32, bf16 or fp16, before the norm.
-        queries: (B,heads,D) fp32; the logits are their products with the normalised tokens times the norm's weight.
-        gain: (D,) fp32, weight of the norm.
-        shift: (D,) fp32, its bias; no part of the logits.
-        offset: (B,heads) fp32, added to the logits of unmasked patches in mode "multiply"; in the other modes None, or
-            any tensor of constants that cancel, whose gradient is exactly zero.
-        mask: (B,N) bool, True = masked; None in mode "none" only.
-        mask_mode: "exclude", "multiply" or "none".
-        eps: of the norm.
-        product: dtype of the factors of the matrix products.
+        product: dtype of the factors of the matrix products, and of the output.
 
     Returns:
-        Average (B,heads,D) fp32 of the tokens after the norm. Without gradient, all fp32: (B,heads,D) their average
-        without the norm's weight and bias; weights (B,heads,N); sum of the weights (B,heads), 0 where all patches are
-        excluded, otherwise 1; mean and reciprocal standard deviation of each token (2,B,N).
+        Output (B,D) and attention (B,heads,N). Then, for the backward pass, all fp32 without gradient: the class token
+        after its norm (B,1,D), its mean and reciprocal standard deviation (B,1) each; queries (B,heads,D/heads);
+        queries that have absorbed the key projection (B,heads,D); the tokens' average after and before the norm's
+        weight and bias (B,heads,D) each; the sum of the weights (B,heads), 0 where all patches are excluded, otherwise
+        1; mean and reciprocal standard deviation of each token (2,B,N); values (B,heads,D/heads).
 
     Source: Eq. 5-7.
     """
-    return launch_attention(tokens, queries, gain, shift, offset, mask, mask_mode, eps, product)
-
-
-@absorbed_attention_op.register_fake
-def _(tokens, queries, gain, shift, offset, mask, mask_mode, eps, product):
-    (B, N, D), heads = tokens.shape, queries.shape[1]
-    shapes = ((B, heads, D), (B, heads, D), (B, heads, N), (B, heads), (2, B, N))
-    return tuple(tokens.new_empty(shape, dtype=torch.float32) for shape in shapes)
-
-
-@torch.library.custom_op("fsr::absorbed_attention_backward", mutates_args=())
-def absorbed_attention_backward_op(
-    gradient: Tensor,
-    tokens: Tensor,
-    queries: Tensor,
-    gain: Tensor,
-    mask: Tensor | None,
-    average: Tensor,
-    attention: Tensor,
-    statistics: Tensor,
-    mask_mode: str,
-    product: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Differentiate :func:`absorbed_attention_op`.
-
-    Args:
-        gradient: (B,heads,D) fp32, of the average after the norm.
-        tokens: (B,N,D), as given to the forward pass.
-        queries: (B,heads,D), likewise.
-        gain: (D,), likewise.
-        mask: (B,N) bool or None, likewise.
-        average: (B,heads,D) fp32, without the norm's weight and bias, result of the forward pass.
-        attention: (B,heads,N) fp32, likewise.
-        statistics: (2,B,N) fp32, likewise.
-        mask_mode: as given to the forward pass.
-        product: likewise.
-
-    Returns:
-        Gradients of tokens (B,N,D); of queries times the norm's weight (B,heads,D) fp32; in mode "multiply" of logits
-        before the mask (B,heads,N) fp32, otherwise empty.
-
-    Source: Eq. 5-7.
-    """
-    return launch_attention_backward(
-        gradient, tokens, queries, gain, mask, average, attention, statistics, mask_mode, product
+    B, D = class_token.shape
+    gain, shift = norm_weight.float(), norm_bias.float()
+    normalised, mean, deviation = torch.native_layer_norm(class_token.float(), (D,), gain, shift, eps)
+    normalised = normalised.view(B, 1, D)
+    q = launch_projection(normalised, q_weight, q_bias, product, scale=(D // heads) ** -0.5).view(B, heads, -1)
+    queries = launch_projection(q, k_weight, None, product, transposed=True)
+    offset = _offset(queries, q, shift, k_bias) if mask_mode == "multiply" else None
+    read, average, attention, share, statistics = launch_attention(
+        tokens, queries, gain, shift, offset, mask, mask_mode, eps, product
     )
+    # where there is nothing to attend to, neither the norm's bias nor the values' applies
+    values = launch_projection(read, v_weight, v_bias, product, share=share)
+    output = launch_projection(values.view(B, 1, D), proj_weight, proj_bias, product, result=product).view(B, D)
+    return output, attention, normalised, mean, deviation, q, queries, read, average, share, statistics, values
 
 
-@absorbed_attention_backward_op.register_fake
-def _(gradient, tokens, queries, gain, mask, average, attention, statistics, mask_mode, product):
-    logits = attention.shape if mask_mode == "multiply" else (0,)
-    return tokens.new_empty(tokens.shape), queries.new_empty(queries.shape), queries.new_empty(logits)
+@masked_cross_attention_op.register_fake
+def _(class_token, tokens, *others):
+    (B, N, D), heads, product = tokens.shape, others[-4], others[-1]
+    shapes = [(B, heads, N), (B, 1, D), (B, 1), (B, 1), (B, heads, D // heads), *[(B, heads, D)] * 3]
+    shapes += [(B, heads), (2, B, N), (B, heads, D // heads)]
+    wide = (tokens.new_empty(shape, dtype=torch.float32) for shape in shapes)
+    return tokens.new_empty((B, D), dtype=product), *wide
+
+
+@torch.library.custom_op("fsr::masked_cross_attention_backward", mutates_args=())
+def masked_cross_attention_backward_op(
+    gradient: Tensor, class_token: Tensor, tokens: Tensor, mask: Tensor | None, norm_weight: Tensor, norm_bias: Tensor,
+    q_weight: Tensor, q_bias: Tensor | None, k_weight: Tensor, k_bias: Tensor | None, v_weight: Tensor,
+    v_bias: Tensor | None, proj_weight: Tensor, proj_bias: Tensor | None, attention: Tensor, normalised: Tensor,
+    mean: Tensor, deviation: Tensor, q: Tensor, queries: Tensor, read: Tensor, average: Tensor, share: Tensor,
+    statistics: Tensor, values: Tensor, mask_mode: str, product: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Differentiate :func:`masked_cross_attention_op`, whose arguments and results these are.
+
+    Args:
+        gradient: (B,D), of the output.
+
+    Returns:
+        Gradients of class token, tokens, and weights and biases in their order; those of vectors fp32.
+
+    Source: Eq. 5-7.
+    """
+    (B, D), heads = class_token.shape, q.shape[1]
+    gain, shift = norm_weight.float(), norm_bias.float()
+    proj_bias_gradient = gradient.sum(0, dtype=torch.float32)
+    line = values.view(B, 1, D)
+    values_gradient, proj_weight_gradient = launch_projection_backward(gradient[:, None], line, proj_weight, product)
+    values_gradient = values_gradient.view(values.shape)
+    v_bias_gradient = (values_gradient * share[..., None]).sum(0).flatten()
+    read_gradient, v_weight_gradient = launch_projection_backward(values_gradient, read, v_weight, product)
+
+    tokens_gradient, scaled, logits = launch_attention_backward(
+        read_gradient, tokens, queries, gain, mask, average, attention, statistics, mask_mode, product
+    )
+    gain_gradient = torch.addcmul(read_gradient * average, queries, scaled).sum((0, 1))
+    shift_gradient = (read_gradient * share[..., None]).sum((0, 1))
+    queries_gradient = scaled * gain
+    k_bias_gradient = gain.new_zeros(D)  # which cancels
+    offset = logits.sum(2)[..., None] if mask_mode == "multiply" else None  # gradient of `_offset`
+    if offset is not None:
+        queries_gradient.addcmul_(offset, shift)
+        shift_gradient.add_((offset * queries).sum((0, 1)))
+        k_bias_gradient = (offset * q).sum(0).flatten()
+
+    q_gradient, k_weight_gradient = launch_projection_backward(queries_gradient, q, k_weight, product, transposed=True)
+    if offset is not None and k_bias is not None:
+        q_gradient.addcmul_(offset, k_bias.float().view(q.shape[1:]))
+    q_gradient = q_gradient.view(B, 1, D) * (D // heads) ** -0.5
+    normalised_gradient, q_weight_gradient = launch_projection_backward(q_gradient, normalised, q_weight, product)
+    moved = torch.ops.aten.native_layer_norm_backward(
+        normalised_gradient.view(B, D), class_token.float(), (D,), mean, deviation, gain, shift, [True] * 3
+    )
+    return (
+        moved[0], tokens_gradient, moved[1].add_(gain_gradient), moved[2].add_(shift_gradient),
+        q_weight_gradient, q_gradient.sum((0, 1)), k_weight_gradient, k_bias_gradient,
+        v_weight_gradient, v_bias_gradient, proj_weight_gradient, proj_bias_gradient,
+    )  # fmt: skip
+
+
+@masked_cross_attention_backward_op.register_fake
+def _(gradient, class_token, tokens, mask, *others):
+    weights, wide = others[2:10:2], {"dtype": torch.float32}
+    vectors = [class_token.new_empty(class_token.shape[1], **wide) for _ in range(6)]
+    matrices = [weight.new_empty(weight.shape) for weight in weights]
+    pairs = [one for pair in zip(matrices, vectors[2:], strict=True) for one in pair]
+    return class_token.new_empty(class_token.shape, **wide), tokens.new_empty(tokens.shape), *vectors[:2], *pairs
 
 
 # --- autograd
 
 
 def _setup_context(ctx, inputs, output):
-    tokens, queries, gain, _, offset, mask, ctx.mask_mode, _, ctx.product = inputs
-    _, average, attention, share, statistics = output
-    ctx.save_for_backward(tokens, queries, gain, offset, mask, average, attention, share, statistics)
+    *tensors, _, ctx.mask_mode, _, ctx.product = inputs
+    ctx.save_for_backward(*tensors, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # for those outputs it would fill tensors with zeros
 
 
 def _backward(ctx, gradient, *_):
     if gradient is None:
-        return (None,) * 9
-    tokens, queries, gain, offset, mask, average, attention, share, statistics = ctx.saved_tensors
-    token_gradient, scaled_gradient, logit_gradient = absorbed_attention_backward_op(
-        gradient.contiguous(), tokens, queries, gain, mask, average, attention, statistics, ctx.mask_mode, ctx.product
-    )
-    gain_gradient = torch.addcmul(gradient * average, queries, scaled_gradient).sum((0, 1))
-    shift_gradient = (gradient * share[..., None]).sum((0, 1))
-    if offset is not None:
-        offset = logit_gradient.sum(dim=2) if ctx.mask_mode == "multiply" else torch.zeros_like(offset)
-    return token_gradient, scaled_gradient * gain, gain_gradient, shift_gradient, offset, *[None] * 4
+        return (None,) * 17
+    token, tokens, *rest = masked_cross_attention_backward_op(gradient, *ctx.saved_tensors, ctx.mask_mode, ctx.product)
+    parameters = [one if needed else None for one, needed in zip(rest, ctx.needs_input_grad[3:], strict=False)]
+    return token, tokens, None, *parameters, *[None] * 4
 
 
-absorbed_attention_op.register_autograd(_backward, setup_context=_setup_context)
-
-
-# --- composition of the operators
+masked_cross_attention_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _attend_triton(class_token, tokens, mask, w, heads, mask_mode, eps):
     require_dtype("masked_cross_attention: tokens", tokens, FEATURE_DTYPES)
-    (B, _, D), dtype = tokens.shape, _product_dtype(tokens)
-    gain, shift = w["norm_weight"].float(), w["norm_bias"].float()
-    class_normalised = F.layer_norm(class_token.float(), (D,), gain, shift, eps)
-    q = project(class_normalised[:, None], w["q_weight"], w["q_bias"], dtype, scale=(D // heads) ** -0.5)
-    q = q.view(B, heads, -1)
-    queries = project(q, w["k_weight"], None, dtype, transposed=True)
-    offset = _offset(queries, q, shift, w["k_bias"], mask_mode)
-    read, _, attention, share, _ = absorbed_attention_op(
-        tokens, queries, gain, shift, offset, mask, mask_mode, eps, dtype
+    pairs = [w[f"{name}_{kind}"] for name in ("norm", "q", "k", "v", "proj") for kind in ("weight", "bias")]
+    output, attention, *_ = masked_cross_attention_op(
+        class_token, tokens, mask, *pairs, heads, mask_mode, eps, _product_dtype(tokens)
     )
-    # Where there is nothing to attend to, neither the norm's bias nor the values' applies.
-    heads_out = project(read, w["v_weight"], w["v_bias"], dtype, share=share)
-    output = project(heads_out.view(B, 1, D), w["proj_weight"], w["proj_bias"], dtype, result=dtype)
-    return output.squeeze(1), attention
+    return output, attention
 
 
 # --- public function

@@ -61,32 +61,67 @@ def launch_projection(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    share: Tensor | None,
-    scale: float,
     product: torch.dtype,
-    result: torch.dtype,
+    *,
+    transposed: bool = False,
+    share: Tensor | None = None,
+    scale: float = 1.0,
+    result: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Return scale · (weight x + share · bias), computed in one launch.
+    """Multiply each group of a few rows by its own part of a weight: scale · (weight x + share · bias), in one launch.
 
     Args:
         x: (B,G,K), floating point.
-        weight: (G,M,K), floating point, of any strides.
+        weight: (G·M,K), or (G·K,M) if ``transposed``, floating point.
         bias: (G·M,) or None.
-        share: (B,G) fp32 or None.
-        scale: a number.
-        product: dtype of the factors of the matrix product.
+        product: dtype to which the factors of the matrix product are rounded; their products are summed in fp32.
+        transposed: whether the groups of ``weight`` map from their rows to their columns.
+        share: (B,G) fp32, factor of the bias; None: 1.
+        scale: factor of the whole.
         result: dtype of what is returned.
 
     Returns:
         (B,G,M).
     """
-    (B, G, K), M = x.shape, weight.shape[1]
+    return _launch(x, _matrices(x, weight, transposed), bias, share, scale, product, result)
+
+
+def launch_projection_backward(
+    gradient: Tensor, x: Tensor, weight: Tensor, product: torch.dtype, *, transposed: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of x and of the weight of :func:`launch_projection` at scale 1."""
+    matrices = _matrices(x, weight, transposed).transpose(1, 2)
+    x_gradient = _launch(gradient, matrices, None, None, 1.0, product, x.dtype)
+    gradient, x = gradient.float(), x.float()
+    rows, columns = (x, gradient) if transposed else (gradient, x)
+    with torch.autocast(x.device.type, enabled=False):
+        weight_gradient = torch.bmm(rows.permute(1, 2, 0), columns.transpose(0, 1)).view(weight.shape)
+    return x_gradient, weight_gradient.to(weight.dtype)
+
+
+def _matrices(x: Tensor, weight: Tensor, transposed: bool) -> Tensor:
+    """The weight as (G,M,K)."""
+    groups = weight.unflatten(0, (x.shape[1], -1))
+    return groups.transpose(1, 2) if transposed else groups
+
+
+def _launch(
+    x: Tensor,
+    matrices: Tensor,
+    bias: Tensor | None,
+    share: Tensor | None,
+    scale: float,
+    product: torch.dtype,
+    result: torch.dtype,
+) -> Tensor:
+    (B, G, K), M = x.shape, matrices.shape[1]
     x, bias = x.contiguous(), None if bias is None else bias.contiguous()
     y = x.new_empty((B, G, M), dtype=result)
     with device_guard(x):
         projection_kernel[(triton.cdiv(M, BLOCKS["BLOCK_M"]), G, triton.cdiv(B, BLOCKS["BLOCK_B"]))](
-            x, weight, bias, share, y, B, M, K, *weight.stride(), scale, TRITON_DTYPES[product], **BLOCKS, num_warps=4
-        )
+            x, matrices, bias, share, y, B, M, K, *matrices.stride(), scale, TRITON_DTYPES[product],
+            **BLOCKS, num_warps=4,
+        )  # fmt: skip
     return y
 
 

@@ -8,11 +8,10 @@ from torch import Tensor
 
 from bench.launches import launches
 from fsr_fast.kernels.cross_attention import (
-    absorbed_attention_backward_op,
-    absorbed_attention_op,
     masked_cross_attention,
+    masked_cross_attention_backward_op,
+    masked_cross_attention_op,
 )
-from fsr_fast.kernels.projection import projection_backward_op, projection_op
 from fsr_fast.reference.attention import masked_cross_attention as reference
 from tests.kernels.helpers import (
     assert_close,
@@ -214,32 +213,15 @@ def test_attention_carries_no_gradient(triton_device: torch.device) -> None:
 
 @pytest.mark.parametrize("mode", ["exclude", "multiply"])
 def test_operators_pass_opcheck_on_permuted_layouts(mode: str, triton_device: torch.device) -> None:
-    generator = torch.Generator().manual_seed(0)
-    tokens = permuted(torch.randn(2, 7, 24, generator=generator).to(triton_device)).requires_grad_()
-    queries = permuted(torch.randn(2, 3, 24, generator=generator).to(triton_device)).requires_grad_()
-    gain, shift = (torch.randn(24, generator=generator).to(triton_device).requires_grad_() for _ in range(2))
-    offset = torch.randn(2, 3, generator=generator).to(triton_device).requires_grad_()
-    mask = permuted(torch.rand(2, 7, generator=generator) < 0.4).to(triton_device)
-    arguments = (tokens, queries, gain, shift, offset, mask, mode, 1e-6, torch.float32)
-    torch.library.opcheck(absorbed_attention_op, arguments)
-    with torch.no_grad():
-        read, average, attention, _, statistics = absorbed_attention_op(*arguments)
-        given = (permuted(torch.ones_like(read)), tokens, queries, gain, mask, average, attention, statistics)
-        given = tuple(tensor.detach() for tensor in given)
-    torch.library.opcheck(absorbed_attention_backward_op, (*given, mode, torch.float32))
-
-
-@pytest.mark.parametrize("transposed", [False, True])
-def test_projections_pass_opcheck_on_permuted_layouts(transposed: bool, triton_device: torch.device) -> None:
-    generator = torch.Generator().manual_seed(0)
-    shapes = (2, 3, 6), (18, 5) if transposed else (15, 6), (15,)
-    x, weight, bias = (
-        permuted(torch.randn(shape, generator=generator)).to(triton_device).requires_grad_() for shape in shapes
-    )
-    share = torch.rand(2, 3, generator=generator).to(triton_device)
-    torch.library.opcheck(projection_op, (x, weight, bias, share, transposed, 0.5, torch.float32, torch.float32))
-    given = torch.ones(2, 3, 5, device=triton_device), x.detach(), weight.detach()
-    torch.library.opcheck(projection_backward_op, (*given, transposed, torch.float32))
+    tensors, mask = arguments(2, 7, 24, device=triton_device)
+    order = [f"{name}_{kind}" for name in ("norm", "q", "k", "v", "proj") for kind in ("weight", "bias")]
+    given = [permuted(tensors[name].detach()).requires_grad_() for name in ("class_token", "tokens", *order)]
+    given.insert(2, permuted(mask))
+    torch.library.opcheck(masked_cross_attention_op, (*given, 3, mode, 1e-6, torch.float32))
+    given = [tensor.detach() for tensor in given]
+    output, *kept = masked_cross_attention_op(*given, 3, mode, 1e-6, torch.float32)
+    backward = (permuted(torch.ones_like(output)), *given, *kept, mode, torch.float32)
+    torch.library.opcheck(masked_cross_attention_backward_op, backward)
 
 
 def test_permuted_tokens_give_the_same_result(triton_device: torch.device) -> None:

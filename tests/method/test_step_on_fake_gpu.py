@@ -147,7 +147,7 @@ class Received(TorchDispatchMode):
 
 
 COMPILED = {
-    "absorbed_attention": (cross_attention_kernels, ("tokens", "queries")),
+    "masked_cross_attention": (cross_attention_kernels, ("queries", "tokens")),
     "affinity_sums": (affinity_kernels, ("features", "labels")),
     "distillation_rows": (distillation_kernels, ("student", "directions")),
     "merge_cams": (cam_merging_kernels, ("cams", "mirrors")),
