@@ -110,6 +110,7 @@ def resize_position_embedding(embedding: Tensor, grid: tuple[int, int], size: tu
 
 
 @functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)  # what an inference caches, a training may use
 def bicubic_matrix(before: int, after: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return the matrix (after, before) that resizes one side; recent ones are cached."""
     points = torch.eye(before, dtype=dtype, device=device).view(1, before, before, 1)

@@ -155,6 +155,14 @@ def test_a_position_embedding_is_resized_bicubically_and_its_class_part_kept():
         assert torch.allclose(resized[0, 1:, channel], expected, atol=1e-6)
 
 
+def test_a_size_that_an_inference_has_met_can_still_be_learned():
+    embedding = torch.randn(1, 17, WIDTH).requires_grad_()
+    with torch.inference_mode():
+        resize_position_embedding(embedding, (4, 4), (5, 9))
+    resize_position_embedding(embedding, (4, 4), (5, 9)).sum().backward()
+    assert embedding.grad.isfinite().all()
+
+
 @torch.no_grad()
 def test_an_image_of_another_size_gets_positions_of_its_grid():
     images = F.interpolate(IMAGES, size=(16, 48), mode="bilinear")
