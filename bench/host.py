@@ -76,14 +76,17 @@ def _leave_out(run: Any, blocks: Sequence[nn.Module], aux_block: int, tokens: Te
 
 
 class _Dispatched(TorchDispatchMode):
-    """Counts every operator that is not made of others."""
+    """Counts every operator that is not made of others, but for those that stand for the blocks."""
 
     def __init__(self) -> None:
         super().__init__()
         self.number = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
-        self.number += function.namespace == "aten"
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and frame.f_code not in (_Blocks.forward.__code__, _Blocks.backward.__code__):
+            frame = frame.f_back
+        self.number += frame is None and function.namespace == "aten"
         return function(*arguments, **(options or {}))
 
 

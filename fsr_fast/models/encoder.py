@@ -207,7 +207,12 @@ class Encoder(nn.Module):
         """
         if not images:
             return []
-        return self._pass([self._embed(one, None) for one in images], drop_path, aux_only, float8)
+        embedded = []
+        for _, group in itertools.groupby(images, key=lambda one: one.shape[2:]):  # of one size, embedded together
+            alike = list(group)
+            tokens, grid = self._embed(torch.cat(alike) if len(alike) > 1 else alike[0], None)
+            embedded += [(part, grid) for part in tokens.split([len(one) for one in alike])]
+        return self._pass(embedded, drop_path, aux_only, float8)
 
     def _embed(self, images: Tensor, mask: Tensor | None) -> tuple[Tensor, tuple[int, int]]:
         embedded = self.patch_embed["proj"](images)
