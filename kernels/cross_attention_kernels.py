@@ -269,7 +269,15 @@ def launch_attention(
     tokens: Tensor, queries: Tensor, gain: Tensor, shift: Tensor, offset: Tensor | None, mask: Tensor | None,
     mask_mode: str, eps: float, product: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Results of ``fsr::absorbed_attention``."""
+    """Weigh the tokens of each image, after their LayerNorm, by a masked softmax and average them.
+
+    The logits are the products of ``queries`` (B,heads,D) fp32 with the tokens after the norm, without its bias; mode
+    "multiply" adds ``offset`` (B,heads) to those of unmasked patches. ``product`` is the dtype of the factors.
+
+    Returns:
+        All fp32: the average after and before the norm's weight and bias (B,heads,D) each; the weights (B,heads,N);
+        their sums (B,heads); mean and reciprocal standard deviation of each token (2,B,N).
+    """
     (B, N, D), heads = tokens.shape, queries.shape[1]
     tokens, queries, gain, shift = (tensor.contiguous() for tensor in (tokens, queries, gain, shift))
     mask = None if mask is None else mask.contiguous()
@@ -294,7 +302,12 @@ def launch_attention_backward(
     gradient: Tensor, tokens: Tensor, queries: Tensor, gain: Tensor, mask: Tensor | None, average: Tensor,
     attention: Tensor, statistics: Tensor, mask_mode: str, product: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Results of ``fsr::absorbed_attention_backward``."""
+    """Gradients of :func:`launch_attention` from that of the average after the norm, (B,heads,D) fp32.
+
+    Returns:
+        Of tokens (B,N,D); of queries times the norm's weight (B,heads,D) fp32; in mode "multiply" of the logits before
+        the mask (B,heads,N) fp32, otherwise empty.
+    """
     (B, N, D), heads = tokens.shape, queries.shape[1]
     tokens, queries, gain, gradient = (tensor.contiguous() for tensor in (tokens, queries, gain, gradient))
     mask = mask.contiguous() if mask_mode == "multiply" and mask is not None else None
