@@ -272,7 +272,7 @@ def launch_attention(
     """Weigh the tokens of each image, after their LayerNorm, by a masked softmax and average them.
 
     The logits are the products of ``queries`` (B,heads,D) fp32 with the tokens after the norm, without its bias; mode
-    "multiply" adds ``offset`` (B,heads) to those of unmasked patches. ``product`` is the dtype of the factors.
+    "multiply" adds ``offset`` (B,heads) to those of unmasked patches. ``product`` is the factors' dtype.
 
     Returns:
         All fp32: the average after and before the norm's weight and bias (B,heads,D) each; the weights (B,heads,N);
@@ -281,7 +281,7 @@ def launch_attention(
     (B, N, D), heads = tokens.shape, queries.shape[1]
     tokens, queries, gain, shift = (tensor.contiguous() for tensor in (tokens, queries, gain, shift))
     mask = None if mask is None else mask.contiguous()
-    offset = offset.contiguous() if mask_mode == "multiply" and offset is not None else None
+    offset = None if offset is None else offset.contiguous()
     blocks = block_sizes(D, heads, product)
     parts = triton.cdiv(N, blocks["BLOCK_N"])
     peaks, partial = queries.new_empty((2, B, heads, parts)), queries.new_empty((B, heads, parts, D))
@@ -302,11 +302,10 @@ def launch_attention_backward(
     gradient: Tensor, tokens: Tensor, queries: Tensor, gain: Tensor, mask: Tensor | None, average: Tensor,
     attention: Tensor, statistics: Tensor, mask_mode: str, product: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of :func:`launch_attention` from that of the average after the norm, (B,heads,D) fp32.
+    """Differentiate :func:`launch_attention`; ``gradient`` (B,heads,D) fp32 is that of the average after the norm.
 
     Returns:
-        Of tokens (B,N,D); of queries times the norm's weight (B,heads,D) fp32; in mode "multiply" of the logits before
-        the mask (B,heads,N) fp32, otherwise empty.
+        Gradients of tokens, of queries times the norm's weight, and of the logits before the mask (B,heads,N) or empty.
     """
     (B, N, D), heads = tokens.shape, queries.shape[1]
     tokens, queries, gain, gradient = (tensor.contiguous() for tensor in (tokens, queries, gain, gradient))
@@ -324,11 +323,7 @@ def launch_attention_backward(
 
 
 def compile_cases() -> Iterator[CompileCase]:
-    """List the shipped configurations (ViT-Ti, -S and -B) for the ahead-of-time compile test.
-
-    Yields:
-        The kernels by dtype of tokens and of products; ViT-B as under autocast for every target.
-    """
+    """List configurations of ViT-Ti, -S and -B for the ahead-of-time compile test; ViT-B's for every target."""
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     types = {"mask": "*i1", "N": "i32", "batch": "i32", "eps": "fp32"}
     for stored, product, D, heads, mode in (
