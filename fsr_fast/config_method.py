@@ -187,6 +187,11 @@ class LossConfig(Section):
     """L_aff and L_seg are averaged over the patches and pixels of all processes (`global`), or of each process by
     itself (`process`; official code, where each has two images)."""
 
+    @property
+    def labels_pixels(self) -> bool:
+        """Whether a loss reads pseudo labels."""
+        return self.segmentation > 0 or self.energy > 0
+
     def weight(self, name: str) -> float:
         """Return the weight of a loss, of the method or of a plug-in."""
         return self.extra[name] if name in self.extra else float(getattr(self, name))

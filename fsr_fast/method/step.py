@@ -113,7 +113,6 @@ class FSRStep(nn.Module):
             torch.compiler.cudagraph_mark_step_begin()
         view1, view2 = views  # (B, 3, H, W)
         weights, student = schedule.weights, self.student
-        labels_pixels = weights.segmentation > 0 or weights.energy > 0
         distils = weights.uncertain > 0 or weights.class_token > 0
 
         # All passes in an autocast region have a gradient, or none has: see `autocast`.
@@ -125,7 +124,7 @@ class FSRStep(nn.Module):
             features, masked_features = self._pass_student(view1, view2, masked, draws.student)
             top = student.encoder.norm(features.tokens)  # (B, N, D)
             feature_map = to_map(top, features.grid)  # (B, D, h, w)
-            seg_logits = student.decoder(feature_map) if labels_pixels else None  # (B, C+1, h, w)
+            seg_logits = student.decoder(feature_map) if weights.labels_pixels else None  # (B, C+1, h, w)
         with torch.no_grad(), self._autocast():
             unmasked1 = features if self.reuses_student else unmasked1
             cams = self._merge_cams(unmasked1, scaled, labels, view1, weights)
@@ -164,7 +163,7 @@ class FSRStep(nn.Module):
     ) -> tuple[Features | None, Features | None, list[Features]]:
         """Return the features of views 1 and 2, where teacher and maps share them, and of view 1's scaled images."""
         encoder, cam = self.student.encoder, self.config.cam
-        maps = weights.affinity > 0 or weights.segmentation > 0 or weights.energy > 0
+        maps = weights.affinity > 0 or weights.labels_pixels
         alone = {}
         if self.shares_passes and not self.reuses_student and (maps or weights.class_token > 0):
             alone[1] = view1
@@ -204,9 +203,9 @@ class FSRStep(nn.Module):
                 drop_path = torch.cat([draws.teacher.chunk(2, dim=-1)[index] for index in wanted], dim=-1)
             made = encoder.forward_packed([views[index] for index in wanted], drop_path)
             tokens = {index: one.tokens for index, one in zip(wanted, made, strict=True)}
-        read = [encoder.aggregate(tokens[0]) if index == 0 else encoder.norm(tokens[1]) for index in wanted]
-        targets = dict(zip(wanted, projector.project_together(read), strict=True))
-        return Targets(class_token=targets.get(0), patches=targets.get(1)), made
+        class_token = encoder.aggregate(tokens[0]) if 0 in wanted else None  # (B, D)
+        patches = encoder.norm(tokens[1]) if 1 in wanted else None  # (B, N, D)
+        return Targets(*projector.project_together(class_token, patches)), made
 
     def _merge_cams(
         self, unmasked1: Features | None, scaled: list[Features], labels: Tensor, view1: Tensor, weights: LossConfig
@@ -216,10 +215,9 @@ class FSRStep(nn.Module):
         passes = pair_mirrored(scaled, unmasked1)
         size = (view1.shape[-2], view1.shape[-1])
         merge = partial(merge_passes, self.student, passes, labels, max_classes=self.max_classes, size=size)
-        labels_pixels = weights.segmentation > 0 or weights.energy > 0
         return Cams(
             aux=merge(classifier="aux", output_size=passes[0].plain.grid) if weights.affinity > 0 else None,
-            top=merge(classifier="top", output_size=half_size(size)) if labels_pixels else None,
+            top=merge(classifier="top", output_size=half_size(size)) if weights.labels_pixels else None,
         )
 
     # --- losses
@@ -236,18 +234,16 @@ class FSRStep(nn.Module):
         self, features: Features, masked: MaskedPatches, targets: Targets, schedule: Schedule
     ) -> dict[str, Tensor]:
         encoder, projector, distillation = self.student.encoder, self.student.projector, self.distillation
-        read, losses = [], {}
+        losses = {}
         with self._autocast():
-            if targets.patches is not None:
-                read.append(encoder.norm(gather_tokens(features.tokens, masked.index)))  # (B, k, D)
-            if targets.class_token is not None:
-                read.append(encoder.aggregate(features.tokens, masked.mask))  # (B, D)
-            vectors = iter(projector.project_together(read))  # (B, k, E), (B, E)
+            token = None if targets.class_token is None else encoder.aggregate(features.tokens, masked.mask)
+            patches = None if targets.patches is None else encoder.norm(gather_tokens(features.tokens, masked.index))
+            token, patches = projector.project_together(token, patches)  # (B, E), (B, k, E)
             compared = (projector.directions, self.teacher.projector.directions), schedule.teacher_temperature
-            if targets.patches is not None:
-                losses["uncertain"] = distillation.patch_loss(next(vectors), targets.patches, masked, *compared)
-            if targets.class_token is not None:
-                losses["class_token"] = distillation.class_loss(next(vectors), targets.class_token, *compared)
+            if patches is not None and targets.patches is not None:
+                losses["uncertain"] = distillation.patch_loss(patches, targets.patches, masked, *compared)
+            if token is not None and targets.class_token is not None:
+                losses["class_token"] = distillation.class_loss(token, targets.class_token, *compared)
         return losses
 
     def _autocast(self) -> torch.autocast:

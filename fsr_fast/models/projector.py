@@ -1,6 +1,5 @@
 """Projector P: from tokens to the prototypes of the distillation losses."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -56,13 +55,14 @@ class Projector(nn.Module):
         """Project tokens (…, D) to bottleneck vectors (…, E) of length 1, float32."""
         return unit_rows(self.mlp(tokens).float())
 
-    def project_together(self, several: Sequence[Tensor]) -> list[Tensor]:
-        """Project several (…, D) as one batch, which launches each operator once."""
-        if len(several) < 2:
-            return [self(tokens) for tokens in several]
-        rows = [tokens.flatten(0, -2) for tokens in several]
-        parts = self(torch.cat(rows)).split([len(part) for part in rows])
-        return [part.unflatten(0, tokens.shape[:-1]) for part, tokens in zip(parts, several, strict=True)]
+    def project_together(self, *several: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Project several (…, D) as one batch, which launches each operator once; None stays None."""
+        given = [tokens for tokens in several if tokens is not None]
+        if not given:
+            return several
+        vectors = self(torch.cat([tokens.flatten(0, -2) for tokens in given]) if len(given) > 1 else given[0])
+        parts = iter(vectors.flatten(0, -2).split([tokens.shape[:-1].numel() for tokens in given]))
+        return tuple(None if tokens is None else next(parts).unflatten(0, tokens.shape[:-1]) for tokens in several)
 
 
 class _UnitRows(torch.autograd.Function):

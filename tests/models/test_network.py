@@ -278,11 +278,12 @@ def test_bottleneck_vectors_have_length_1_and_are_those_of_the_reference():
 
 
 def test_vectors_projected_together_are_those_projected_alone():
-    several = [torch.randn(2, 3, WIDTH, generator=helpers.generator(1)), torch.randn(2, WIDTH)]
-    for tokens in (several, several[:1]):
-        for found, one in zip(NETWORK.projector.project_together(tokens), tokens, strict=True):
-            assert close(found, NETWORK.projector(one))
-    assert NETWORK.projector.project_together([]) == []
+    patches, token = torch.randn(2, 3, WIDTH, generator=helpers.generator(1)), torch.randn(2, WIDTH)
+    for several in ((patches, token), (None, patches), (token, None), (None, None)):
+        together = NETWORK.projector.project_together(*several)
+        assert len(together) == 2
+        for found, one in zip(together, several, strict=True):
+            assert found is None if one is None else close(found, NETWORK.projector(one))
 
 
 def test_rows_are_divided_by_their_length_and_gradients_follow():
