@@ -236,9 +236,9 @@ class FSRStep(nn.Module):
         encoder, projector, distillation = self.student.encoder, self.student.projector, self.distillation
         losses = {}
         with self._autocast():
-            token = None if targets.class_token is None else encoder.aggregate(features.tokens, masked.mask)
             patches = None if targets.patches is None else encoder.norm(gather_tokens(features.tokens, masked.index))
-            token, patches = projector.project_together(token, patches)  # (B, E), (B, k, E)
+            token = None if targets.class_token is None else encoder.aggregate(features.tokens, masked.mask)
+            patches, token = projector.project_together(patches, token)  # (B, k, E), (B, E)
             compared = (projector.directions, self.teacher.projector.directions), schedule.teacher_temperature
             if patches is not None and targets.patches is not None:
                 losses["uncertain"] = distillation.patch_loss(patches, targets.patches, masked, *compared)
