@@ -22,6 +22,7 @@ from torch import Tensor
 
 from bench.clone import BATCH, CLASSES, PATCH, SIDE, build_official, float64, image_labels, official_code, relative
 from bench.harness import present_commit, record
+from bench.markdown import table
 from bench.official_loop import compare_loops, read_recipe
 from fsr_fast import reference
 from fsr_fast.cli import run_command
@@ -50,8 +51,8 @@ def main(arguments: list[str]) -> None:
     energy = (
         "the clone's lattice, in the loop exact Gaussians" if lattice else "exact Gaussians in place of the lattice"
     )
-    print(f"Largest difference, relative to the largest value; energy: {energy}\n\n| what | difference |\n|---|---:|")
-    print("\n".join(f"| {name} | {value:.1e} |" for name, value in differences.items()))
+    print(f"Largest difference, relative to the largest value; energy: {energy}\n")
+    print(table(("what", "difference"), ((name, f"{value:.1e}") for name, value in differences.items()), right=1))
     content = {"energy": energy, "iterations": options.iterations, "differences": differences}
     if options.json:
         options.json.write_text(json.dumps(content, indent=2) + "\n")

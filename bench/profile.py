@@ -16,6 +16,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from bench.harness import record
+from bench.markdown import table
 from bench.step import Setting, Technique, read_options, running
 
 PARTS = {
@@ -84,17 +85,17 @@ def sum_parts(kernels: dict[str, Sequence[float]]) -> dict[str, tuple[float, flo
 def tabulate_profiles(records: list[dict[str, dict[str, Any]]]) -> str:
     """Return the table of parts, a column per profile."""
     profiles = [content for cases in records for content in cases.values()]
-    lines = [f"| part | {' | '.join(content['title'] for content in profiles)} |", f"|---|{'---:|' * len(profiles)}"]
     sums = [sum_parts(content["kernels"]) for content in profiles]
+    rows = []
     for part in [*PARTS, "other"]:
         if any(part in one for one in sums):
-            cells = (f"{one[part][0]:.1f} ms ({one[part][1]:.0f})" if part in one else "-" for one in sums)
-            lines.append(f"| {part} | {' | '.join(cells)} |")
+            rows.append(
+                [part, *(f"{one[part][0]:.1f} ms ({one[part][1]:.0f})" if part in one else "-" for one in sums)]
+            )
     total = (sum(milliseconds for milliseconds, _ in one.values()) for one in sums)
-    lines.append(f"| **kernels together** | {' | '.join(f'**{value:.1f} ms**' for value in total)} |")
-    whole = (f"{content['milliseconds']:.1f} ms" for content in profiles)
-    lines.append(f"| an iteration | {' | '.join(whole)} |")
-    return "\n".join(lines)
+    rows.append(["**kernels together**", *(f"**{value:.1f} ms**" for value in total)])
+    rows.append(["an iteration", *(f"{content['milliseconds']:.1f} ms" for content in profiles)])
+    return table(["part", *(content["title"] for content in profiles)], rows, right=len(profiles))
 
 
 def main(arguments: Sequence[str]) -> None:

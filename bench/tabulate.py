@@ -3,11 +3,11 @@
 import json
 import re
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from bench.counted import tabulate_counts
+from bench.markdown import table
 from bench.profile import tabulate_profiles
 from bench.seeds import KINDS
 from fsr_fast.commands.paper_tables import TABLES
@@ -29,9 +29,9 @@ def read_cases(results: Path, bench: str) -> list[Cases]:
 
 def fill(text: str, tables: dict[str, str]) -> str:
     """Put the tables between their markers."""
-    for name, table in tables.items():
+    for name, content in tables.items():
         pattern = rf"(<!-- figures: {name} -->\n).*?(<!-- end -->)"
-        text = re.sub(pattern, lambda found, table=table: f"{found[1]}{table}\n{found[2]}", text, flags=re.DOTALL)
+        text = re.sub(pattern, lambda found, inner=content: f"{found[1]}{inner}\n{found[2]}", text, flags=re.DOTALL)
     return text
 
 
@@ -55,11 +55,6 @@ def tabulate(results: Path) -> dict[str, str]:
         "tiles": tabulate_tiles(read_cases(results, "tiles")),
         "large pictures": tabulate_large(read_cases(results, "evaluation_cost")),
     }
-
-
-def _table(titles: Sequence[str], rows: Iterable[Iterable[str]]) -> str:
-    head, *body = (f"| {' | '.join(cells)} |" for cells in (titles, *rows))
-    return "\n".join((head, f"|{'---|' * len(titles)}", *body))
 
 
 def _contents(records: Iterable[Cases]) -> list[dict[str, Any]]:
@@ -91,7 +86,7 @@ def tabulate_steps(records: list[Cases]) -> str:
             )
         )
     titles = ("device", "preset", "backbone", "pixels, batch", "engine", "how", "seconds")
-    return _table((*titles, "images/s", "TFLOP/s", "peak"), rows)
+    return table((*titles, "images/s", "TFLOP/s", "peak"), rows)
 
 
 def tabulate_kernels(results: Path) -> str:
@@ -110,7 +105,7 @@ def tabulate_kernels(results: Path) -> str:
                 ]
                 share = named["ours"].get("roofline_percent")
                 lines.append((case, content["device"], phase, *times, "-" if share is None else f"{share:.0f} %"))
-    return _table(("kernel", "device", "phase", "eager", "compiled", "ours", "of roofline"), lines)
+    return table(("kernel", "device", "phase", "eager", "compiled", "ours", "of roofline"), lines)
 
 
 def tabulate_data(records: list[Cases]) -> str:
@@ -129,7 +124,7 @@ def tabulate_data(records: list[Cases]) -> str:
         for case, content in cases.items()
         for row in content["rows"]
     ]
-    return _table(("device", "views", "images", "pipeline", "images/s", "CPU time per image", "host memory"), rows)
+    return table(("device", "views", "images", "pipeline", "images/s", "CPU time per image", "host memory"), rows)
 
 
 def tabulate_rehearsal(records: list[Cases]) -> str:
@@ -148,7 +143,7 @@ def tabulate_rehearsal(records: list[Cases]) -> str:
                 str(content["open_files"]),
             )
         )
-    return _table(("layout", "images (train, val)", "part", "CPU seconds", "memory", "open files"), rows)
+    return table(("layout", "images (train, val)", "part", "CPU seconds", "memory", "open files"), rows)
 
 
 def tabulate_tiles(records: list[Cases]) -> str:
@@ -167,7 +162,7 @@ def tabulate_tiles(records: list[Cases]) -> str:
                     )
                 )
     titles = ("pictures", "tile", "segmentation", "beside seams", "pseudo labels", "mIoU in tiles", "mIoU whole")
-    return _table(titles, rows)
+    return table(titles, rows)
 
 
 def tabulate_large(records: list[Cases]) -> str:
@@ -183,7 +178,7 @@ def tabulate_large(records: list[Cases]) -> str:
         for content in _contents(records)
         for row in content["rows"]
     ]
-    return _table(("how", "megapixels", "seconds", "seconds per megapixel", "memory"), rows)
+    return table(("how", "megapixels", "seconds", "seconds per megapixel", "memory"), rows)
 
 
 def tabulate_seeds(records: list[Cases]) -> str:
@@ -200,7 +195,7 @@ def tabulate_seeds(records: list[Cases]) -> str:
             _, name, worst = min(kind, key=lambda row: row[2])
             summary += [f"**{statistics.fmean(row[0] for row in kind):.1f}**", f"**{name} {worst:.1f}**"]
         lines.append(["**mean, worst of all**", *summary])
-    return _table(("seed", "pseudo", "worst class", "seg", "worst class"), lines)
+    return table(("seed", "pseudo", "worst class", "seg", "worst class"), lines)
 
 
 def tabulate_classes(records: list[Cases]) -> str:
@@ -210,7 +205,7 @@ def tabulate_classes(records: list[Cases]) -> str:
     rows = {name: [scores["classes"][name] for scores in scored] for name in (scored[0]["classes"] if scored else ())}
     rows["**mean**"] = [scores["mean"] for scores in scored]
     lines = [[name, *(f"{value:.1f}" for value in values)] for name, values in rows.items()]
-    return _table(["IoU", *(f"{kind}, {run['device']}" for run in runs for kind in KINDS)], lines)
+    return table(["IoU", *(f"{kind}, {run['device']}" for run in runs for kind in KINDS)], lines)
 
 
 def tabulate_rows(records: list[Cases], number: int) -> str:
@@ -219,7 +214,7 @@ def tabulate_rows(records: list[Cases], number: int) -> str:
     for content in (content for cases in records for content in rows_of(cases, number)):
         runs = content["seeds"].values()
         lines.append([content["row"], *(_spread([run[kind] for run in runs]) for kind in KINDS)])
-    return _table(("row", *KINDS), lines)
+    return table(("row", *KINDS), lines)
 
 
 def rows_of(cases: Cases, number: int) -> list[dict[str, Any]]:
@@ -240,7 +235,7 @@ def tabulate_official(records: list[Cases], whole: bool) -> str:
             kind = name if whole else _kind_of_difference(name, content["iterations"])
             rows[kind] = max(value, rows.get(kind, 0.0))
         lines += [(name, f"{value:.1e}") for name, value in rows.items()]
-    return _table(("what", "largest difference"), lines)
+    return table(("what", "largest difference"), lines)
 
 
 def _kind_of_difference(name: str, iterations: int) -> str:
@@ -264,7 +259,7 @@ def tabulate_depth(shared: list[Cases], never: list[Cases]) -> str:
     lines = [[f"`{name}`", *map(_spread, kinds)] for name, kinds in runs.items()]
     pairs = ([own - other for own, other in zip(*kinds, strict=True)] for kinds in zip(*runs.values(), strict=True))
     lines.append(["`shared` - `never`, seed by seed", *(_spread(values, "+.1f") for values in pairs)])
-    return _table((f"mIoU of seeds {', '.join(map(str, seeds))}", *KINDS), lines)
+    return table((f"mIoU of seeds {', '.join(map(str, seeds))}", *KINDS), lines)
 
 
 def _spread(values: list[float], form: str = ".1f") -> str:
@@ -287,10 +282,37 @@ def tabulate_waiting(records: list[Cases]) -> str:
             alone, beside = (cases[f"waiting {others} {threads}"]["pictures_per_second"] for others in (0, 1))
             for name, title in WAITING.items():
                 lines.append([str(threads), title, *(_spread(rates[name], ".0f") for rates in (alone, beside))])
-    return _table(("threads", "waiting threads", "alone", "beside a busy process"), lines)
+    return table(("threads", "waiting threads", "alone", "beside a busy process"), lines)
 
 
 def tabulate_sizes(records: list[Cases]) -> str:
     """Return the table of installation sizes on disk."""
     rows = [(content["installation"], f"{content['bytes'] / 1e9:.1f} GB") for content in _contents(records)]
-    return _table(("installation", "on disk"), rows)
+    return table(("installation", "on disk"), rows)
+
+
+def tabulate_counts(now: list[Cases], before: list[Cases]) -> str:
+    """Return the table of what `bench.counts` counts, beside what it counted at an earlier commit.
+
+    Args:
+        now: records of `counts`.
+        before: records of `counts_before`, the same of an earlier commit.
+    """
+    rows = []
+    earlier = {case.split(" ", 1)[1]: content["counts"] for cases in before for case, content in cases.items()}
+    for cases in now:
+        for case, content in cases.items():
+            name = case.split(" ", 1)[1]
+            for number, (figure, value) in enumerate(content["counts"].items()):
+                known = earlier.get(name, {}).get(figure)
+                both = "-" if known is None else _rounded(known), _rounded(value)
+                rows.append(("" if number else name, figure, *both))
+    return table(("what", "figure", "before", "now"), rows)
+
+
+def _rounded(value: float) -> str:
+    """Return a count, in three digits where it is large."""
+    for unit, name in ((1e9, "G"), (1e6, "M")):
+        if value >= unit:
+            return f"{value / unit:.3g} {name}"
+    return f"{value:,.0f}"

@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench.counted import tabulate_counts
 from bench.launches import launches
+from bench.tabulate import tabulate_counts
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = """
