@@ -29,6 +29,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from bench.fake_gpu import TARGET
+from bench.fake_iteration import move
 from bench.harness import record
 from bench.host import count_iteration, summarise
 from bench.launches import launches
@@ -266,7 +267,7 @@ def compile_block(blocks: int = 1, *, graphs: bool = False) -> fake_gpu.Program:
     sizes = ((3 * B, 448), (2 * B, 224), (2 * B, 672))
     with fake_gpu.pretend(), torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
         bounds = torch.empty(7 * B + 1, dtype=torch.int32, device="cuda")
-        fake_gpu.put_on_gpu(encoder)
+        move(encoder)
         images = [torch.empty(number, 3, side, side, device="cuda") for number, side in sizes]
         with mock.patch("fsr_fast.models.attention.boundaries", return_value=bounds):
             (program,) = fake_gpu.programs_of(lambda: encoder.forward_packed(images))

@@ -14,7 +14,6 @@ from unittest import mock
 os.environ["TRITON_INTERPRET"] = "0"  # while the kernels are defined
 
 import torch
-from torch import nn
 from torch._inductor.codecache import PyCodeCache
 from torch._inductor.runtime.triton_heuristics import CachingAutotuner
 from torch._subclasses import FakeTensorMode
@@ -151,15 +150,3 @@ def pretend() -> Iterator[None]:
         mock.patch(f"torch.cuda.{name}", lambda *_, value=value, **__: value).start()
     with FakeTensorMode():
         yield
-
-
-def put_on_gpu(module: nn.Module) -> nn.Module:
-    """Replace the parameters and buffers of a module by ones on the GPU that is not there."""
-    for part in module.modules():
-        kinds: tuple[dict[str, Any], ...] = (part._parameters, part._buffers)
-        for named in kinds:
-            for name, value in named.items():
-                if value is not None:
-                    other = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cuda")
-                    named[name] = nn.Parameter(other, value.requires_grad) if isinstance(value, nn.Parameter) else other
-    return module
